@@ -1,0 +1,1 @@
+"""What stands between clients and models: the metering gateway, its tokenizers, a small model server for laptops."""
