@@ -1,0 +1,224 @@
+"""Apache Kafka 4 as a plain process or three, in KRaft combined mode, for anyone with a JDK and Maven.
+
+Promise: `KafkaCluster(folder, libs)` starts real brokers on loopback from Kafka's Maven artifacts, which `kafka_libs` fetches once
+into the user's cache. Each node can be killed, paused and started again on the same ports with the same log. With three nodes,
+topics have three replicas and need two in sync. Nothing outlives the process that started it.
+
+Settings that matter to tests: groups form at once, unknown topics are not created, and a dead node is noticed after 3 s. What a
+topic may hold is left at Kafka's defaults, so that a topic that was not set up as the design asks is found out.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from taximeter.embedded.process import Child, accepts_connections, free_port
+
+__all__ = ["KafkaCluster", "KafkaNode", "KafkaUnavailableError", "kafka_libs"]
+
+_HOST = "127.0.0.1"
+_POM = Path(__file__).with_name("kafka-pom.xml")
+_FETCH_TIMEOUT_S = 600.0
+_FORMAT_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 60.0
+_METADATA_TIMEOUT_S = 2.0
+
+# A JVM that starts quickly and stays small; tests run for seconds and never need the second compiler.
+_JVM_OPTIONS = (
+    "-Xms128m",
+    "-Xmx512m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
+)
+
+
+class KafkaUnavailableError(RuntimeError):
+    """This machine cannot run Apache Kafka; the text says what to install."""
+
+
+def kafka_libs() -> Path:
+    """The folder of Kafka's jars, fetched by Maven on the first call. `TAXIMETER_KAFKA_LIBS` names one that is there already."""
+    given = os.environ.get("TAXIMETER_KAFKA_LIBS")
+    if given:
+        if not any(Path(given).glob("kafka_2.13-*.jar")):
+            raise KafkaUnavailableError(
+                f"TAXIMETER_KAFKA_LIBS is {given!r}, where there is no kafka_2.13-*.jar; unset it or mend it"
+            )
+        return Path(given)
+    if shutil.which("java") is None:
+        raise KafkaUnavailableError(
+            "there is no java on this machine; on Debian: apt-get install default-jdk-headless maven"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taximeter"
+    libs = cache / f"kafka-{_kafka_version()}"
+    if not libs.is_dir():
+        _fetch(libs)
+    return libs
+
+
+def _kafka_version() -> str:
+    match = re.search(r"<artifactId>kafka_2\.13</artifactId>\s*<version>([^<]+)</version>", _POM.read_text())
+    assert match is not None, f"{_POM} names no version of kafka_2.13"
+    return match[1]
+
+
+def _fetch(libs: Path) -> None:
+    maven = shutil.which("mvn")
+    if maven is None:
+        raise KafkaUnavailableError(
+            "there is no mvn on this machine to fetch Kafka's jars; on Debian: apt-get install maven"
+        )
+    libs.parent.mkdir(parents=True, exist_ok=True)
+    # Fetched beside and renamed, so that a folder under the final name is whole. Of two fetchers the slower one loses nothing.
+    with tempfile.TemporaryDirectory(dir=libs.parent) as temporary:
+        folder = Path(temporary) / "libs"
+        arguments = [maven, "-B", "-q", "-f", str(_POM), "dependency:copy-dependencies", f"-DoutputDirectory={folder}"]
+        try:
+            done = subprocess.run(
+                arguments, cwd=temporary, capture_output=True, text=True, timeout=_FETCH_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise KafkaUnavailableError(f"Maven did not fetch Kafka's jars in {_FETCH_TIMEOUT_S:g} s") from error
+        if done.returncode != 0:
+            raise KafkaUnavailableError(f"Maven could not fetch Kafka's jars:\n{(done.stdout + done.stderr)[-2000:]}")
+        try:
+            folder.rename(libs)
+        except OSError:
+            if not libs.is_dir():
+                raise
+
+
+@dataclass(frozen=True)
+class KafkaNode:
+    """One broker that is a controller too."""
+
+    node_id: int
+    port: int
+    controller_port: int
+    process: Child
+
+    @property
+    def address(self) -> str:
+        return f"{_HOST}:{self.port}"
+
+    def start(self) -> None:
+        """Start it, and return when it listens; the cluster may still be electing."""
+        self.process.start()
+        self.process.wait_until(lambda: accepts_connections(_HOST, self.port), _START_TIMEOUT_S)
+
+
+class KafkaCluster:
+    """One node, or several that replicate. Use `start`, then `bootstrap`; `nodes` for faults; `close` at the end."""
+
+    def __init__(self, folder: Path, libs: Path, *, nodes: int = 1, settings: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self._libs = libs
+        self._settings = settings or {}
+        ports = [(free_port(), free_port()) for _ in range(nodes)]
+        self._voters = ",".join(f"{i}@{_HOST}:{controller}" for i, (_, controller) in enumerate(ports, start=1))
+        self._cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
+        self.nodes = [self._node(i, *pair, nodes) for i, pair in enumerate(ports, start=1)]
+
+    @property
+    def bootstrap(self) -> str:
+        return ",".join(node.address for node in self.nodes)
+
+    def start(self) -> None:
+        """Start every node at once, and return when all of them are in the cluster's metadata."""
+        for node in self.nodes:
+            if not node.process.alive:
+                node.process.start()
+        for node in self.nodes:
+            node.process.wait_until(self._complete, _START_TIMEOUT_S)
+
+    def close(self) -> None:
+        """End it without ceremony: the folder is the test's, and nobody reads it again."""
+        for node in self.nodes:
+            node.process.kill9()
+
+    def log_tail(self) -> str:
+        return "\n".join(f"node {node.node_id}:\n{node.process.log_tail()}" for node in self.nodes)
+
+    def _complete(self) -> bool:
+        if not all(accepts_connections(_HOST, node.port) for node in self.nodes):
+            return False
+        try:
+            metadata = AdminClient({"bootstrap.servers": self.bootstrap}).list_topics(timeout=_METADATA_TIMEOUT_S)
+        except KafkaException:
+            return False
+        return len(metadata.brokers) == len(self.nodes)
+
+    def _node(self, node_id: int, port: int, controller_port: int, nodes: int) -> KafkaNode:
+        folder = self.folder / f"node-{node_id}"
+        folder.mkdir(parents=True)
+        properties = {
+            "process.roles": "broker,controller",
+            "node.id": str(node_id),
+            "controller.quorum.voters": self._voters,
+            "controller.listener.names": "CONTROLLER",
+            "listeners": f"PLAINTEXT://{_HOST}:{port},CONTROLLER://{_HOST}:{controller_port}",
+            "advertised.listeners": f"PLAINTEXT://{_HOST}:{port}",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "log.dirs": str(folder / "logs"),
+            "auto.create.topics.enable": "false",
+            "default.replication.factor": str(min(nodes, 3)),
+            "min.insync.replicas": str(min(nodes, 2)),
+            "offsets.topic.num.partitions": "4",
+            "offsets.topic.replication.factor": str(min(nodes, 3)),
+            "transaction.state.log.num.partitions": "1",
+            "transaction.state.log.replication.factor": str(min(nodes, 3)),
+            "transaction.state.log.min.isr": str(min(nodes, 2)),
+            "share.coordinator.state.topic.num.partitions": "1",
+            "share.coordinator.state.topic.replication.factor": str(min(nodes, 3)),
+            "share.coordinator.state.topic.min.isr": str(min(nodes, 2)),
+            "group.initial.rebalance.delay.ms": "0",
+            "broker.session.timeout.ms": "3000",
+            "broker.heartbeat.interval.ms": "500",
+            "log.cleaner.dedupe.buffer.size": str(16 << 20),
+            "num.network.threads": "2",
+            "num.io.threads": "2",
+            **self._settings,
+        }
+        config = folder / "server.properties"
+        config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+        java = ["java", *_JVM_OPTIONS, "-cp", f"{self._libs}/*"]
+        self._format(java, config)
+        process = Child(
+            f"Kafka node {node_id}", [*java, "kafka.Kafka", str(config)], log_path=folder / "server.log", cwd=folder
+        )
+        return KafkaNode(node_id, port, controller_port, process)
+
+    def _format(self, java: list[str], config: Path) -> None:
+        arguments = [
+            *java,
+            "kafka.tools.StorageTool",
+            "format",
+            "--cluster-id",
+            self._cluster_id,
+            "--config",
+            str(config),
+        ]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=_FORMAT_TIMEOUT_S, check=False)
+        if done.returncode != 0:
+            raise KafkaUnavailableError(f"Kafka's storage could not be formatted:\n{done.stdout}{done.stderr}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"Apache Kafka's jars are in {kafka_libs()}\n")
+    except KafkaUnavailableError as unavailable:
+        sys.exit(str(unavailable))
