@@ -1,4 +1,4 @@
-"""Services that many tests share, started once a session on first use; a test that stops or kills one starts its own."""
+"""Services that many tests share, started once a session on first use; a test that kills one starts its own."""
 
 from __future__ import annotations
 

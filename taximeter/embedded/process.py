@@ -1,12 +1,12 @@
 """A child process that never outlives its parent.
 
-Promise: a `Child` is one process of its own group, with its output in a file. It ends when `stop` is called, when the parent's
-interpreter ends, and, on Linux, also when the parent is killed with -9: the kernel sends it SIGKILL (`PR_SET_PDEATHSIG`).
-Elsewhere a killed parent leaves the child running; nothing portable prevents that.
+Promise: a `Child` is one process of its own group, with its output in a file. It ends when `stop` is called, when the
+parent's interpreter ends, and, on Linux, also when the parent is killed with -9: the kernel sends it SIGKILL
+(`PR_SET_PDEATHSIG`). Elsewhere a killed parent leaves the child running; nothing portable prevents that.
 
-The kernel ties that signal to the *thread* that started the child, so every start goes through one thread that lives as long as
-the interpreter. And it is asked for by a short program that then becomes the child, not by code that runs between fork and
-exec: a parent that holds gRPC or librdkafka threads must not run Python there.
+The kernel ties that signal to the *thread* that started the child, so every start goes through one thread that lives
+as long as the interpreter. And it is asked for by a short program that then becomes the child, not by code that runs
+between fork and exec: a parent that holds gRPC or librdkafka threads must not run Python there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ __all__ = ["Child", "ChildError", "accepts_connections", "free_port"]
 _POLL_INTERVAL_S = 0.02
 _KILL_TIMEOUT_S = 10.0
 
-# Runs in place of the child until it has asked the kernel for the signal; a parent that died before that is noticed by its pid.
+# Runs in place of the child until it has asked the kernel for the signal. A parent that died before that is noticed by
+# its process id.
 _LEASH = (
     "import ctypes, os, sys\n"
     "ctypes.CDLL(None, use_errno=True).prctl(1, 9, 0, 0, 0)\n"
@@ -40,7 +41,7 @@ _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="child-starter")
 
 
 class ChildError(RuntimeError):
-    """A child process did not start, ended by itself, or did not become ready in time; the text ends with its last output."""
+    """A child process did not start, ended by itself or was not ready in time; the text ends with its last output."""
 
 
 class Child:
@@ -102,7 +103,8 @@ class Child:
             )
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Poll `ready` until it holds; `ChildError`, and the process ended, when it does not in time or the process ends."""
+        """Poll `ready` until it holds. When it does not in time, the process is ended; then, as when it ended by itself,
+        `ChildError` is raised."""
         deadline = time.monotonic() + timeout_s
         while not ready():
             if not self.alive:
@@ -154,7 +156,7 @@ class Child:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now. Another process may take it before it is used: bind at once, or be ready to retry."""
+    """A port that nobody listens on now. Another process may take it first: bind at once, or be ready to retry."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Real services for tests: brokers and databases as plain processes, each with its own folder and its own ports on loopback."""
+"""Real services for tests: brokers and databases as plain processes, each with its own folder and ports on loopback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["require"]
 
 
 def require(available: object, reason: str) -> None:
-    """Go on if `available` is true; else skip on a laptop, and fail in CI, where a missing service would hide a missing test."""
+    """Go on if `available` is true; else skip on a laptop, and fail in CI, where a skip would hide a missing test."""
     if available:
         return
     if os.environ.get("CI"):

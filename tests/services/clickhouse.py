@@ -1,22 +1,25 @@
 """A real ClickHouse server as a plain process with its own folder and ports on loopback.
 
-Promise: `ClickHouseServer(folder)` runs the machine's `clickhouse-server` (or `clickhouse server`) without touching /etc or /var.
-`kill9` and `start` again keep its folder and its port, so a client meets the same server after a crash.
+Promise: `ClickHouseServer(folder)` runs the machine's `clickhouse-server` (or `clickhouse server`) without touching
+/etc or /var. `kill9` and `start` again keep its folder and its port, so a client meets the same server after a crash.
 
-Debian's package is ClickHouse 18.16, of December 2018. It speaks the native protocol of today's clients, which is what the tests
-of the server path are for. All SQL of the product runs on chDB, which is as new as the servers that people run.
+Debian's package is ClickHouse 18.16, of December 2018. It speaks the native protocol of today's clients, which is
+what the tests of the server path are for. All SQL of the product runs on chDB, which is as new as the servers that
+people run.
 
-What 18.16 lacks, found by trying each: DateTime64, Date32, Int128 and wider, Bool, Map, JSON, IPv6, SimpleAggregateFunction,
-LowCardinality unless allowed (the profile here allows it); codecs, TTL, skip indexes, constraints, table comments; a second
-argument or a tuple as ReplacingMergeTree's version; `non_replicated_deduplication_window`, `fsync_after_insert`, `async_insert`,
-`final` as a setting; CREATE OR REPLACE, DROP VIEW, ADD COLUMN IF NOT EXISTS, DELETE FROM, EXCHANGE; CTEs (a scalar WITH works),
-window functions, `::`, `{name:Type}` parameters, UNION DISTINCT, ILIKE, EXISTS; toStartOfInterval, fromUnixTimestamp64*, toUInt128,
-JSONExtract*. What it has: Decimal(38, S), UUID, Nullable, arrays, FixedString, DateTime('UTC'), ReplacingMergeTree, FINAL, argMax,
-LIMIT BY, joins, views, ALTER ... DELETE, PREWHERE, PARTITION BY, and LZ4 and ZSTD on the wire.
+What 18.16 lacks, found by trying each: DateTime64, Date32, Int128 and wider, Bool, Map, JSON, IPv6,
+SimpleAggregateFunction, LowCardinality unless allowed (the profile here allows it); codecs, TTL, skip indexes,
+constraints, table comments; a second argument or a tuple as ReplacingMergeTree's version;
+`non_replicated_deduplication_window`, `fsync_after_insert`, `async_insert`, `final` as a setting; CREATE OR REPLACE,
+DROP VIEW, ADD COLUMN IF NOT EXISTS, DELETE FROM, EXCHANGE; CTEs (a scalar WITH works), window functions, `::`,
+`{name:Type}` parameters, UNION DISTINCT, ILIKE, EXISTS; toStartOfInterval, fromUnixTimestamp64*, toUInt128,
+JSONExtract*. What it has: Decimal(38, S), UUID, Nullable, arrays, FixedString, DateTime('UTC'), ReplacingMergeTree,
+FINAL, argMax, LIMIT BY, joins, views, ALTER ... DELETE, PREWHERE, PARTITION BY, and LZ4 and ZSTD on the wire.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -32,7 +35,7 @@ _HOST = "127.0.0.1"
 _START_TIMEOUT_S = 30.0
 _STOP_GRACE_S = 10.0
 
-MISSING_MESSAGE = "there is no clickhouse-server on this machine; on Debian: apt-get install --no-install-recommends clickhouse-server"
+MISSING_MESSAGE = "there is no clickhouse-server on this machine; on Debian: apt-get install clickhouse-server"
 
 _CONFIG = """<?xml version="1.0"?>
 <yandex>
@@ -83,18 +86,17 @@ _USERS = """<?xml version="1.0"?>
 
 
 def server_command() -> list[str] | None:
-    """How this machine runs a ClickHouse server, or None: in a package it is a program of its own, in a download one of many."""
+    """How this machine runs a ClickHouse server, or None. Some packages have one program for everything."""
     for command in (["clickhouse-server"], ["clickhouse", "server"]):
-        found = shutil.which(command[0], path="/usr/local/bin:/usr/bin:/bin:/usr/sbin:/usr/local/sbin") or shutil.which(
-            command[0]
-        )
+        # A daemon's folder is not on every user's path.
+        found = shutil.which(command[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
         if found is not None:
             return [found, *command[1:]]
     return None
 
 
 class ClickHouseServer:
-    """One server. `user` "taximeter" has the password `password`; user "default" has none. Both may come from loopback only."""
+    """One server. User "taximeter" has the password `password`, user "default" has none; both come from loopback."""
 
     user = "taximeter"
 

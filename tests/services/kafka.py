@@ -1,11 +1,12 @@
 """Apache Kafka 4 as a plain process or three, in KRaft combined mode, for anyone with a JDK and Maven.
 
-Promise: `KafkaCluster(folder, libs)` starts real brokers on loopback from Kafka's Maven artifacts, which `kafka_libs` fetches once
-into the user's cache. Each node can be killed, paused and started again on the same ports with the same log. With three nodes,
-topics have three replicas and need two in sync. Nothing outlives the process that started it.
+Promise: `KafkaCluster(folder, libs)` starts real brokers on loopback from Kafka's Maven artifacts, which `kafka_libs`
+fetches once into the user's cache. Each node can be killed, paused and started again on the same ports with the same
+log. With three nodes, topics have three replicas and need two in sync. Nothing outlives the process that started it.
 
-Settings that matter to tests: groups form at once, unknown topics are not created, and a dead node is noticed after 3 s. What a
-topic may hold is left at Kafka's defaults, so that a topic that was not set up as the design asks is found out.
+Settings that matter to tests: groups form at once, unknown topics are not created, and a dead node is noticed after 3
+s. What a topic may hold is left at Kafka's defaults, so that a topic that was not set up as the design asks is found
+out.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class KafkaUnavailableError(RuntimeError):
 
 
 def kafka_libs() -> Path:
-    """The folder of Kafka's jars, fetched by Maven on the first call. `TAXIMETER_KAFKA_LIBS` names one that is there already."""
+    """The folder of Kafka's jars, fetched by Maven on the first call; or the one that `TAXIMETER_KAFKA_LIBS` names."""
     given = os.environ.get("TAXIMETER_KAFKA_LIBS")
     if given:
         if not any(Path(given).glob("kafka_2.13-*.jar")):
@@ -83,7 +84,7 @@ def _fetch(libs: Path) -> None:
             "there is no mvn on this machine to fetch Kafka's jars; on Debian: apt-get install maven"
         )
     libs.parent.mkdir(parents=True, exist_ok=True)
-    # Fetched beside and renamed, so that a folder under the final name is whole. Of two fetchers the slower one loses nothing.
+    # Fetched beside and renamed, so that a folder under the final name is whole, whoever else fetches.
     with tempfile.TemporaryDirectory(dir=libs.parent) as temporary:
         folder = Path(temporary) / "libs"
         arguments = [maven, "-B", "-q", "-f", str(_POM), "dependency:copy-dependencies", f"-DoutputDirectory={folder}"]
