@@ -198,6 +198,8 @@ class Founding(_message.Message):
     PREDECESSOR_FIELD_NUMBER: _builtins.int
     PREDECESSOR_HASH_FIELD_NUMBER: _builtins.int
     DEFAULT_PLAN_FIELD_NUMBER: _builtins.int
+    DEFAULT_CURRENCY_FIELD_NUMBER: _builtins.int
+    PRICE_BOOKS_FIELD_NUMBER: _builtins.int
     partitions: _builtins.int
     dedupe_key: _builtins.bytes
     """32 random bytes: the key of the dedupe hash."""
@@ -211,6 +213,8 @@ class Founding(_message.Message):
     """How long a rule stays silent about a tenant after it raised an alert."""
     founded_ms: _builtins.int
     predecessor_hash: _builtins.bytes
+    default_currency: _builtins.str
+    """Of a tenant that nobody has created."""
     @_builtins.property
     def predecessor(self) -> _account_pb2.LedgerPosition:
         """When this generation carries on the local state of one whose log is gone: where that one ended."""
@@ -218,6 +222,10 @@ class Founding(_message.Message):
     @_builtins.property
     def default_plan(self) -> _account_pb2.Plan:
         """What the rules do for a tenant that nobody has created."""
+
+    @_builtins.property
+    def price_books(self) -> _containers.RepeatedCompositeFieldContainer[_command_pb2.PriceBook]:
+        """The price books of the predecessor, carried on."""
 
     def __init__(
         self,
@@ -233,10 +241,12 @@ class Founding(_message.Message):
         predecessor: _account_pb2.LedgerPosition | None = ...,
         predecessor_hash: _builtins.bytes = ...,
         default_plan: _account_pb2.Plan | None = ...,
+        default_currency: _builtins.str = ...,
+        price_books: _abc.Iterable[_command_pb2.PriceBook] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_plan", b"default_plan", "predecessor", b"predecessor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_cooldown_ms", b"alert_cooldown_ms", "dedupe_horizon_ms", b"dedupe_horizon_ms", "dedupe_key", b"dedupe_key", "default_plan", b"default_plan", "founded_ms", b"founded_ms", "future_alert_ms", b"future_alert_ms", "future_reject_ms", b"future_reject_ms", "partitions", b"partitions", "predecessor", b"predecessor", "predecessor_hash", b"predecessor_hash", "window_lateness_ms", b"window_lateness_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_cooldown_ms", b"alert_cooldown_ms", "dedupe_horizon_ms", b"dedupe_horizon_ms", "dedupe_key", b"dedupe_key", "default_currency", b"default_currency", "default_plan", b"default_plan", "founded_ms", b"founded_ms", "future_alert_ms", b"future_alert_ms", "future_reject_ms", b"future_reject_ms", "partitions", b"partitions", "predecessor", b"predecessor", "predecessor_hash", b"predecessor_hash", "price_books", b"price_books", "window_lateness_ms", b"window_lateness_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -254,13 +264,10 @@ class UsageApplied(_message.Message):
     REMEMBERED_FIELD_NUMBER: _builtins.int
     DUPLICATES_FIELD_NUMBER: _builtins.int
     CONFLICTS_FIELD_NUMBER: _builtins.int
-    CURRENCY_FIELD_NUMBER: _builtins.int
     batch: _builtins.bytes
     """The input message's value, as it was. Which of its events were accepted: all but those dropped."""
     duplicates: _builtins.int
-    """Indexes of events that were sent on to their own partition."""
     conflicts: _builtins.int
-    currency: _builtins.str
     @_builtins.property
     def dropped(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dropped]: ...
     @_builtins.property
@@ -288,11 +295,10 @@ class UsageApplied(_message.Message):
         remembered: _abc.Iterable[Global___RememberedKeys] | None = ...,
         duplicates: _builtins.int = ...,
         conflicts: _builtins.int = ...,
-        currency: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "conflicts", b"conflicts", "cost_pico_high", b"cost_pico_high", "cost_pico_low", b"cost_pico_low", "currency", b"currency", "dropped", b"dropped", "duplicates", b"duplicates", "price_versions", b"price_versions", "remembered", b"remembered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "conflicts", b"conflicts", "cost_pico_high", b"cost_pico_high", "cost_pico_low", b"cost_pico_low", "dropped", b"dropped", "duplicates", b"duplicates", "price_versions", b"price_versions", "remembered", b"remembered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,135 @@
+"""What a command does to the state. Refused commands leave a record that says why; nothing else changes."""
+
+from __future__ import annotations
+
+from billing.accounts import AccountState
+from billing.amounts import from_amount
+from billing.commands import CommandRefused, verify
+from billing.identity import partition_of
+from billing.limits import ID_CHARS_MAX
+from billing.prices import PriceBookRefused
+from billing.state import LedgerState
+from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN, ApiKey
+from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
+from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, PriceBook, SignedCommand, TenantUpsert
+from billing.v1.ledger_pb2 import CommandApplied, LedgerRecord
+
+
+def apply_command(state: LedgerState, signed: SignedCommand, record: LedgerRecord, command_key: bytes) -> None:
+    """Apply `signed` to `state` and state its effect in `record`."""
+    applied = CommandApplied(command=signed.command, signature=signed.signature)
+    try:
+        command = verify(signed, command_key)
+        if command.command_id in state.commands:
+            raise CommandRefused(f"command_id: {command.command_id} was applied before; a repeat changes nothing")
+        _dispatch(state, command, record, applied)
+    except (CommandRefused, PriceBookRefused) as refused:
+        applied.refusal = str(refused)
+        if applied.refusal.startswith("signature:"):
+            record.alerts.append(
+                Alert(
+                    rule=ALERT_RULE_UNSIGNED_COMMAND,
+                    severity=SEVERITY_CRITICAL,
+                    raised_ms=record.log_time_ms,
+                    summary="a command without a valid signature was refused; find out who can write to the command topic",
+                )
+            )
+    else:
+        applied.applied = True
+        state.commands[command.command_id] = record.log_time_ms
+    record.command.CopyFrom(applied)
+
+
+def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applied: CommandApplied) -> None:
+    match command.WhichOneof("action"):
+        case "credit_grant":
+            _grant(state, command.credit_grant, record)
+        case "tenant_upsert":
+            _upsert_tenant(state, command.tenant_upsert, record)
+        case "key_upsert":
+            _upsert_key(state, command.key_upsert, record)
+        case "price_book":
+            _take_book(state, command.price_book, applied)
+        case other:
+            raise CommandRefused(f"action: {other} is not known here; upgrade the workers first")
+
+
+def _own_tenant(state: LedgerState, tenant_id: str) -> None:
+    if not 0 < len(tenant_id) <= ID_CHARS_MAX:
+        raise CommandRefused(f"tenant_id: {tenant_id[:32]!r}; give 1 to {ID_CHARS_MAX} characters")
+    partition = partition_of(tenant_id, state.settings.partitions)
+    if partition != state.partition:
+        raise CommandRefused(
+            f"tenant_id: {tenant_id} lives in partition {partition}, not {state.partition}; send it there"
+        )
+
+
+def _known_account(state: LedgerState, tenant_id: str) -> AccountState:
+    account = state.accounts.get(tenant_id)
+    if account is None or account.status == ACCOUNT_STATUS_UNKNOWN:
+        raise CommandRefused(f"tenant_id: {tenant_id} is not known; create the tenant first")
+    return account
+
+
+def _state_account(state: LedgerState, account: AccountState, record: LedgerRecord) -> None:
+    record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
+
+
+def _grant(state: LedgerState, grant: CreditGrant, record: LedgerRecord) -> None:
+    _own_tenant(state, grant.tenant_id)
+    account = _known_account(state, grant.tenant_id)
+    amount_pico = from_amount(grant.amount)
+    if amount_pico <= 0:
+        raise CommandRefused(f"amount: {amount_pico} pico; grant more than nothing")
+    if amount_pico > 10**30:
+        raise CommandRefused(f"amount: {amount_pico} pico is over 10^18 {account.currency}; check the unit")
+    if grant.currency != account.currency:
+        raise CommandRefused(f"currency: {grant.currency!r}; tenant {grant.tenant_id} is billed in {account.currency}")
+    account.credit_pico += amount_pico
+    _state_account(state, account, record)
+
+
+def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecord) -> None:
+    _own_tenant(state, upsert.tenant_id)
+    account = state.accounts.get(upsert.tenant_id)
+    currency = upsert.currency or (account.currency if account else state.settings.default_currency)
+    if len(currency) > 8:
+        raise CommandRefused(f"currency: {currency[:16]!r}; write a code such as USD")
+    if account is None:
+        account = state.accounts[upsert.tenant_id] = AccountState(
+            upsert.tenant_id, currency, plan=state.settings.default_plan
+        )
+    elif currency != account.currency and (account.credit_pico or account.spend_pico):
+        raise CommandRefused(
+            f"currency: {currency}; tenant {upsert.tenant_id} has amounts in {account.currency}, which stays its currency"
+        )
+    account.currency = currency
+    account.status = upsert.status or ACCOUNT_STATUS_ACTIVE
+    if upsert.display_name:
+        account.display_name = upsert.display_name[:ID_CHARS_MAX]
+    if upsert.HasField("plan"):
+        account.plan = upsert.plan
+    _state_account(state, account, record)
+
+
+def _upsert_key(state: LedgerState, upsert: KeyUpsert, record: LedgerRecord) -> None:
+    key = ApiKey()
+    key.CopyFrom(upsert.key)
+    _own_tenant(state, key.tenant_id)
+    _known_account(state, key.tenant_id)
+    if not 0 < len(key.key_id) <= ID_CHARS_MAX:
+        raise CommandRefused(f"key_id: needs 1 to {ID_CHARS_MAX} characters")
+    known = state.keys.get(key.key_id)
+    if known is not None and known.tenant_id != key.tenant_id:
+        raise CommandRefused(f"key_id: {key.key_id} belongs to another tenant; choose another")
+    if len(key.secret_hash) != 32:
+        raise CommandRefused(f"secret_hash: {len(key.secret_hash)} bytes; give an HMAC-SHA256, never the secret")
+    key.version.generation = state.generation
+    key.version.sequence = record.sequence
+    state.keys[key.key_id] = key
+    record.keys.append(key)
+
+
+def _take_book(state: LedgerState, book: PriceBook, applied: CommandApplied) -> None:
+    state.books.add(book)
+    applied.price_book.CopyFrom(book)

@@ -1,0 +1,55 @@
+"""Who is who: the partition of a tenant, the identity of a request, the fingerprint of what was said about it.
+
+The dedupe key is a keyed 128-bit BLAKE2b of the length-prefixed (tenant, request ID), so that no delimiter in an ID and no
+crafted pair collides with another; the time is not part of it, so a retry with another timestamp is still the same request.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import blake2b
+
+DEDUPE_KEY_BYTES = 16
+FINGERPRINT_BYTES = 8
+_MASK = 0xFFFFFFFF
+_M = 0x5BD1E995
+
+
+def murmur2(data: bytes) -> int:
+    """Kafka's murmur2 with its seed, as a signed-less 32-bit number (org.apache.kafka.common.utils.Utils.murmur2)."""
+    length = len(data)
+    h = 0x9747B28C ^ length
+    whole = length & ~3
+    for i in range(0, whole, 4):
+        k = int.from_bytes(data[i : i + 4], "little") * _M & _MASK
+        k ^= k >> 24
+        h = (h * _M & _MASK) ^ (k * _M & _MASK)
+    tail = data[whole:]
+    if tail:
+        h ^= int.from_bytes(tail, "little")
+        h = h * _M & _MASK
+    h ^= h >> 13
+    h = h * _M & _MASK
+    return h ^ (h >> 15)
+
+
+@lru_cache(maxsize=65_536)
+def partition_of(tenant_id: str, partitions: int) -> int:
+    """The partition where `tenant_id` lives, the one that Kafka's default partitioner picks for that key."""
+    return (murmur2(tenant_id.encode()) & 0x7FFFFFFF) % partitions
+
+
+def tenant_prefix(tenant_id: str) -> bytes:
+    """The tenant's part of a dedupe key's input: its length in four bytes, then itself."""
+    encoded = tenant_id.encode()
+    return len(encoded).to_bytes(4, "little") + encoded
+
+
+def dedupe_key(key: bytes, tenant_id: str, request_id: str) -> bytes:
+    """The 16 bytes under which (tenant, request) is remembered in a ledger whose founding record holds `key`."""
+    return blake2b(tenant_prefix(tenant_id) + request_id.encode(), digest_size=DEDUPE_KEY_BYTES, key=key).digest()
+
+
+def fingerprint(event: bytes) -> bytes:
+    """8 bytes that tell one payload from another: of the event's bytes as they came."""
+    return blake2b(event, digest_size=FINGERPRINT_BYTES).digest()

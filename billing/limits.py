@@ -1,0 +1,30 @@
+"""The bounds that every part shares. They make the size of a ledger record provable: see RECORD_BYTES_MAX."""
+
+SCHEMA_VERSION = 1
+
+BATCH_EVENTS_MAX = 1_000
+BATCH_BYTES_MAX = 1_000_000
+
+# A record holds its input (≤ 1 MB) and per event, at worst, one window (≤ 2 KB with its strings and units), its release (≤ 1 KB), one
+# account (≤ 1.5 KB), one dropped entry and a few numbers: 1 MB + 1,000 × 6 KB stays under this.
+RECORD_BYTES_MAX = 8_000_000
+
+# Of an identifier: tenant, project, user, key, model, request.
+ID_CHARS_MAX = 256
+# An event of at most this many bytes cannot hold a text over its bound: the step then need not look at each.
+PLAIN_EVENT_BYTES_MAX = ID_CHARS_MAX
+# Of one quantity of one event; the sum of a million such events still fits in 64 bits.
+QUANTITY_MAX = 2**40
+UNITS_MAX = 8
+UNIT_CHARS_MAX = 32
+ATTRIBUTES_MAX = 64
+ATTRIBUTE_CHARS_MAX = 256
+# Year 2286: a time beyond it is a unit mistake (microseconds sent as milliseconds).
+TIME_MS_MAX = 9_999_999_999_999
+
+ALERT_REQUEST_IDS_MAX = 10
+# Windows let go by one record; more wait for the next.
+RELEASED_WINDOWS_MAX = 2_000
+# Ranges remembered beyond a hole in a producer's numbering; further ones are merged over the smallest gap and counted missing.
+PRODUCER_RANGES_MAX = 64
+REJECTED_PAYLOAD_BYTES_MAX = 65_536

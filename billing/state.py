@@ -1,0 +1,154 @@
+"""What one ledger partition knows. `step` moves it by one input, `replay.apply` by one record; both lead to the same digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from billing.accounts import AccountState
+from billing.limits import RELEASED_WINDOWS_MAX
+from billing.prices import PriceBooks
+from billing.sequences import ProducerSequences
+from billing.v1.account_pb2 import ApiKey
+from billing.v1.ledger_pb2 import Founding
+from billing.windows import MINUTE_MS, Key, Window
+
+DAY_MS = 86_400_000
+
+
+class SeenKeys(Protocol):
+    """The memory of what was charged: 16-byte dedupe keys and the 8-byte fingerprint of what was said under each."""
+
+    def find(self, digests: Sequence[bytes]) -> list[bytes | None]:
+        """For each digest the fingerprint that it was remembered with, or None: exact, no false answers either way."""
+        ...
+
+    def remember(self, expires_day: int, digests: Sequence[bytes], fingerprints: Sequence[bytes]) -> None:
+        """Remember these until `expires_day` (days since 1970) is over."""
+        ...
+
+    def expire(self, through_day: int) -> None:
+        """Let go of what expires on `through_day` or before."""
+        ...
+
+
+class MemorySeenKeys:
+    """SeenKeys in plain dictionaries: for tests, audits and simulations."""
+
+    def __init__(self) -> None:
+        self.days: dict[int, dict[bytes, bytes]] = {}
+
+    def find(self, digests: Sequence[bytes]) -> list[bytes | None]:
+        found: list[bytes | None] = [None] * len(digests)
+        for day in self.days.values():
+            for index, digest in enumerate(digests):
+                known = day.get(digest)
+                if known is not None:
+                    found[index] = known
+        return found
+
+    def remember(self, expires_day: int, digests: Sequence[bytes], fingerprints: Sequence[bytes]) -> None:
+        self.days.setdefault(expires_day, {}).update(zip(digests, fingerprints, strict=True))
+
+    def expire(self, through_day: int) -> None:
+        for day in [day for day in self.days if day <= through_day]:
+            del self.days[day]
+
+
+class LedgerState:
+    """The state of one partition after a record. Made by `replay.apply` of a founding record, or loaded from a local store."""
+
+    def __init__(self, seen: SeenKeys) -> None:
+        self.seen = seen
+        self.partition = 0
+        self.generation = b""
+        self.sequence = -1
+        self.record_hash = b""
+        self.log_time_ms = 0
+        self.settings = Founding()
+        self.inputs: dict[str, int] = {}
+        self.books = PriceBooks()
+        self.accounts: dict[str, AccountState] = {}
+        self.keys: dict[str, ApiKey] = {}
+        self.windows: dict[Key, Window] = {}
+        self.producers: dict[str, ProducerSequences] = {}
+        # Command ID to the log time when it came: a repeat within the horizon is applied once.
+        self.commands: dict[str, int] = {}
+        self.expired_through_day = 0
+        self._release: dict[int, set[Key]] = {}
+
+    @property
+    def founded(self) -> bool:
+        """Whether a founding record has been applied."""
+        return self.sequence >= 0
+
+    def touch_window(self, key: Key, window: Window, log_time_ms: int) -> None:
+        """Note that `window` changed at `log_time_ms`: it stays open until both its end and this are past the lateness."""
+        last_ms = max((key[5] + 1) * MINUTE_MS, log_time_ms) + self.settings.window_lateness_ms
+        due = last_ms // MINUTE_MS + 1
+        if window.release_minute != due:
+            # The entry under the old minute stays; `due_windows` sees that it is not due and drops it.
+            window.release_minute = due
+            self._release.setdefault(due, set()).add(key)
+
+    def due_windows(self, log_time_ms: int) -> list[Key]:
+        """Windows to let go now, at most RELEASED_WINDOWS_MAX, in a stated order. The caller removes them."""
+        now = log_time_ms // MINUTE_MS
+        due: list[Key] = []
+        for minute in sorted(self._release):
+            if minute > now or len(due) >= RELEASED_WINDOWS_MAX:
+                break
+            keys = self._release[minute]
+            stale = {key for key in keys if (w := self.windows.get(key)) is None or w.release_minute != minute}
+            keys -= stale
+            due.extend(sorted(keys)[: RELEASED_WINDOWS_MAX - len(due)])
+            if not keys:
+                del self._release[minute]
+        return due
+
+    def remove_windows(self, keys: Iterable[Key]) -> None:
+        """Let go of `keys`."""
+        for key in keys:
+            window = self.windows.pop(key)
+            bucket = self._release.get(window.release_minute)
+            if bucket is not None:
+                bucket.discard(key)
+                if not bucket:
+                    del self._release[window.release_minute]
+
+    def forget_commands(self, before_ms: int) -> None:
+        """Let go of command IDs older than `before_ms`."""
+        for command_id in [c for c, seen_ms in self.commands.items() if seen_ms < before_ms]:
+            del self.commands[command_id]
+
+    def digest(self) -> str:
+        """SHA-256 over everything here but the dedupe memory, in a canonical order: equal states have equal digests."""
+        h = hashlib.sha256()
+
+        def add(*parts: object) -> None:
+            h.update(repr(parts).encode())
+
+        add(
+            self.partition,
+            self.generation,
+            self.sequence,
+            self.record_hash,
+            self.log_time_ms,
+            sorted(self.inputs.items()),
+        )
+        add(self.settings.SerializeToString(deterministic=True), self.expired_through_day)
+        for book in self.books.all():
+            add(book.SerializeToString(deterministic=True))
+        for tenant_id in sorted(self.accounts):
+            account = self.accounts[tenant_id].to_account(b"", 0, 0)
+            add(account.SerializeToString(deterministic=True))
+        for key_id in sorted(self.keys):
+            add(self.keys[key_id].SerializeToString(deterministic=True))
+        for key in sorted(self.windows):
+            window = self.windows[key]
+            add(window.to_total(key).SerializeToString(deterministic=True), window.release_minute)
+        for producer_id in sorted(self.producers):
+            add(self.producers[producer_id].to_mark().SerializeToString(deterministic=True))
+        add(sorted(self.commands.items()))
+        return h.hexdigest()

@@ -1,0 +1,180 @@
+"""The step function: one input, one record, which is the whole effect of that input.
+
+`step` is pure in the sense that counts: the record and the state after it depend on nothing but the state before, the input,
+the log time that the host read, and the keys. It never raises for bad input: what cannot be used becomes a record that says
+so. It moves the state forward at once, so that several records may be in flight; a host that fails to write one throws the
+state away and starts over from the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
+
+from billing import chain
+from billing.command_step import apply_command
+from billing.limits import (
+    BATCH_BYTES_MAX,
+    BATCH_EVENTS_MAX,
+    REJECTED_PAYLOAD_BYTES_MAX,
+    SCHEMA_VERSION,
+)
+from billing.state import DAY_MS, LedgerState
+from billing.usage_step import Forward, apply_usage
+from billing.v1.account_pb2 import LedgerPosition
+from billing.v1.command_pb2 import SignedCommand
+from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, Rejected, Tick
+from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
+from billing.windows import window_key
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerKeys:
+    """The installation's secrets that a step uses: what seals records, and what commands are signed with."""
+
+    seal_key: bytes = field(repr=False)
+    command_key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageInput:
+    """A message of `usage.events`."""
+
+    topic: str
+    offset: int
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CommandInput:
+    """A message of `billing.commands`."""
+
+    topic: str
+    offset: int
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TickInput:
+    """No message: time has passed."""
+
+
+Input = UsageInput | CommandInput | TickInput
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What to write: first `forwards`, each acknowledged in its own partition, then `stored` to the ledger."""
+
+    record: LedgerRecord
+    stored: bytes
+    forwards: list[Forward]
+
+
+class InputWentBack(RuntimeError):
+    """The host handed over an input that the state has already taken. It must seek behind `state.inputs` first."""
+
+
+def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKeys, writer: str) -> StepResult:
+    """The record for `source`, sealed; `state` is then the state after it. Log time never goes back: the later one counts."""
+    log_time_ms = max(log_time_ms, state.log_time_ms)
+    record = LedgerRecord(
+        schema_version=SCHEMA_VERSION,
+        generation=state.generation,
+        sequence=state.sequence + 1,
+        previous_hash=state.record_hash,
+        log_time_ms=log_time_ms,
+        partition=state.partition,
+        writer=writer,
+    )
+    forwards: list[Forward] = []
+    match source:
+        case UsageInput():
+            _advance(state, source.topic, source.offset)
+            forwards = _usage(state, source, record)
+        case CommandInput():
+            _advance(state, source.topic, source.offset)
+            _command(state, source, record, keys.command_key)
+        case TickInput():
+            _tick(state, record)
+    due = state.due_windows(log_time_ms)
+    if due:
+        record.released.extend(window_key(key, state.windows[key].opened_sequence) for key in due)
+        state.remove_windows(due)
+    record.inputs.extend(InputPosition(topic=topic, offset=offset) for topic, offset in sorted(state.inputs.items()))
+    for number, alert in enumerate(record.alerts):
+        alert.alert_id = f"{state.generation.hex()[:12]}-{state.partition}-{record.sequence}-{number}"
+        alert.position.CopyFrom(LedgerPosition(generation=state.generation, sequence=record.sequence))
+    stored = chain.seal(record, keys.seal_key)
+    state.log_time_ms = log_time_ms
+    state.sequence = record.sequence
+    state.record_hash = chain.record_hash(stored)
+    return StepResult(record, stored, forwards)
+
+
+def _advance(state: LedgerState, topic: str, offset: int) -> None:
+    last = state.inputs.get(topic, -1)
+    if offset <= last:
+        raise InputWentBack(f"{topic}[{state.partition}]: offset {offset} was taken already, the last is {last}")
+    state.inputs[topic] = offset
+
+
+def _usage(state: LedgerState, source: UsageInput, record: LedgerRecord) -> list[Forward]:
+    if len(source.value) > BATCH_BYTES_MAX:
+        _reject(record, source, f"batch: {len(source.value)} bytes; send at most {BATCH_BYTES_MAX}")
+        return []
+    try:
+        batch = UsageBatch.FromString(source.value)
+        raw = RawUsageBatch.FromString(source.value)
+    except DecodeError:
+        _reject(record, source, "batch: cannot be decoded; send a serialized billing.v1.UsageBatch")
+        return []
+    if batch.schema_version != SCHEMA_VERSION:
+        _reject(
+            record,
+            source,
+            f"schema_version: {batch.schema_version} is not known here (this ledger speaks {SCHEMA_VERSION}); "
+            "upgrade the workers before the producers",
+        )
+        return []
+    if len(batch.events) > BATCH_EVENTS_MAX:
+        _reject(record, source, f"events: {len(batch.events)} in one batch; send at most {BATCH_EVENTS_MAX}")
+        return []
+    return apply_usage(state, source.value, batch, raw, record)
+
+
+def _command(state: LedgerState, source: CommandInput, record: LedgerRecord, command_key: bytes) -> None:
+    if len(source.value) > BATCH_BYTES_MAX:
+        _reject(record, source, f"command: {len(source.value)} bytes; send at most {BATCH_BYTES_MAX}")
+        return
+    try:
+        signed = SignedCommand.FromString(source.value)
+    except DecodeError:
+        _reject(record, source, "command: cannot be decoded; send a serialized billing.v1.SignedCommand")
+        return
+    apply_command(state, signed, record, command_key)
+
+
+def _tick(state: LedgerState, record: LedgerRecord) -> None:
+    # A day's keys are let go when the whole day is over.
+    through_day = record.log_time_ms // DAY_MS - 1
+    if through_day > state.expired_through_day:
+        state.seen.expire(through_day)
+        state.expired_through_day = through_day
+        state.forget_commands(record.log_time_ms - state.settings.dedupe_horizon_ms)
+    record.tick.CopyFrom(Tick(expired_through_day=state.expired_through_day))
+
+
+def _reject(record: LedgerRecord, source: UsageInput | CommandInput, reason: str) -> None:
+    record.rejected.CopyFrom(
+        Rejected(
+            topic=source.topic,
+            offset=source.offset,
+            reason=reason,
+            payload=source.value[:REJECTED_PAYLOAD_BYTES_MAX],
+            payload_bytes=len(source.value),
+            payload_hash=hashlib.sha256(source.value).digest(),
+        )
+    )

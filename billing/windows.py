@@ -1,0 +1,113 @@
+"""Totals per minute of event time. A record states a window's absolute total, so that writing it twice is harmless.
+
+A window is let go when log time has passed both its end and its last change by the lateness; usage that comes later opens a
+new one under another `opened_sequence`, and queries add them: lateness is unbounded, memory is not.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from billing.amounts import from_amount, to_amount
+from billing.v1.ledger_pb2 import WindowKey, WindowTotal
+
+MINUTE_MS = 60_000
+
+
+class Key(NamedTuple):
+    """What is summed together. `minute` is minutes since 1970 of the time when the usage ended."""
+
+    tenant_id: str
+    project_id: str
+    model: str
+    operation: int
+    service_class: int
+    minute: int
+
+
+class Window:
+    """One open window: counts, the eight classes of tokens, units and cost."""
+
+    __slots__ = (
+        "cost_pico",
+        "currency",
+        "events",
+        "opened_sequence",
+        "refused_events",
+        "release_minute",
+        "tokens",
+        "units",
+        "unrated_events",
+    )
+
+    def __init__(self, opened_sequence: int, currency: str) -> None:
+        self.opened_sequence = opened_sequence
+        self.currency = currency
+        self.events = 0
+        self.refused_events = 0
+        self.unrated_events = 0
+        self.tokens = [0] * 8
+        self.units: dict[str, int] = {}
+        self.cost_pico = 0
+        # The minute of log time at which it may be let go; kept by LedgerState.
+        self.release_minute = 0
+
+    def to_total(self, key: Key) -> WindowTotal:
+        """The absolute total, as a record states it."""
+        tokens = self.tokens
+        return WindowTotal(
+            key=window_key(key, self.opened_sequence),
+            events=self.events,
+            refused_events=self.refused_events,
+            unrated_events=self.unrated_events,
+            uncached_input_tokens=tokens[0],
+            output_tokens=tokens[1],
+            cache_read_tokens=tokens[2],
+            cache_write_tokens=tokens[3],
+            reasoning_tokens=tokens[4],
+            image_input_tokens=tokens[5],
+            audio_input_tokens=tokens[6],
+            audio_output_tokens=tokens[7],
+            units=self.units,
+            cost=to_amount(self.cost_pico),
+            currency=self.currency,
+        )
+
+    @classmethod
+    def from_total(cls, total: WindowTotal) -> Window:
+        """The window that `total` states."""
+        window = cls(total.key.opened_sequence, total.currency)
+        window.events = total.events
+        window.refused_events = total.refused_events
+        window.unrated_events = total.unrated_events
+        window.tokens = [
+            total.uncached_input_tokens,
+            total.output_tokens,
+            total.cache_read_tokens,
+            total.cache_write_tokens,
+            total.reasoning_tokens,
+            total.image_input_tokens,
+            total.audio_input_tokens,
+            total.audio_output_tokens,
+        ]
+        window.units = dict(total.units)
+        window.cost_pico = from_amount(total.cost)
+        return window
+
+
+def window_key(key: Key, opened_sequence: int) -> WindowKey:
+    """The contract form of a key."""
+    return WindowKey(
+        tenant_id=key[0],
+        project_id=key[1],
+        model=key[2],
+        operation=key[3],
+        service_class=key[4],
+        minute=key[5],
+        opened_sequence=opened_sequence,
+    )
+
+
+def key_of(key: WindowKey) -> Key:
+    """The key that a contract names, without its generation."""
+    return Key(key.tenant_id, key.project_id, key.model, key.operation, key.service_class, key.minute)
