@@ -1,0 +1,27 @@
+"""The models' own tokenizers: exact counts off the event loop, and a cheap bound from above."""
+
+from serving.tokenizers.errors import (
+    ChatTemplateError,
+    TextTooLongError,
+    TokenizerBusyError,
+    TokenizerError,
+    TokenizerLoadError,
+    UnknownModelError,
+)
+from serving.tokenizers.loading import Framing, ModelTokenizer, load_tokenizer
+from serving.tokenizers.registry import RegistrySettings, TokenizerRegistry, TokenizerSettings
+
+__all__ = [
+    "ChatTemplateError",
+    "Framing",
+    "ModelTokenizer",
+    "RegistrySettings",
+    "TextTooLongError",
+    "TokenizerBusyError",
+    "TokenizerError",
+    "TokenizerLoadError",
+    "TokenizerRegistry",
+    "TokenizerSettings",
+    "UnknownModelError",
+    "load_tokenizer",
+]
