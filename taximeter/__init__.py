@@ -1,1 +1,1 @@
-"""Taximeter: the command line, the configuration and the composition root. The one package that may import every other."""
+"""Taximeter: the command line, the configuration and the composition root. It alone may import every other package."""

@@ -1,8 +1,8 @@
 """How a command finds the `up` that runs in a data directory, and how two of them never share one.
 
-Promise: `lock` is held by one process for as long as it lives (the kernel lets go of it when the process dies, however it
-dies). `RunState` names its pids and ports and the configuration that its parts run with; `running` returns it only while the
-lock is held, so a file that a killed `up` left behind misleads nobody.
+Promise: `lock` is held by one process for as long as it lives (the kernel lets go of it when the process dies,
+however it dies). `RunState` names its pids and ports and the configuration that its parts run with; `running` returns
+it only while the lock is held, so a file that a killed `up` left behind misleads nobody.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taximeter.errors import TaximeterError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["DataDir", "RunState"]
 
@@ -65,7 +67,8 @@ class DataDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TaximeterError(
-                    f"data directory {self.path} is in use by another `taximeter up`: stop that one, or choose another --data-dir"
+                    f"data directory {self.path} is in use by another `taximeter up`: "
+                    "stop that one, or choose another --data-dir"
                 ) from None
             try:
                 yield
@@ -76,7 +79,7 @@ class DataDir:
         """State what runs now; whole or not at all."""
         fresh = self._state_path.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(state), default=str, indent=1))
-        os.replace(fresh, self._state_path)
+        fresh.replace(self._state_path)
 
     def running(self) -> RunState | None:
         """The `up` that holds this directory and has started its parts; None when there is none."""

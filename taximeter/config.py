@@ -1,0 +1,425 @@
+"""The one configuration: a TOML file, the environment and flags, in that order of growing weight.
+
+Promise: `load` returns a frozen, complete `Config`, or raises `ConfigError` that names every wrong key, its value
+(never a secret's) and the mend. A key that nobody knows is an error that names the nearest known one, wherever it
+came from.
+
+The file is `taximeter.toml`, or what `--config` or `TAXIMETER_CONFIG` names. The environment is
+`TAXIMETER_SECTION__KEY`, such as `TAXIMETER_KAFKA__BOOTSTRAP`. A flag is `--set kafka.bootstrap=…`. A secret stands in
+a file named by `…_file`, or in the environment; it is masked in every repr, error and dump.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from taximeter.errors import ConfigError
+
+__all__ = [
+    "ClickHouseConfig",
+    "Config",
+    "EmbeddedConfig",
+    "GatewayConfig",
+    "KafkaConfig",
+    "LedgerConfig",
+    "ModelProfileConfig",
+    "ModelsConfig",
+    "PricesConfig",
+    "ProducerConfig",
+    "load",
+    "read_secret",
+]
+
+ENVIRONMENT_PREFIX: Final = "TAXIMETER_"
+# Variables of the command line itself, which are no keys of the configuration.
+_COMMAND_LINE_VARIABLES: Final = frozenset({"TAXIMETER_CONFIG", "TAXIMETER_DATA_DIR"})
+DEFAULT_FILE: Final = Path("taximeter.toml")
+_FILE_BYTES_MAX: Final = 1_000_000
+
+Port = Annotated[int, Field(ge=1, le=65_535)]
+# 0: none; the embedded set-up chooses a free one.
+PortOrNone = Annotated[int, Field(ge=0, le=65_535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class KafkaConfig(_Section):
+    """Where Kafka is, how to speak to it, and how the topics are called."""
+
+    bootstrap: str = "127.0.0.1:9092"
+    topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)] = ""
+    replication_factor: Annotated[int, Field(ge=1, le=9)] = 1
+    # Days that usage.ledger keeps records; at least the dedupe horizon, and some to replay behind it.
+    ledger_retention_days: Annotated[int, Field(ge=1)] = 45
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
+    sasl_username: str = ""
+    sasl_password: SecretStr | None = None
+    sasl_password_file: Path | None = None
+    ssl_ca_file: Path | None = None
+    ssl_certificate_file: Path | None = None
+    ssl_key_file: Path | None = None
+    request_timeout_s: Annotated[float, Field(gt=0, le=300)] = 15.0
+
+    @model_validator(mode="after")
+    def _sasl_is_whole(self) -> KafkaConfig:
+        if self.security_protocol.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
+            raise ValueError(
+                f"security_protocol {self.security_protocol} needs sasl_mechanism and sasl_username: set them"
+            )
+        return self
+
+
+class LedgerConfig(_Section):
+    """The ledger: how many partitions it was founded with, where its local state lies, and the keys that seal it."""
+
+    partitions: Annotated[int, Field(ge=1, le=1024)] = 4
+    state_dir: Path = Path(".taximeter/ledger")
+    consumer_group: Annotated[str, Field(min_length=1, max_length=100)] = "taximeter-ledger"
+    seal_key: SecretStr | None = None
+    seal_key_file: Path | None = None
+    command_key: SecretStr | None = None
+    command_key_file: Path | None = None
+    dedupe_horizon_days: Annotated[int, Field(ge=1, le=400)] = 35
+    window_lateness_minutes: Annotated[int, Field(ge=1, le=10_080)] = 120
+    future_alert_minutes: Annotated[int, Field(ge=1)] = 5
+    future_reject_minutes: Annotated[int, Field(ge=1)] = 1_440
+    alert_cooldown_minutes: Annotated[int, Field(ge=0)] = 10
+
+
+class ClickHouseConfig(_Section):
+    """Where rows go: chDB, owned by the sink and asked over loopback, or a ClickHouse server over the native
+    protocol.
+    """
+
+    engine: Literal["chdb", "server"] = "chdb"
+    database: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)] = "taximeter"
+    chdb_path: Path = Path(".taximeter/chdb")
+    loopback_port: PortOrNone = 8124
+    loopback_token: SecretStr | None = None
+    loopback_token_file: Path | None = None
+    host: str = "127.0.0.1"
+    port: Port = 9000
+    user: str = "default"
+    password: SecretStr | None = None
+    password_file: Path | None = None
+    tls: bool = False
+    ca_file: Path | None = None
+    sink_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)] = "clickhouse"
+    query_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+
+
+class GatewayConfig(_Section):
+    """The metering gateway: where it listens, what stands behind it, and how it knows a key."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8001
+    upstream: str = "127.0.0.1:8101"
+    # Set: TLS to the back end, verified against these certificates.
+    upstream_ca_file: Path | None = None
+    tls_certificate_file: Path | None = None
+    tls_key_file: Path | None = None
+    journal_path: Path = Path(".taximeter/gateway/journal.sqlite")
+    server_id: str = ""
+    region: str = ""
+    key_pepper: SecretStr | None = None
+    key_pepper_file: Path | None = None
+    requests_max: Annotated[int, Field(ge=1)] = 1_000
+    tenant_requests_max: Annotated[int, Field(ge=1)] = 250
+    # For models and plans that state none; 0: no limit.
+    prompt_tokens_max: Annotated[int, Field(ge=0)] = 0
+    # What is known of accounts is stale when their partition of the ledger has been silent for so long.
+    accounts_age_max_s: Annotated[float, Field(gt=0)] = 60.0
+    fail_open: bool = False
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> GatewayConfig:
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_certificate_file and tls_key_file belong together: set both, or neither")
+        return self
+
+
+class ProducerConfig(_Section):
+    """What a metering point's journal and publisher may use."""
+
+    journal_bytes_max: Annotated[int, Field(ge=1_000_000)] = 2_000_000_000
+    linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 20
+    batch_events: Annotated[int, Field(ge=1, le=1_000)] = 500
+    batch_bytes: Annotated[int, Field(ge=1_000, le=1_000_000)] = 900_000
+    durable_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+
+
+class ModelProfileConfig(_Section):
+    """One model behind the gateway: how its back end speaks, and which tokenizer counts when the back end does not."""
+
+    backend: Literal["vllm", "tensorrt_llm", "generic"] = "vllm"
+    # By its name in [models.tokenizers]; empty: the back end alone counts.
+    tokenizer: str = ""
+    decoupled: bool = True
+    # For plans that state none; 0: the gateway's.
+    prompt_tokens_max: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _can_count(self) -> ModelProfileConfig:
+        if self.backend == "generic" and not self.tokenizer:
+            raise ValueError("backend generic reports no counts: name a tokenizer from [models.tokenizers]")
+        return self
+
+
+class ModelsConfig(_Section):
+    """Models by name, and tokenizers by name: the path of a tokenizer.json, a GGUF file, or a folder."""
+
+    profiles: dict[str, ModelProfileConfig] = Field(default_factory=dict)
+    tokenizers: dict[str, Path] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _tokenizers_are_there(self) -> ModelsConfig:
+        for name, profile in self.profiles.items():
+            if profile.tokenizer and profile.tokenizer not in self.tokenizers:
+                raise ValueError(
+                    f"profiles.{name} counts with tokenizer {profile.tokenizer!r}: add it to [models.tokenizers]"
+                )
+        return self
+
+
+class PricesConfig(_Section):
+    """The price book that `up` applies when it founds a ledger; none: the one that comes with the package."""
+
+    initial_book: Path | None = None
+
+
+class EmbeddedConfig(_Section):
+    """What `up` starts on this machine."""
+
+    host: Literal["127.0.0.1"] = "127.0.0.1"
+    broker_port: PortOrNone = 0
+    gateway_port: PortOrNone = 0
+    model_server_port: PortOrNone = 0
+    loopback_port: PortOrNone = 0
+    model_server: bool = True
+    gateway: bool = True
+    workers: Annotated[int, Field(ge=1, le=16)] = 1
+    ready_timeout_s: Annotated[float, Field(gt=0, le=600)] = 60.0
+    stop_timeout_s: Annotated[float, Field(gt=0, le=600)] = 20.0
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The TOML file, already read: it was parsed by `load`, which says what is wrong with it."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: Mapping[str, Any]) -> None:
+        super().__init__(settings_cls)
+        self._values = dict(values)
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._values
+
+
+class Config(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    kafka: KafkaConfig = Field(default_factory=KafkaConfig)
+    ledger: LedgerConfig = Field(default_factory=LedgerConfig)
+    clickhouse: ClickHouseConfig = Field(default_factory=ClickHouseConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    producer: ProducerConfig = Field(default_factory=ProducerConfig)
+    models: ModelsConfig = Field(default_factory=ModelsConfig)
+    prices: PricesConfig = Field(default_factory=PricesConfig)
+    embedded: EmbeddedConfig = Field(default_factory=EmbeddedConfig)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # Flags come as init values under one reserved name, so that they and the file stay apart.
+        values: dict[str, Any] = getattr(init_settings, "init_kwargs", {})
+        file_values = values.pop("_file_values", {})
+        return init_settings, env_settings, _FileSource(settings_cls, file_values)
+
+
+def load(
+    path: Path | None = None,
+    flags: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, object]] | None = None,
+) -> Config:
+    """The configuration.
+
+    `path` None: `taximeter.toml` if it is there. `flags` are "section.key=value". `overrides` win over everything.
+    """
+    file_values = {} if path is None and not DEFAULT_FILE.is_file() else _read_toml(path or DEFAULT_FILE)
+    origin = str(path or DEFAULT_FILE)
+    values = _parse_flags(flags)
+    for section, keys in (overrides or {}).items():
+        values.setdefault(section, {}).update(keys)
+    _check_environment()
+    try:
+        # pydantic-settings keeps names that begin with an underscore to itself, so the file's values ride in a dict.
+        arguments: dict[str, Any] = {"_file_values": file_values, **values}
+        return Config(**arguments)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file_values, values, origin)) from None
+
+
+def read_secret(section: BaseModel, field: str, *, needed_for: str) -> bytes:
+    """The secret `field` of a section: from `<field>_file` or the value itself. ConfigError when neither is there."""
+    section_name = _section_name(section)
+    value: SecretStr | None = getattr(section, field)
+    if value is not None:
+        return value.get_secret_value().encode()
+    path: Path | None = getattr(section, f"{field}_file")
+    variable = f"{ENVIRONMENT_PREFIX}{section_name.upper()}__{field.upper()}"
+    if path is None:
+        raise ConfigError(
+            f"{section_name}.{field} is not set and {needed_for} needs it: "
+            f"set {section_name}.{field}_file, or {variable}"
+        )
+    try:
+        secret = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"{section_name}.{field}_file {path} cannot be read ({error.strerror}): correct the path"
+        ) from None
+    if not secret:
+        raise ConfigError(f"{section_name}.{field}_file {path} is empty: put the secret in it")
+    return secret
+
+
+def _section_name(section: BaseModel) -> str:
+    return next(name for name, info in Config.model_fields.items() if info.annotation is type(section))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _FILE_BYTES_MAX:
+            raise ConfigError(f"configuration file {path} has over {_FILE_BYTES_MAX} bytes: is it the right file?")
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"configuration file {path} cannot be read ({error.strerror}): correct --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} is not TOML ({error}): correct that line") from None
+
+
+def _parse_flags(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
+    values: dict[str, dict[str, Any]] = {}
+    for flag in flags:
+        name, equals, text = flag.partition("=")
+        parts = name.strip().split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            raise ConfigError(
+                f"--set {flag!r} is not section.key=value: write e.g. --set kafka.bootstrap=127.0.0.1:9092"
+            )
+        target: dict[str, Any] = values.setdefault(parts[0], {})
+        for part in parts[1:-1]:
+            target = target.setdefault(part, {})
+        target[parts[-1]] = text
+    return values
+
+
+def _check_environment() -> None:
+    """pydantic-settings ignores a variable whose section it does not know; we do not."""
+    for variable in sorted(os.environ):
+        if not variable.upper().startswith(ENVIRONMENT_PREFIX) or variable.upper() in _COMMAND_LINE_VARIABLES:
+            continue
+        section, separator, _ = variable[len(ENVIRONMENT_PREFIX) :].lower().partition("__")
+        if section not in Config.model_fields or not separator:
+            nearest = _nearest(section, list(Config.model_fields))
+            mend = f"{ENVIRONMENT_PREFIX}{nearest.upper()}__KEY"
+            raise ConfigError(f"environment variable {variable} names no key: write {mend}, or unset it")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return close[0] if close else ""
+
+
+def _model_at(location: Sequence[str | int]) -> type[BaseModel] | None:
+    """The section's class that a path of keys leads to."""
+    current: Any = Config
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(str(part))
+            current = None if field is None else field.annotation
+        elif getattr(current, "__origin__", None) is dict:
+            current = current.__args__[1]
+        else:
+            return None
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def _explain(error: ValidationError, file_values: Mapping[str, Any], flags: Mapping[str, Any], origin: str) -> str:
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        location = problem["loc"]
+        key = ".".join(str(part) for part in location) or "configuration"
+        source = _source_of(location, file_values, flags, origin)
+        if problem["type"] == "extra_forbidden":
+            model = _model_at(location[:-1])
+            known = [] if model is None else list(model.model_fields)
+            prefix = ".".join(str(part) for part in location[:-1])
+            nearest = ".".join(part for part in (prefix, _nearest(str(location[-1]), known)) if part)
+            lines.append(f"{key} ({source}) is no key: the nearest is {nearest}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key} ({source}){_shown(location, file_values, flags)}: {message}")
+    return "; ".join(lines)
+
+
+def _look_up(location: Sequence[str | int], values: Mapping[str, Any]) -> Any:
+    current: Any = values
+    for part in location:
+        if not isinstance(current, Mapping) or part not in current:
+            return None
+        current = current[part]
+    return current
+
+
+def _source_of(
+    location: Sequence[str | int], file_values: Mapping[str, Any], flags: Mapping[str, Any], origin: str
+) -> str:
+    if _look_up(location, flags) is not None:
+        return "a flag"
+    variable = ENVIRONMENT_PREFIX + "__".join(str(part).upper() for part in location)
+    if any(name.upper() == variable for name in os.environ):
+        return f"environment {variable}"
+    return origin
+
+
+def _shown(location: Sequence[str | int], file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
+    """The wrong value, unless its key may hold a secret."""
+    model = _model_at(location[:-1])
+    field = None if model is None else model.model_fields.get(str(location[-1]))
+    if field is None or "SecretStr" in str(field.annotation):
+        return ""
+    value = _look_up(location, flags)
+    if value is None:
+        variable = ENVIRONMENT_PREFIX + "__".join(str(part).upper() for part in location)
+        value = next((text for name, text in os.environ.items() if name.upper() == variable), None)
+    if value is None:
+        value = _look_up(location, file_values)
+    return "" if value is None or isinstance(value, Mapping) else f" is {value!r}"
