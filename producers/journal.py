@@ -1,0 +1,428 @@
+"""The journal: usage on this machine's disk until the ledger has it.
+
+Promise: what `append`, `open`, `update` and `close_request` hand back a receipt for is on disk when the receipt says so, it
+keeps its place in the numbering of its partition over every restart, and it leaves the disk only by `free`. What does not fit
+is refused with `JournalFull` before anything of it is kept.
+
+The callers only put bytes into the pending group. One thread swaps that group for an empty one, numbers its events, commits
+it, settles its receipt, and takes the next: while the disk works on one group, the next one gathers. Numbers are given at the
+commit, so a group that failed leaves no gap.
+
+A journal belongs to one process: it holds a lock on the file beside it, which the kernel lets go when the process ends,
+however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, ID_CHARS_MAX
+from billing.v1.usage_pb2 import RawUsageBatch
+from producers.errors import (
+    JournalClosed,
+    JournalError,
+    JournalFull,
+    JournalLocked,
+    JournalMismatch,
+    JournalWriteFailed,
+)
+from producers.journal_store import EVENT_ENVELOPE_BYTES, JournalStore, OpenRow, Page, SegmentRow
+from producers.receipt import Receipt
+
+__all__ = ["EVENT_BYTES_MAX", "Journal", "JournalSettings", "Page"]
+
+# A batch's own fields: producer ID, sequences, version.
+BATCH_ENVELOPE_BYTES = 4 * ID_CHARS_MAX + 64
+# Of one event: it must fit into a batch alone.
+EVENT_BYTES_MAX = BATCH_BYTES_MAX - BATCH_ENVELOPE_BYTES - EVENT_ENVELOPE_BYTES
+# What an open request counts for in journal_bytes: room for the event that it becomes, so that closing it is never refused.
+OPEN_REQUEST_BYTES = 1_024
+_FREE_RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class JournalSettings:
+    """Bounds and identity. `producer_id` empty: one is made and kept in the journal."""
+
+    partitions: int
+    producer_id: str = ""
+    journal_bytes_max: int = 1 << 30
+    # Of events that wait in memory for the disk.
+    pending_bytes_max: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        for name in ("partitions", "journal_bytes_max", "pending_bytes_max"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: set it to 1 or more")
+        if len(self.producer_id) > ID_CHARS_MAX:
+            raise ValueError(f"producer_id: {len(self.producer_id)} characters; set at most {ID_CHARS_MAX}")
+
+
+class _Group:
+    """What is committed together. Only its last state of an open request counts, so many updates are one write."""
+
+    __slots__ = ("closed", "count", "event_bytes", "events", "opened", "receipt", "started", "woken")
+
+    def __init__(self) -> None:
+        self.events: defaultdict[int, list[bytes]] = defaultdict(list)
+        self.opened: dict[int, tuple[int, bytes]] = {}
+        self.started: list[int] = []
+        self.closed: list[int] = []
+        self.count = 0
+        self.event_bytes = 0
+        self.receipt = Receipt()
+        self.woken = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.count or self.opened or self.closed)
+
+
+class Journal:
+    """One open journal. Every method may be called from any thread."""
+
+    def __init__(self, path: Path, settings: JournalSettings) -> None:
+        """Open or begin the journal at `path`. Raises any `JournalError` but `JournalClosed`."""
+        self.path = path
+        self.settings = settings
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock_descriptor = _lock(path)
+        try:
+            self._store = JournalStore(path)
+            try:
+                self.producer_id = self._identify()
+                highest = self._store.highest_sequences()
+                self._highest = [highest.get(partition, 0) for partition in range(settings.partitions)]
+                freed = self._store.freed_sequences()
+                self._freed = [freed.get(partition, 0) for partition in range(settings.partitions)]
+                self._left_open = self._store.open_rows()
+                self._event_bytes = self._store.event_bytes()
+            except BaseException:
+                self._store.close()
+                raise
+        except BaseException:
+            os.close(self._lock_descriptor)
+            raise
+        self._open = {row.slot for row in self._left_open}
+        self._next_slot = max(self._open, default=0) + 1
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._group = _Group()
+        self._pending_bytes = 0
+        self._to_free: dict[int, int] = {}
+        self._free_not_before = 0.0
+        self._closing = False
+        self._writer_error: BaseException | None = None
+        self._subscribers: list[threading.Event] = []
+        self._recorded = self._durable = self._failed = self._refused = self._commits = 0
+        self._writer = threading.Thread(target=self._write, name="journal-writer", daemon=True)
+        self._writer.start()
+
+    # What callers do.
+
+    def append(self, partition: int, event: bytes) -> Receipt:
+        """Take a serialized event. Raises `JournalFull` or `JournalClosed`; after that the receipt tells."""
+        with self._lock:
+            self._admit(len(event) + EVENT_ENVELOPE_BYTES)
+            group = self._group
+            self._add_event(group, partition, event)
+            self._wake(group)
+        return group.receipt
+
+    def open(self, partition: int, event: bytes) -> tuple[int, Receipt]:
+        """Take a request that begins: `event` is what it becomes if this process dies. Returns its slot."""
+        with self._lock:
+            self._admit(OPEN_REQUEST_BYTES)
+            group = self._group
+            slot = self._next_slot
+            self._next_slot += 1
+            self._open.add(slot)
+            group.opened[slot] = (partition, event)
+            group.started.append(slot)
+            self._wake(group)
+        return slot, group.receipt
+
+    def update(self, slot: int, partition: int, event: bytes) -> Receipt:
+        """Replace what the open request becomes if this process dies; the last of a group is the one that is written."""
+        with self._lock:
+            self._refuse_if_closed()
+            group = self._group
+            group.opened[slot] = (partition, event)
+            self._wake(group)
+        return group.receipt
+
+    def close_request(self, slot: int, partition: int, event: bytes) -> Receipt:
+        """Turn the open request into `event`, in one transaction. Never refused for want of room: `open` set it aside."""
+        with self._lock:
+            self._refuse_if_closed()
+            group = self._group
+            group.opened.pop(slot, None)
+            group.closed.append(slot)
+            self._add_event(group, partition, event)
+            self._wake(group)
+        return group.receipt
+
+    def left_open(self) -> Sequence[OpenRow]:
+        """The requests that an earlier process left open and that `close_request` has not moved since."""
+        with self._lock:
+            self._left_open = [row for row in self._left_open if row.slot in self._open]
+            return self._left_open
+
+    # What the publisher does.
+
+    def highest_sequence(self, partition: int) -> int:
+        """The highest number assigned in this partition, on disk; 0 where nothing ever was."""
+        return self._highest[partition]
+
+    def freed_sequence(self, partition: int) -> int:
+        """Up to here, the events have been let go."""
+        return self._freed[partition]
+
+    def read(self, partition: int, after_sequence: int, events_max: int, bytes_max: int) -> Page:
+        """Durable events in their order: see `JournalStore.read`."""
+        return self._store.read(partition, after_sequence, events_max, bytes_max)
+
+    def free(self, partition: int, covered_sequence: int) -> None:
+        """The ledger has everything up to and including this: let go of it, soon."""
+        with self._lock:
+            if covered_sequence > max(self._to_free.get(partition, 0), self._freed[partition]):
+                self._to_free[partition] = covered_sequence
+                self._work.notify()
+
+    def subscribe(self, event: threading.Event) -> None:
+        """Set `event` after each commit."""
+        with self._lock:
+            self._subscribers = [*self._subscribers, event]
+
+    def oldest_unacknowledged_ms(self, now_ms: int) -> int:
+        """The age of the oldest event that the journal still holds; 0 when it holds none."""
+        committed = (self._store.oldest_committed_ms(partition) for partition in range(self.settings.partitions))
+        return max((now_ms - at for at in committed if at is not None), default=0)
+
+    def metrics(self) -> dict[str, int]:
+        """Counts since this process opened the journal, and how much it holds now."""
+        with self._lock:
+            return {
+                "recorded": self._recorded,
+                "durable": self._durable,
+                "refused": self._refused,
+                "failed": self._failed,
+                "commits": self._commits,
+                "open_requests": len(self._open),
+                "journal_bytes": self._journal_bytes(),
+                "journal_bytes_max": self.settings.journal_bytes_max,
+                "pending_bytes": self._pending_bytes,
+            }
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Commit what is pending, close the file, let go of the lock. Raises `JournalError` if the disk takes too long."""
+        with self._lock:
+            self._closing = True
+            self._work.notify()
+        self._writer.join(timeout_s)
+        if self._writer.is_alive():
+            raise JournalError(
+                f"timeout_s={timeout_s:g}: the disk under {self.path} has not taken the last events in time; "
+                f"receipts that are not settled are not durable"
+            )
+
+    # Inside.
+
+    def _journal_bytes(self) -> int:
+        return self._event_bytes + len(self._open) * OPEN_REQUEST_BYTES
+
+    def _refuse_if_closed(self) -> None:
+        if self._closing or self._writer_error is not None:
+            cause = f" after {self._writer_error!r}" if self._writer_error is not None else ""
+            raise JournalClosed(f"journal_path={self.path}: the journal is closed{cause}; open it anew")
+
+    def _admit(self, size: int) -> None:
+        self._refuse_if_closed()
+        if self._journal_bytes() + size > self.settings.journal_bytes_max:
+            self._refused += 1
+            raise JournalFull(
+                f"journal_bytes_max={self.settings.journal_bytes_max}: the journal {self.path} holds {self._journal_bytes()} "
+                f"bytes that the ledger has not acknowledged; see to it that Kafka and the ledger take usage, or set it higher"
+            )
+        if self._pending_bytes + size > self.settings.pending_bytes_max:
+            self._refused += 1
+            raise JournalFull(
+                f"pending_bytes_max={self.settings.pending_bytes_max}: {self._pending_bytes} bytes wait in memory for the disk "
+                f"under {self.path}; record more slowly, or use a faster disk"
+            )
+
+    def _add_event(self, group: _Group, partition: int, event: bytes) -> None:
+        size = len(event) + EVENT_ENVELOPE_BYTES
+        group.events[partition].append(event)
+        group.count += 1
+        group.event_bytes += size
+        self._event_bytes += size
+        self._pending_bytes += size
+        self._recorded += 1
+
+    def _wake(self, group: _Group) -> None:
+        if not group.woken:
+            group.woken = True
+            self._work.notify()
+
+    def _identify(self) -> str:
+        """Check the journal against the settings, or note them in a new one; returns the producer ID."""
+        store, settings = self._store, self.settings
+        numbered = bool(store.highest_sequences() or store.open_rows())
+        noted_partitions = store.mark("partitions")
+        if numbered and noted_partitions != str(settings.partitions):
+            raise JournalMismatch(
+                f"partitions={settings.partitions}: the journal {self.path} numbers its events for {noted_partitions}; "
+                f"set it back, or begin a new journal once this one has been published"
+            )
+        noted_id = store.mark("producer_id")
+        producer_id = settings.producer_id or noted_id or secrets.token_hex(16)
+        if numbered and noted_id != producer_id:
+            raise JournalMismatch(
+                f"producer_id={producer_id}: the journal {self.path} numbers its events as {noted_id}; "
+                f"set it back, or begin a new journal once this one has been published"
+            )
+        if noted_partitions != str(settings.partitions):
+            store.set_mark("partitions", str(settings.partitions))
+        if noted_id != producer_id:
+            store.set_mark("producer_id", producer_id)
+        return producer_id
+
+    # The writer's thread.
+
+    def _write(self) -> None:
+        group = _Group()
+        try:
+            while (taken := self._take()) is not None:
+                group = taken
+                if not group.is_empty:
+                    self._commit(group)
+                    group = _Group()
+                self._free_some()
+        except BaseException as error:
+            # A fault of ours, not of the disk: whoever waits must hear of it, and nobody may record into the void.
+            with self._lock:
+                self._writer_error = error
+                pending, self._group = self._group, _Group()
+            for lost in (group, pending):
+                if not lost.is_empty:
+                    lost.receipt.settle(JournalWriteFailed(f"journal_path={self.path}: its writer ended on {error!r}"))
+            raise
+        finally:
+            self._store.close()
+            os.close(self._lock_descriptor)
+
+    def _take(self) -> _Group | None:
+        """Wait for work; None when the journal is closing and nothing is left."""
+        with self._lock:
+            while self._group.is_empty and not self._closing:
+                if not self._to_free:
+                    self._work.wait()
+                elif (pause_s := self._free_not_before - time.monotonic()) > 0:
+                    self._work.wait(pause_s)
+                else:
+                    break
+            if self._closing and self._group.is_empty:
+                return None
+            group, self._group = self._group, _Group()
+            return group
+
+    def _commit(self, group: _Group) -> None:
+        highest, segments = self._number(group)
+        opened = [OpenRow(slot, partition, event) for slot, (partition, event) in group.opened.items()]
+        # A request that began and ended within this group never had a row.
+        closed = list(set(group.closed).difference(group.started))
+        error: JournalError | None = None
+        try:
+            self._store.commit(segments, opened, closed)
+        except JournalError as refusal:
+            error = refusal
+        with self._lock:
+            self._pending_bytes -= group.event_bytes
+            if error is None:
+                self._commits += 1
+                self._durable += group.count
+                self._event_bytes += sum(len(segment.events) for segment in segments) - group.event_bytes
+                self._open.difference_update(group.closed)
+                for partition, sequence in highest.items():
+                    self._highest[partition] = sequence
+            else:
+                self._failed += group.count
+                self._event_bytes -= group.event_bytes
+                self._open.difference_update(group.started)
+        group.receipt.settle(error)
+        if error is None:
+            for event in self._subscribers:
+                event.set()
+
+    def _number(self, group: _Group) -> tuple[dict[int, int], list[SegmentRow]]:
+        """The group's events as segments, none larger than a batch may be, numbered on from the last that is durable."""
+        committed_ms = time.time_ns() // 1_000_000
+        highest: dict[int, int] = {}
+        segments: list[SegmentRow] = []
+        for partition, events in group.events.items():
+            sequence = self._highest[partition]
+            for part in _cut(events):
+                blob = RawUsageBatch(events=part).SerializeToString()
+                segments.append(SegmentRow(partition, sequence + 1, sequence + len(part), committed_ms, blob))
+                sequence += len(part)
+            highest[partition] = sequence
+        return highest, segments
+
+    def _free_some(self) -> None:
+        """One page of what may go, so that a commit never waits for more. Where the disk refuses, it is tried again."""
+        with self._lock:
+            if not self._to_free or time.monotonic() < self._free_not_before:
+                return
+            partition, covered_sequence = next(iter(self._to_free.items()))
+        try:
+            page = self._store.free(partition, covered_sequence)
+        except JournalError:
+            self._free_not_before = time.monotonic() + _FREE_RETRY_S
+            return
+        with self._lock:
+            self._event_bytes -= page.event_bytes
+            self._freed[partition] = max(self._freed[partition], page.last_sequence)
+            if page.is_last and self._to_free[partition] == covered_sequence:
+                del self._to_free[partition]
+
+
+def _cut(events: list[bytes]) -> list[list[bytes]]:
+    """Consecutive parts, each within a batch's bounds."""
+    size_max = BATCH_BYTES_MAX - BATCH_ENVELOPE_BYTES
+    if len(events) <= BATCH_EVENTS_MAX and sum(map(len, events)) + EVENT_ENVELOPE_BYTES * len(events) <= size_max:
+        return [events]
+    parts: list[list[bytes]] = [[]]
+    size = 0
+    for event in events:
+        size += len(event) + EVENT_ENVELOPE_BYTES
+        if parts[-1] and (len(parts[-1]) == BATCH_EVENTS_MAX or size > size_max):
+            parts.append([])
+            size = len(event) + EVENT_ENVELOPE_BYTES
+        parts[-1].append(event)
+    return parts
+
+
+def _lock(path: Path) -> int:
+    """Take the journal for this process; the descriptor holds it. The lock's file stays: only the kernel's lock counts."""
+    lock_path = path.with_name(path.name + ".lock")
+    descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise JournalLocked(
+            f"journal_path={path}: process {holder} has this journal open; stop it, or give this process a path of its own"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor

@@ -1,0 +1,258 @@
+"""The journal's file: SQLite in WAL mode with synchronous=FULL, one connection that writes and one that reads.
+
+Promise: when `commit` returns, what it was given survives a crash of the process and of the machine, all of it or (when it
+raises) none of it. A torn last write is found by SQLite's checksums on the next start, and only what had never been confirmed
+goes with it.
+
+Events of one commit and one partition stand in one row, a segment: the bytes are those of `RawUsageBatch.events` on the wire.
+So a commit is a handful of statements whatever the number of events. That matters twice: a row less is a row faster, and each
+statement gives up the interpreter's lock and has to win it back from callers that are busy.
+
+All writes and all checkpoints go through the writing connection, from one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from billing.v1.usage_pb2 import RawUsageBatch
+from producers.errors import JournalError, JournalFull, JournalUnreadable, JournalWriteFailed
+
+__all__ = ["EVENT_ENVELOPE_BYTES", "FreedPage", "JournalStore", "OpenRow", "Page", "SegmentRow"]
+
+SCHEMA_VERSION = 1
+# What an event of under 2 MB costs beside its own bytes where it stands in a batch: a tag and its length.
+EVENT_ENVELOPE_BYTES = 4
+# Rows in one statement: a bound on the statements that SQLite keeps compiled.
+_ROWS_MAX = 200
+_FREED_ROWS_MAX = 1_000
+_CHECKPOINT_PAGES = 1_000
+_Statement = tuple[str, tuple[Any, ...]]
+_SCHEMA = """
+CREATE TABLE marks (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE segments (
+    partition INTEGER NOT NULL,
+    first_sequence INTEGER NOT NULL,
+    last_sequence INTEGER NOT NULL,
+    committed_ms INTEGER NOT NULL,
+    events BLOB NOT NULL,
+    PRIMARY KEY (partition, first_sequence)
+) WITHOUT ROWID;
+CREATE TABLE freed (partition INTEGER PRIMARY KEY, sequence INTEGER NOT NULL);
+CREATE TABLE open_requests (slot INTEGER PRIMARY KEY, partition INTEGER NOT NULL, event BLOB NOT NULL);
+"""
+# From the segment that holds the number on: freed ones are gone, so it may be none and the next one the first.
+_READ = """
+SELECT first_sequence, events FROM segments WHERE partition = ? AND last_sequence > ? AND first_sequence >=
+    (SELECT COALESCE(MAX(first_sequence), 0) FROM segments WHERE partition = ? AND first_sequence <= ?)
+ORDER BY first_sequence
+"""
+
+
+class SegmentRow(NamedTuple):
+    partition: int
+    first_sequence: int
+    last_sequence: int
+    committed_ms: int
+    events: bytes
+
+
+class OpenRow(NamedTuple):
+    """A request that is open, and the event that it becomes if this process dies now."""
+
+    slot: int
+    partition: int
+    event: bytes
+
+
+class Page(NamedTuple):
+    """Consecutive events of one partition."""
+
+    first_sequence: int
+    events: Sequence[bytes]
+
+
+class FreedPage(NamedTuple):
+    """What one step of freeing let go, and whether there is more."""
+
+    event_bytes: int
+    last_sequence: int
+    is_last: bool
+
+
+class JournalStore:
+    """One open file. `commit`, `free` and `set_mark` belong to one thread at a time; the reads may come from any."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reader_lock = threading.Lock()
+        try:
+            self._writer = self._connect()
+            try:
+                self._prepare()
+                self._reader = self._connect()
+                self._reader.execute("PRAGMA query_only = ON")
+            except BaseException:
+                self._writer.close()
+                raise
+        except sqlite3.Error as error:
+            raise self._translate(error, JournalUnreadable) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path, isolation_level=None, check_same_thread=False, cached_statements=32, timeout=10.0
+        )
+        connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        connection.execute("PRAGMA synchronous = FULL")
+        # macOS: without it, fsync leaves the data in the drive's cache.
+        connection.execute("PRAGMA fullfsync = ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+        return connection
+
+    def _prepare(self) -> None:
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._writer.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise JournalUnreadable(
+                f"journal_path={self.path}: its format is {version}, this version writes {SCHEMA_VERSION}; "
+                f"let the version that wrote it publish what it holds, then begin a new one"
+            )
+
+    def commit(self, segments: Sequence[SegmentRow], opened: Sequence[OpenRow], closed: Sequence[int]) -> None:
+        """Make all of it durable, or none: then it raises `JournalFull` or `JournalWriteFailed`."""
+        statements = [
+            *_inserts("INSERT INTO segments VALUES ", 5, segments),
+            *_inserts("INSERT OR REPLACE INTO open_requests VALUES ", 3, opened),
+            *_deletes(closed),
+        ]
+        self._transaction(statements)
+
+    def free(self, partition: int, covered_sequence: int) -> FreedPage:
+        """Let go of segments whose last sequence is covered, a page of them; remember how far the numbering has gone."""
+        try:
+            count, last, event_bytes = self._writer.execute(
+                "SELECT COUNT(*), MAX(last_sequence), COALESCE(SUM(LENGTH(events)), 0) FROM (SELECT last_sequence, events "
+                "FROM segments WHERE partition = ? AND last_sequence <= ? ORDER BY first_sequence LIMIT ?)",
+                (partition, covered_sequence, _FREED_ROWS_MAX),
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise self._translate(error, JournalWriteFailed) from error
+        if count == 0:
+            return FreedPage(0, 0, is_last=True)
+        self._transaction(
+            [
+                ("DELETE FROM segments WHERE partition = ? AND first_sequence <= ?", (partition, last)),
+                ("INSERT OR REPLACE INTO freed VALUES (?, ?)", (partition, last)),
+            ]
+        )
+        return FreedPage(event_bytes, last, is_last=count < _FREED_ROWS_MAX)
+
+    def set_mark(self, name: str, value: str) -> None:
+        self._transaction([("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))])
+
+    def mark(self, name: str) -> str | None:
+        rows = self._read("SELECT value FROM marks WHERE name = ?", (name,))
+        return str(rows[0][0]) if rows else None
+
+    def highest_sequences(self) -> dict[int, int]:
+        """The highest number ever assigned, of each partition that has one."""
+        rows = self._read(
+            "SELECT partition, MAX(sequence) FROM (SELECT partition, sequence FROM freed "
+            "UNION ALL SELECT partition, MAX(last_sequence) FROM segments GROUP BY partition) GROUP BY partition"
+        )
+        return {int(partition): int(sequence) for partition, sequence in rows}
+
+    def freed_sequences(self) -> dict[int, int]:
+        return {int(partition): int(sequence) for partition, sequence in self._read("SELECT * FROM freed")}
+
+    def event_bytes(self) -> int:
+        ((total,),) = self._read("SELECT COALESCE(SUM(LENGTH(events)), 0) FROM segments")
+        return int(total)
+
+    def open_rows(self) -> list[OpenRow]:
+        return [OpenRow(*row) for row in self._read("SELECT slot, partition, event FROM open_requests ORDER BY slot")]
+
+    def oldest_committed_ms(self, partition: int) -> int | None:
+        rows = self._read("SELECT committed_ms FROM segments WHERE partition = ? ORDER BY first_sequence LIMIT 1", (partition,))
+        return int(rows[0][0]) if rows else None
+
+    def read(self, partition: int, after_sequence: int, events_max: int, bytes_max: int) -> Page:
+        """The events that follow `after_sequence`, at most so many and (unless one alone is larger) so large."""
+        try:
+            with self._reader_lock:
+                cursor = self._reader.execute(_READ, (partition, after_sequence, partition, after_sequence + 1))
+                with contextlib.closing(cursor):
+                    return _page(cursor, after_sequence + 1, events_max, bytes_max)
+        except sqlite3.Error as error:
+            raise self._translate(error, JournalUnreadable) from error
+
+    def close(self) -> None:
+        """Close the file. The last connection moves the log into it."""
+        with self._reader_lock:
+            self._reader.close()
+        self._writer.close()
+
+    def _read(self, sql: str, parameters: tuple[object, ...] = ()) -> list[Any]:
+        try:
+            with self._reader_lock:
+                return self._reader.execute(sql, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise self._translate(error, JournalUnreadable) from error
+
+    def _transaction(self, statements: Sequence[_Statement]) -> None:
+        try:
+            if len(statements) == 1:
+                # Its own transaction: two statements fewer.
+                self._writer.execute(*statements[0])
+                return
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                for sql, parameters in statements:
+                    self._writer.execute(sql, parameters)
+                self._writer.execute("COMMIT")
+            finally:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise self._translate(error, JournalWriteFailed) from error
+
+    def _translate(self, error: sqlite3.Error, kind: type[JournalError]) -> JournalError:
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        if name == "SQLITE_FULL":
+            return JournalFull(f"journal_path={self.path}: the disk is full ({error}); free space on it, then record again")
+        return kind(f"journal_path={self.path}: {name}: {error}; look at the disk and the file's permissions")
+
+
+def _inserts(sql: str, columns: int, rows: Sequence[tuple[Any, ...]]) -> Iterator[_Statement]:
+    row = f"({','.join('?' * columns)})"
+    for start in range(0, len(rows), _ROWS_MAX):
+        part = rows[start : start + _ROWS_MAX]
+        yield sql + ",".join([row] * len(part)), tuple(chain.from_iterable(part))
+
+
+def _deletes(slots: Sequence[int]) -> Iterator[_Statement]:
+    for start in range(0, len(slots), _ROWS_MAX):
+        part = slots[start : start + _ROWS_MAX]
+        yield f"DELETE FROM open_requests WHERE slot IN ({','.join('?' * len(part))})", tuple(part)  # noqa: S608
+
+
+def _page(rows: Iterable[tuple[int, bytes]], first_sequence: int, events_max: int, bytes_max: int) -> Page:
+    events: list[bytes] = []
+    size = 0
+    for segment_first, blob in rows:
+        if not events:
+            first_sequence = max(first_sequence, segment_first)
+        skipped = first_sequence - segment_first if not events else 0
+        for event in RawUsageBatch.FromString(blob).events[skipped:]:
+            size += len(event) + EVENT_ENVELOPE_BYTES
+            if events and (len(events) == events_max or size > bytes_max):
+                return Page(first_sequence, events)
+            events.append(event)
+    return Page(first_sequence, events)
