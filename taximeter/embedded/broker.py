@@ -4,9 +4,8 @@ Promise: after `start` the broker answers metadata requests; after `stop`, or wh
 gone. It keeps everything in memory: **a restart forgets every topic, offset and group**, and `taximeter up` then
 founds a new generation of the ledger on the local state.
 
-What was measured with Tansu 0.6.0 (510f3e2) and librdkafka 2.16, and what follows from it.
-`tests/embedded/test_broker.py` holds each line, so that a newer broker that behaves better shows up as a failing
-test.
+What was measured with Tansu 0.6.0 (510f3e2) and librdkafka 2.16, and what follows from it. `tests/embedded/test_broker.py`
+holds those that a reader or writer must know, so that a newer broker that behaves better shows up as a failing test.
 
 - It is ready 25 ms after the start. SIGTERM waits 5 s for connected clients; there is nothing to save, so `stop` does
   not wait.
@@ -18,8 +17,9 @@ test.
   OFFSET_OUT_OF_RANGE. A consumer whose broker forgot the log hears nothing for ever unless it compares positions
   itself.
 - An unknown topic is created by whoever asks for it, unless the client says `allow.auto.create.topics=False`; say so.
-- An idempotent producer that lives on while the broker restarts never delivers again: make a new one after a delivery
-  timeout.
+- **An idempotent producer that lives on while the broker restarts never delivers again**: it is told UNKNOWN_PRODUCER_ID
+  for ever. And the broker gives out the same producer IDs once more. Make a new producer when the topics are founded.
+- A topic that is deleted while a consumer holds it crashes librdkafka at the next `get_watermark_offsets`.
 - The first join of a group is answered after half the session timeout; LogAppendTime is ignored; topic settings are
   stored and described, whatever they are called, and none is acted on; a record may be larger than Kafka allows.
 """

@@ -103,8 +103,7 @@ class Child:
             )
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Poll `ready` until it holds. When it does not in time, the process is ended; then, as when it ended by itself,
-        `ChildError` is raised."""
+        """Poll `ready` until it holds; `ChildError` when the process ends, or is too slow and therefore ended."""
         deadline = time.monotonic() + timeout_s
         while not ready():
             if not self.alive:

@@ -109,9 +109,7 @@ class ClickHouseServer:
         self.password = password
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.xml"
-        config.write_text(
-            _CONFIG.format(host=_HOST, tcp_port=self.port, http_port=free_port(), folder=escape(str(folder)))
-        )
+        config.write_text(_CONFIG.format(host=_HOST, tcp_port=self.port, http_port=free_port(), folder=escape(str(folder))))
         (folder / "users.xml").write_text(_USERS.format(password=escape(password)))
         self.process = Child(
             "clickhouse-server",

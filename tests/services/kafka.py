@@ -61,9 +61,7 @@ def kafka_libs() -> Path:
             )
         return Path(given)
     if shutil.which("java") is None:
-        raise KafkaUnavailableError(
-            "there is no java on this machine; on Debian: apt-get install default-jdk-headless maven"
-        )
+        raise KafkaUnavailableError("there is no java on this machine; on Debian: apt-get install default-jdk-headless maven")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taximeter"
     libs = cache / f"kafka-{_kafka_version()}"
     if not libs.is_dir():
@@ -80,9 +78,7 @@ def _kafka_version() -> str:
 def _fetch(libs: Path) -> None:
     maven = shutil.which("mvn")
     if maven is None:
-        raise KafkaUnavailableError(
-            "there is no mvn on this machine to fetch Kafka's jars; on Debian: apt-get install maven"
-        )
+        raise KafkaUnavailableError("there is no mvn on this machine to fetch Kafka's jars; on Debian: apt-get install maven")
     libs.parent.mkdir(parents=True, exist_ok=True)
     # Fetched beside and renamed, so that a folder under the final name is whole, whoever else fetches.
     with tempfile.TemporaryDirectory(dir=libs.parent) as temporary:
