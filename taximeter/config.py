@@ -74,9 +74,7 @@ class KafkaConfig(_Section):
     @model_validator(mode="after")
     def _sasl_is_whole(self) -> KafkaConfig:
         if self.security_protocol.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
-            raise ValueError(
-                f"security_protocol {self.security_protocol} needs sasl_mechanism and sasl_username: set them"
-            )
+            raise ValueError(f"security_protocol {self.security_protocol} needs sasl_mechanism and sasl_username: set them")
         return self
 
 
@@ -186,9 +184,7 @@ class ModelsConfig(_Section):
     def _tokenizers_are_there(self) -> ModelsConfig:
         for name, profile in self.profiles.items():
             if profile.tokenizer and profile.tokenizer not in self.tokenizers:
-                raise ValueError(
-                    f"profiles.{name} counts with tokenizer {profile.tokenizer!r}: add it to [models.tokenizers]"
-                )
+                raise ValueError(f"profiles.{name} counts with tokenizer {profile.tokenizer!r}: add it to [models.tokenizers]")
         return self
 
 
@@ -295,15 +291,12 @@ def read_secret(section: BaseModel, field: str, *, needed_for: str) -> bytes:
     variable = f"{ENVIRONMENT_PREFIX}{section_name.upper()}__{field.upper()}"
     if path is None:
         raise ConfigError(
-            f"{section_name}.{field} is not set and {needed_for} needs it: "
-            f"set {section_name}.{field}_file, or {variable}"
+            f"{section_name}.{field} is not set and {needed_for} needs it: set {section_name}.{field}_file, or {variable}"
         )
     try:
         secret = path.read_bytes().strip()
     except OSError as error:
-        raise ConfigError(
-            f"{section_name}.{field}_file {path} cannot be read ({error.strerror}): correct the path"
-        ) from None
+        raise ConfigError(f"{section_name}.{field}_file {path} cannot be read ({error.strerror}): correct the path") from None
     if not secret:
         raise ConfigError(f"{section_name}.{field}_file {path} is empty: put the secret in it")
     return secret
@@ -331,9 +324,7 @@ def _parse_flags(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
         name, equals, text = flag.partition("=")
         parts = name.strip().split(".")
         if not equals or len(parts) < 2 or not all(parts):
-            raise ConfigError(
-                f"--set {flag!r} is not section.key=value: write e.g. --set kafka.bootstrap=127.0.0.1:9092"
-            )
+            raise ConfigError(f"--set {flag!r} is not section.key=value: write e.g. --set kafka.bootstrap=127.0.0.1:9092")
         target: dict[str, Any] = values.setdefault(parts[0], {})
         for part in parts[1:-1]:
             target = target.setdefault(part, {})
@@ -399,9 +390,7 @@ def _look_up(location: Sequence[str | int], values: Mapping[str, Any]) -> Any:
     return current
 
 
-def _source_of(
-    location: Sequence[str | int], file_values: Mapping[str, Any], flags: Mapping[str, Any], origin: str
-) -> str:
+def _source_of(location: Sequence[str | int], file_values: Mapping[str, Any], flags: Mapping[str, Any], origin: str) -> str:
     if _look_up(location, flags) is not None:
         return "a flag"
     variable = ENVIRONMENT_PREFIX + "__".join(str(part).upper() for part in location)

@@ -118,9 +118,7 @@ def _rows(path: Path, file: Iterator[str]) -> Iterator[TraceRow]:
     reader = csv.reader(file)
     header = tuple(next(reader, ()))
     if header != COLUMNS:
-        raise InputFileError(
-            f"trace {path}, line 1: columns are {','.join(header)!r}: they must be {','.join(COLUMNS)}"
-        )
+        raise InputFileError(f"trace {path}, line 1: columns are {','.join(header)!r}: they must be {','.join(COLUMNS)}")
     first_ms: int | None = None
     for number, cells in enumerate(reader):
         where = f"trace {path}, line {reader.line_num}"
@@ -142,15 +140,11 @@ def _time_ms(where: str, text: str) -> int:
         moment = datetime.strptime(head, "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
         microseconds = int(decimals[:6].ljust(6, "0")) if decimals else 0
     except ValueError:
-        raise InputFileError(
-            f"{where}: TIMESTAMP {text!r} is no time: write it like 2023-11-16 18:15:46.6805900"
-        ) from None
+        raise InputFileError(f"{where}: TIMESTAMP {text!r} is no time: write it like 2023-11-16 18:15:46.6805900") from None
     return int(moment.timestamp()) * 1_000 + microseconds // 1_000
 
 
 def _count(where: str, column: int, text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) > QUANTITY_MAX:
-        raise InputFileError(
-            f"{where}: {COLUMNS[column]} {text!r} is no count: write a whole number up to {QUANTITY_MAX}"
-        )
+        raise InputFileError(f"{where}: {COLUMNS[column]} {text!r} is no count: write a whole number up to {QUANTITY_MAX}")
     return int(text)

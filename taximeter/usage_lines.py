@@ -84,9 +84,7 @@ def read_lines(path: Path) -> Iterator[Line]:
             while raw := file.readline(LINE_BYTES_MAX + 1):
                 number += 1
                 if len(raw) > LINE_BYTES_MAX:
-                    raise InputFileError(
-                        f"{path}, line {number}: has over {LINE_BYTES_MAX} bytes: write one event a line"
-                    )
+                    raise InputFileError(f"{path}, line {number}: has over {LINE_BYTES_MAX} bytes: write one event a line")
                 if not raw.strip():
                     continue
                 try:

@@ -66,8 +66,7 @@ class Context:
         state = self.running
         if state is None:
             raise NotReadyError(
-                f"nothing runs in data directory {self.data_dir.path}: "
-                f"start `taximeter up --data-dir {self.data_dir.path}`"
+                f"nothing runs in data directory {self.data_dir.path}: start `taximeter up --data-dir {self.data_dir.path}`"
             )
         return state
 

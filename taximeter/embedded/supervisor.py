@@ -1,0 +1,187 @@
+"""Several processes as one: started in order, each when the one before is ready; watched; stopped in the reverse order.
+
+Promise: while `watch` runs, a part that ends is started again, after a pause that doubles each time up to a bound and
+starts over once the part has lived long enough. A part that other parts stand on (`foundation`) takes them down with
+it: they are stopped, the foundation and what prepares it are started again, then they. `stop` ends every part in
+order and waits for each, at most its grace; a second signal is not needed. No part outlives this process, however it
+ends: see `process.Child`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from taximeter.embedded.process import Child, ChildError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from threading import Event
+
+__all__ = ["Part", "Runnable", "Supervisor"]
+
+_log = logging.getLogger(__name__)
+
+_WATCH_INTERVAL_S: Final = 0.1
+_BACK_OFF_FIRST_S: Final = 0.5
+_BACK_OFF_MAX_S: Final = 30.0
+# A part that lived this long starts over with the shortest pause.
+_STEADY_S: Final = 60.0
+
+
+class Runnable(Protocol):
+    """What can be started and stopped: a process, or a process and what belongs to it."""
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def pid(self) -> int: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Part:
+    """A child process and what it takes for it to be ready."""
+
+    child: Child
+    ready: Callable[[], bool]
+    ready_timeout_s: float
+    grace_s: float
+
+    @property
+    def alive(self) -> bool:
+        return self.child.alive
+
+    @property
+    def pid(self) -> int:
+        return self.child.pid
+
+    def start(self) -> None:
+        self.child.start()
+        self.child.wait_until(self.ready, self.ready_timeout_s)
+
+    def stop(self) -> None:
+        self.child.stop(self.grace_s)
+
+
+@dataclass(slots=True)
+class _Health:
+    started_s: float = 0.0
+    pause_s: float = _BACK_OFF_FIRST_S
+    due_s: float | None = None
+    restarts: int = 0
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """`foundation` (the broker) first, then `prepare` (topics, ledger), then `parts` in order."""
+
+    foundation: Runnable
+    prepare: Callable[[], None]
+    parts: Mapping[str, Runnable]
+    stop_order: Sequence[str]
+    # Parts that are stopped with the foundation, because what they have open does not survive it.
+    standing_on_foundation: frozenset[str]
+    on_change: Callable[[], None] = lambda: None
+    tell: Callable[[str], None] = lambda _: None
+    _health: dict[str, _Health] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert set(self.stop_order) == set(self.parts), "every part stands once in the order in which they stop"
+
+    def start(self) -> None:
+        """Everything, in order; ChildError, with everything stopped, when one part does not come up."""
+        try:
+            self.foundation.start()
+            self.prepare()
+            for name in self.parts:
+                self._start(name)
+        except BaseException:
+            self.stop()
+            raise
+        self.on_change()
+
+    def watch(self, ended: Event) -> None:
+        """Keep everything running until `ended` is set."""
+        while not ended.wait(_WATCH_INTERVAL_S):
+            if not self.foundation.alive:
+                self._start_over(ended)
+                continue
+            for name, part in self.parts.items():
+                if not part.alive and not ended.is_set():
+                    self._restart(name)
+
+    def stop(self) -> None:
+        """Every part in order, the foundation last."""
+        for name in self.stop_order:
+            self.parts[name].stop()
+        self.foundation.stop()
+
+    def pids(self) -> dict[str, int]:
+        """The process of each part that runs."""
+        running = {name: part.pid for name, part in self.parts.items() if part.alive}
+        if self.foundation.alive:
+            running["broker"] = self.foundation.pid
+        return running
+
+    def restarts(self) -> dict[str, int]:
+        """How often each part was started again."""
+        return {name: health.restarts for name, health in self._health.items() if health.restarts}
+
+    def _start(self, name: str) -> None:
+        health = self._health.setdefault(name, _Health())
+        self.parts[name].start()
+        health.started_s = time.monotonic()
+        health.due_s = None
+
+    def _restart(self, name: str) -> None:
+        health = self._health.setdefault(name, _Health())
+        now_s = time.monotonic()
+        if health.due_s is None:
+            if now_s - health.started_s >= _STEADY_S:
+                health.pause_s = _BACK_OFF_FIRST_S
+            health.due_s = now_s + health.pause_s
+            self.tell(f"{name} ended; starting it again in {health.pause_s:g} s")
+            health.pause_s = min(health.pause_s * 2, _BACK_OFF_MAX_S)
+            return
+        if now_s < health.due_s:
+            return
+        health.restarts += 1
+        try:
+            self._start(name)
+        except ChildError as error:
+            _log.warning("%s did not come up: %s", name, error)
+            health.started_s = time.monotonic()
+            health.due_s = None
+            return
+        self.tell(f"{name} runs again")
+        self.on_change()
+
+    def _start_over(self, ended: Event) -> None:
+        """The foundation has gone, with all that it held in memory."""
+        self.tell("the broker ended; starting it again, and a new generation of the ledger on the local state")
+        for name in self.stop_order:
+            if name in self.standing_on_foundation:
+                self.parts[name].stop()
+        pause_s = _BACK_OFF_FIRST_S
+        while not ended.wait(pause_s):
+            try:
+                self.foundation.start()
+                self.prepare()
+                for name in self.parts:
+                    if name in self.standing_on_foundation:
+                        self._start(name)
+            except ChildError as error:
+                _log.warning("the broker did not come up: %s", error)
+                for name in self.stop_order:
+                    if name in self.standing_on_foundation:
+                        self.parts[name].stop()
+                self.foundation.stop()
+                pause_s = min(pause_s * 2, _BACK_OFF_MAX_S)
+            else:
+                self.tell("the broker runs again")
+                self.on_change()
+                return

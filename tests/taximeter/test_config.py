@@ -1,0 +1,143 @@
+"""The configuration: what wins, what is refused and how it is told, and that no secret is ever shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from taximeter.config import Config, load, read_secret
+from taximeter.config_text import to_json_values, to_toml
+from taximeter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CANARY = "canary-7f3a"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "given.toml"
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path | None = None, flags: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, flags)
+    return str(caught.value)
+
+
+def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, '[kafka]\nbootstrap = "file:1"\ntopic_prefix = "file"\nreplication_factor = 2\n')
+    monkeypatch.setenv("TAXIMETER_KAFKA__BOOTSTRAP", "environment:1")
+    monkeypatch.setenv("TAXIMETER_KAFKA__TOPIC_PREFIX", "environment")
+    config = load(path, ("kafka.bootstrap=flag:1",))
+    assert config.kafka.bootstrap == "flag:1"
+    assert config.kafka.topic_prefix == "environment"
+    assert config.kafka.replication_factor == 2
+
+
+def test_the_file_in_the_working_directory_is_found(tmp_path: Path) -> None:
+    (tmp_path / "taximeter.toml").write_text("[ledger]\npartitions = 7\n")
+    assert load().ledger.partitions == 7
+
+
+def test_defaults_stand_without_any_source() -> None:
+    assert load() == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ('[kafka]\nbootstrapp = "x"\n', "kafka.bootstrapp", "kafka.bootstrap"),
+        ("[ledgr]\npartitions = 4\n", "ledgr", "ledger"),
+        ('[models.profiles.a]\nbackendd = "vllm"\n', "models.profiles.a.backendd", "models.profiles.a.backend"),
+    ],
+)
+def test_an_unknown_key_names_itself_its_source_and_the_nearest(tmp_path: Path, text: str, unknown: str, nearest: str) -> None:
+    path = write(tmp_path, text)
+    assert refusal(path) == f"{unknown} ({path}) is no key: the nearest is {nearest}"
+
+
+def test_an_unknown_key_of_a_flag_or_the_environment_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "gateway.prot (a flag) is no key: the nearest is gateway.port" in refusal(flags=("gateway.prot=1",))
+    monkeypatch.setenv("TAXIMETER_GATEWAY__PROT", "1")
+    assert "environment TAXIMETER_GATEWAY__PROT) is no key: the nearest is gateway.port" in refusal()
+
+
+def test_an_unknown_section_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAXIMETER_KAFK__BOOTSTRAP", "x")
+    assert refusal() == ("environment variable TAXIMETER_KAFK__BOOTSTRAP names no key: write TAXIMETER_KAFKA__KEY, or unset it")
+
+
+def test_a_wrong_value_is_shown_with_its_bound(tmp_path: Path) -> None:
+    path = write(tmp_path, "[kafka]\nreplication_factor = 99\n")
+    assert refusal(path) == f"kafka.replication_factor ({path}) is 99: Input should be less than or equal to 9"
+
+
+def test_a_wrong_secret_is_not_shown(tmp_path: Path) -> None:
+    path = write(tmp_path, f'[ledger]\nseal_key = ["{CANARY}"]\n')
+    assert "ledger.seal_key" in refusal(path)
+    assert CANARY not in refusal(path)
+
+
+def test_secrets_are_masked_everywhere(tmp_path: Path) -> None:
+    config = load(write(tmp_path, f'[clickhouse]\npassword = "{CANARY}"\n'))
+    for shown in (repr(config), str(config), to_toml(config, show_masked=True), str(to_json_values(config))):
+        assert CANARY not in shown
+    assert "# password is set" in to_toml(config, show_masked=True)
+    assert read_secret(config.clickhouse, "password", needed_for="a test") == CANARY.encode()
+
+
+def test_a_secret_comes_from_its_file(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(f"{CANARY}\n")
+    config = load(flags=(f"ledger.seal_key_file={secret}",))
+    assert read_secret(config.ledger, "seal_key", needed_for="a test") == CANARY.encode()
+
+
+def test_a_missing_secret_says_where_to_put_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ledger\.seal_key is not set and the worker needs it: set ledger\.seal_key_file"):
+        read_secret(load().ledger, "seal_key", needed_for="the worker")
+    config = load(flags=(f"ledger.seal_key_file={tmp_path / 'absent'}",))
+    with pytest.raises(ConfigError, match=r"seal_key_file .*absent cannot be read"):
+        read_secret(config.ledger, "seal_key", needed_for="the worker")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[kafka]\nsecurity_protocol = "SASL_SSL"\n', "needs sasl_mechanism and sasl_username"),
+        ('[gateway]\ntls_key_file = "k"\n', "belong together"),
+        ('[models.profiles.a]\nbackend = "generic"\n', "name a tokenizer"),
+        ('[models.profiles.a]\ntokenizer = "b"\n', "add it to [models.tokenizers]"),
+        ("[kafka\n", "is not TOML"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    assert problem in refusal(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "absent.toml cannot be read" in refusal(tmp_path / "absent.toml")
+
+
+def test_a_flag_that_is_none_is_named() -> None:
+    assert "--set 'kafka' is not section.key=value" in refusal(flags=("kafka",))
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    config = load(
+        flags=(
+            "models.tokenizers.odd name=/a/b",
+            "models.profiles.m.tokenizer=odd name",
+            'gateway.server_id=quote " and \\ and ünï',
+        )
+    )
+    assert load(write(tmp_path, to_toml(config, show_masked=False))) == config
