@@ -1,0 +1,225 @@
+"""ClickHouse in this process, on disk: chDB.
+
+Promise: a row that `insert` returned for survives kill -9 of the process, and a power cut as far as the disk keeps what it was
+told to sync. One folder belongs to one process at a time, kept by a lock file; everyone else asks that process (`sinks.embedded`).
+Reads run beside the writer on connections of their own, as many at a time as `readers`; who waits longer than the
+query's own time for one gets EngineUnavailable.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import queue
+import re
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, cast
+
+import chdb
+import pyarrow as pa
+
+from sinks.engine import PICO_LIMIT, Columns, Kind, Parameter, Rows, Table, row_count
+from sinks.engines.json_rows import decode_rows
+from sinks.errors import EngineError, EngineUnavailable
+from sinks.parameters import bind
+
+__all__ = ["ChdbEngine"]
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_CODE = re.compile(r"Code: (\d+)\.")
+# TIMEOUT_EXCEEDED, TOO_MANY_SIMULTANEOUS_QUERIES, NO_FREE_CONNECTION, MEMORY_LIMIT_EXCEEDED, NOT_ENOUGH_SPACE, TOO_MANY_PARTS.
+_PASSING = frozenset({"159", "202", "203", "241", "243", "252"})
+_ROWS_MAX = 1_000_000
+_FOLDERS: dict[Path, tuple[IO[str], int]] = {}
+_FOLDERS_GUARD = threading.Lock()
+_ARROW: dict[Kind, pa.DataType] = {
+    Kind.TEXT: pa.string(),
+    Kind.BYTES: pa.binary(),
+    Kind.UINT8: pa.uint8(),
+    Kind.UINT32: pa.uint32(),
+    Kind.UINT64: pa.uint64(),
+    Kind.INT32: pa.int32(),
+    Kind.INT64: pa.int64(),
+    Kind.PICO: pa.decimal128(38, 12),
+    Kind.MILLIS: pa.timestamp("ms", "UTC"),
+    Kind.SECONDS: pa.timestamp("s", "UTC"),
+    Kind.TEXTS: pa.list_(pa.string()),
+    Kind.UINT64S: pa.list_(pa.uint64()),
+    Kind.INT64S: pa.list_(pa.int64()),
+}
+
+
+class ChdbEngine:
+    """The engine on `folder`, in database `database`, which is made if it is not there."""
+
+    def __init__(self, folder: Path, database: str = "taximeter", *, readers: int = 2) -> None:
+        if _NAME.fullmatch(database) is None:
+            raise EngineError(f"database: {database!r} is not a plain name; use letters, digits and _")
+        self._folder = folder.resolve()
+        _take(self._folder)
+        self._database = database
+        self._writing = threading.Lock()
+        self._closed = False
+        try:
+            self._writer = chdb.connect(str(folder))
+            self._run(self._writer, f"CREATE DATABASE IF NOT EXISTS {database}")
+            self._run(self._writer, f"USE {database}")
+            self._readers: queue.LifoQueue[Any] = queue.LifoQueue()
+            self._reader_count = readers
+            for _ in range(readers):
+                reader = chdb.connect(str(folder))
+                self._run(reader, f"USE {database}")
+                self._readers.put(reader)
+        except BaseException:
+            _release(self._folder)
+            raise
+
+    def execute(self, sql: str) -> None:
+        with self._writing:
+            self._run(self._writer, sql)
+
+    def insert(self, table: Table, columns: Columns) -> int:
+        rows = row_count(table, columns)
+        if rows == 0:
+            return 0
+        names = list(table.columns)
+        batch = pa.record_batch([_arrow(table.columns[name], columns[name]) for name in names], names=names)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as stream:
+            stream.write_batch(batch)
+        quoted = ", ".join(f"`{name}`" for name in names)
+        with self._writing, _translated():
+            self._check_open()
+            with self._writer.send_insert(f"INSERT INTO {table.name} ({quoted})", "ArrowStream") as inserter:
+                inserter.append(sink.getvalue().to_pybytes())
+                inserter.finish()
+        return rows
+
+    def query(self, sql: str, parameters: Mapping[str, Parameter] | None = None, *, timeout_s: float = 30.0) -> Rows:
+        return decode_rows(self.query_json(bind(sql, parameters), timeout_s=timeout_s))
+
+    def query_json(self, bound_sql: str, *, timeout_s: float) -> bytes:
+        """The answer of one SELECT as ClickHouse writes it (JSONCompact). Read-only: anything else is refused by the engine."""
+        bounded = (
+            f"{bound_sql.rstrip().rstrip(';')}\nSETTINGS readonly = 2, max_execution_time = {timeout_s:.3f}, "
+            f"max_result_rows = {_ROWS_MAX}, result_overflow_mode = 'throw', output_format_json_quote_decimals = 1, "
+            "output_format_json_quote_64bit_integers = 0"
+        )
+        self._check_open()
+        try:
+            reader = self._readers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise EngineUnavailable(
+                f"no answer within {timeout_s:g} s: {self._reader_count} other queries are running; try again"
+            ) from None
+        try:
+            return self._run(reader, bounded, "JSONCompact")
+        finally:
+            self._readers.put(reader)
+
+    def close(self) -> None:
+        with self._writing:
+            if self._closed:
+                return
+            self._closed = True
+            for _ in range(self._reader_count):
+                self._readers.get().close()
+            self._writer.close()
+            _release(self._folder)
+
+    def _run(self, connection: Any, sql: str, output_format: str = "CSV") -> bytes:
+        self._check_open()
+        with _translated():
+            return cast("bytes", connection.query(sql, output_format).bytes())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("this chDB engine is closed")
+
+
+def _take(folder: Path) -> None:
+    """Hold `folder` for this process; counted, for one process may open several databases in it."""
+    with _FOLDERS_GUARD:
+        held, count = _FOLDERS.get(folder, (None, 0))
+        if held is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = (folder / "taximeter.lock").open("a")
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                held.close()
+                raise EngineUnavailable(
+                    f"{folder}: another process has this ClickHouse folder open; chDB belongs to one process, ask that one"
+                ) from error
+        _FOLDERS[folder] = (held, count + 1)
+
+
+def _release(folder: Path) -> None:
+    with _FOLDERS_GUARD:
+        held, count = _FOLDERS.pop(folder)
+        if count > 1:
+            _FOLDERS[folder] = (held, count - 1)
+        else:
+            held.close()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """chDB's errors as ours. They are RuntimeErrors with ClickHouse's own text and code."""
+    try:
+        yield
+    except RuntimeError as error:
+        code = _CODE.search(str(error))
+        kind = EngineUnavailable if code is not None and code[1] in _PASSING else EngineError
+        raise kind(f"chDB: {error}") from error
+
+
+def _arrow(kind: Kind, values: Sequence[object]) -> pa.Array:
+    special = _SPECIAL.get(kind)
+    return special(values) if special is not None else pa.array(values, _ARROW[kind])
+
+
+def _decimals(values: Sequence[object]) -> pa.Array:
+    """128-bit numbers as they are in memory: no decimal is computed, so none is rounded."""
+    pico = cast("Sequence[int]", values)
+    if max(pico) >= PICO_LIMIT or min(pico) <= -PICO_LIMIT:
+        raise EngineError(f"an amount of {max(pico, key=abs)} pico does not fit in Decimal(38, 12)")
+    if min(pico) >= 0 and max(pico) < 1 << 64:
+        words = array("Q", bytes(16 * len(pico)))
+        words[::2] = array("Q", pico)
+        content = pa.py_buffer(words)
+    else:
+        content = pa.py_buffer(b"".join([value.to_bytes(16, "little", signed=True) for value in pico]))
+    return pa.Decimal128Array.from_buffers(_ARROW[Kind.PICO], len(pico), [None, content])
+
+
+def _lists(kind: Kind) -> Callable[[Sequence[object]], pa.Array]:
+    arrow = _ARROW[kind]
+
+    def convert(values: Sequence[object]) -> pa.Array:
+        lists = cast("Sequence[list[object]]", values)
+        if any(lists):
+            offsets = array("i", [0])
+            total = 0
+            for entry in lists:
+                total += len(entry)
+                offsets.append(total)
+            content = pa.array(list(chain.from_iterable(lists)), arrow.value_type)
+        else:
+            offsets = array("i", bytes(4 * (len(lists) + 1)))
+            content = pa.array([], arrow.value_type)
+        return pa.ListArray.from_arrays(pa.Array.from_buffers(pa.int32(), len(offsets), [None, pa.py_buffer(offsets)]), content)
+
+    return convert
+
+
+_SPECIAL: dict[Kind, Callable[[Sequence[object]], pa.Array]] = {
+    Kind.PICO: _decimals,
+    Kind.TEXTS: _lists(Kind.TEXTS),
+    Kind.UINT64S: _lists(Kind.UINT64S),
+    Kind.INT64S: _lists(Kind.INT64S),
+}

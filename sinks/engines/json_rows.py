@@ -1,0 +1,41 @@
+"""ClickHouse's JSONCompact answers as rows of plain Python values; nothing passes through a float that was not one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from decimal import Decimal
+
+from sinks.engine import Rows
+
+__all__ = ["decode_rows"]
+
+
+def decode_rows(answer: bytes) -> Rows:
+    """The rows of an answer in which decimals are quoted."""
+    if not answer:
+        return Rows((), [])
+    document = json.loads(answer)
+    names = tuple(column["name"] for column in document["meta"])
+    converters = {
+        index: converter
+        for index, column in enumerate(document["meta"])
+        if (converter := _converter(column["type"])) is not None
+    }
+    rows: list[tuple[object, ...]]
+    if converters:
+        rows = [
+            tuple(converters[index](value) if index in converters else value for index, value in enumerate(row))
+            for row in document["data"]
+        ]
+    else:
+        rows = [tuple(row) for row in document["data"]]
+    return Rows(names, rows)
+
+
+def _converter(kind: str) -> Callable[[object], object] | None:
+    if kind.startswith("Decimal"):
+        return lambda value: Decimal(str(value))
+    if kind.startswith("Array(Decimal"):
+        return lambda value: [Decimal(str(item)) for item in value] if isinstance(value, list) else value
+    return None

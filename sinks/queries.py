@@ -1,0 +1,531 @@
+"""What people and programs ask: balances, usage, statements, alerts, events. Typed rows, money in whole pico.
+
+Promise: balances and usage read accounts and totals, never raw events; events and statements read one tenant's. Every value goes
+in as a parameter. An answer is what the database holds; `freshness` says up to which log time that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import cast
+
+from sinks.engine import Parameter, Reader, decimal_to_pico
+from sinks.errors import ParameterError
+from sinks.tables import TOKEN_COLUMNS
+
+__all__ = [
+    "USAGE_BY",
+    "AlertRow",
+    "Balance",
+    "EventRow",
+    "Freshness",
+    "RejectedRow",
+    "Totals",
+    "UsageRow",
+    "alerts",
+    "balances",
+    "events",
+    "freshness",
+    "rejected",
+    "totals",
+    "usage",
+]
+
+ROWS_MAX = 10_000
+_TIME_MS_MAX = 9_999_999_999_999
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """One account."""
+
+    tenant_id: str
+    display_name: str
+    status: str
+    currency: str
+    credit_pico: int
+    spend_pico: int
+    events: int
+    duplicates: int
+    conflicts: int
+    unrated_events: int
+    plan_id: str
+    billing_mode: str
+    log_time_ms: int
+
+    @property
+    def balance_pico(self) -> int:
+        """What is left."""
+        return self.credit_pico - self.spend_pico
+
+
+@dataclass(frozen=True, slots=True)
+class Quantities:
+    """What was used: the disjoint classes of tokens, and named units."""
+
+    uncached_input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+    reasoning_tokens: int
+    image_input_tokens: int
+    audio_input_tokens: int
+    audio_output_tokens: int
+    units: Mapping[str, int]
+
+    @property
+    def input_tokens(self) -> int:
+        """All classes of input."""
+        return (
+            self.uncached_input_tokens
+            + self.cache_read_tokens
+            + self.cache_write_tokens
+            + self.image_input_tokens
+            + self.audio_input_tokens
+        )
+
+    @property
+    def all_output_tokens(self) -> int:
+        """All classes of output."""
+        return self.output_tokens + self.reasoning_tokens + self.audio_output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """Usage of one group; `group` has a text for each name in `by`, in that order."""
+
+    group: tuple[str, ...]
+    events: int
+    refused_events: int
+    unrated_events: int
+    quantities: Quantities
+    cost_pico: int
+    currency: str
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Everything there is, from the window totals (`events` and what they used) and the accounts (the rest)."""
+
+    events: int
+    refused_events: int
+    unrated_events: int
+    duplicates: int
+    conflicts: int
+    quantities: Quantities
+    # By currency.
+    cost_pico: Mapping[str, int]
+    credit_pico: Mapping[str, int]
+    spend_pico: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AlertRow:
+    """One alert."""
+
+    alert_id: str
+    tenant_id: str
+    rule: str
+    severity: str
+    raised_ms: int
+    summary: str
+    request_ids: tuple[str, ...]
+    figures: Mapping[str, int]
+    labels: Mapping[str, str]
+    partition: int
+    # Of the ledger record that raised it, comparable over generations: give it to `alerts(after=...)`.
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """One accepted event."""
+
+    tenant_id: str
+    request_id: str
+    project_id: str
+    user_id: str
+    api_key_id: str
+    model: str
+    operation: str
+    service_class: str
+    outcome: str
+    count_source: str
+    started_ms: int
+    ended_ms: int
+    quantities: Quantities
+    cost_pico: int
+    currency: str
+    price_version: int
+    context_tokens: int
+    latency_ms: int
+    client_request_id: str
+    refusal_reason: str
+    accepted_ms: int
+    partition: int
+    generation: str
+    sequence: int
+    record_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """Something that was not charged, and why."""
+
+    partition: int
+    generation: str
+    sequence: int
+    record_index: int
+    tenant_id: str
+    request_id: str
+    reason: str
+    detail: str
+    would_have_cost_pico: int
+    payload: bytes
+    payload_bytes: int
+    topic: str
+    offset: int
+    rejected_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """How far the database is in one partition of the ledger."""
+
+    partition: int
+    generation: str
+    sequence: int
+    record_hash: str
+    ledger_offset: int
+    log_time_ms: int
+    written_ms: int
+
+
+# Name in `by` -> expression over usage_totals. A user is not in the totals: `usage` then reads the tenant's events.
+_GROUPS = {
+    "tenant": "tenant_id",
+    "project": "project_id",
+    "model": "model",
+    "operation": "operation",
+    "class": "service_class",
+    "day": "toString(toDate({time}, 'UTC'))",
+    "hour": "formatDateTime({time}, '%Y-%m-%dT%H:00Z', 'UTC')",
+    "minute": "formatDateTime({time}, '%Y-%m-%dT%H:%M:00Z', 'UTC')",
+}
+_EVENT_GROUPS = {"user": "user_id", "key": "api_key_id", "outcome": "outcome", "region": "region", "source": "count_source"}
+# Every name that `usage(by=...)` knows.
+USAGE_BY = (*_GROUPS, *_EVENT_GROUPS)
+
+_TOKEN_SUMS = ", ".join(f"sum({name}) AS sum_{name}" for name in TOKEN_COLUMNS)
+_UNIT_SUMS = "sumMap(unit_names, unit_quantities) AS unit_sums"
+
+
+def balances(reader: Reader, tenant_id: str | None = None) -> list[Balance]:
+    """Each account, or that of `tenant_id` (no row: nobody knows it)."""
+    where, parameters = _tenant(tenant_id)
+    rows = reader.query(
+        "SELECT tenant_id, display_name, status, currency, credit, spend, events, duplicates, conflicts, unrated_events, "
+        f"plan_id, billing_mode, {_ms('log_time')} FROM accounts FINAL{_where(where)} ORDER BY tenant_id",
+        parameters,
+    ).rows
+    return [
+        Balance(
+            tenant_id=_text(row[0]),
+            display_name=_text(row[1]),
+            status=_text(row[2]),
+            currency=_text(row[3]),
+            credit_pico=_pico(row[4]),
+            spend_pico=_pico(row[5]),
+            events=_int(row[6]),
+            duplicates=_int(row[7]),
+            conflicts=_int(row[8]),
+            unrated_events=_int(row[9]),
+            plan_id=_text(row[10]),
+            billing_mode=_text(row[11]),
+            log_time_ms=_int(row[12]),
+        )
+        for row in rows
+    ]
+
+
+def usage(
+    reader: Reader,
+    tenant_id: str | None = None,
+    by: Sequence[str] = ("project", "model"),
+    start_ms: int = 0,
+    end_ms: int = _TIME_MS_MAX,
+    *,
+    limit: int = ROWS_MAX,
+    offset: int = 0,
+) -> list[UsageRow]:
+    """Usage that ended in [start_ms, end_ms), grouped by names of USAGE_BY; groups of another currency are rows of their own.
+
+    Read from the minute totals, so the bounds must be whole minutes, unless `by` names what only events have (user, key,
+    outcome, region, source): that needs a tenant, and reads its events.
+    """
+    unknown = [name for name in by if name not in USAGE_BY]
+    if unknown or len(set(by)) != len(by):
+        raise ParameterError(f"by: {', '.join(unknown or by)}; choose each at most once from {', '.join(USAGE_BY)}")
+    from_events = any(name in _EVENT_GROUPS for name in by)
+    conditions, parameters = _tenant(tenant_id)
+    if from_events:
+        if tenant_id is None:
+            raise ParameterError(f"by {', '.join(by)}: that stands in the events only; name the tenant")
+        source, time = "usage_events FINAL", "ended"
+        counts = (
+            "count() AS event_count, countIf(outcome = 'rejected') AS refused_count, "
+            f"countIf(price_version = 0 AND {_CHARGED}) AS unrated_count"
+        )
+        # What was refused or never delivered is kept out of the totals of quantities, here as there.
+        token_sums = ", ".join(f"sumIf({name}, {_CHARGED}) AS sum_{name}" for name in TOKEN_COLUMNS)
+        unit_sums = f"sumMapIf(unit_names, unit_quantities, {_CHARGED}) AS unit_sums"
+        conditions += ["ended >= fromUnixTimestamp64Milli({start:Int64})", "ended < fromUnixTimestamp64Milli({end:Int64})"]
+        parameters |= {"start": start_ms, "end": end_ms}
+    else:
+        if start_ms % 60_000 or (end_ms % 60_000 and end_ms != _TIME_MS_MAX):
+            raise ParameterError(f"start {start_ms} ms, end {end_ms} ms: totals are kept by the minute; give whole minutes")
+        source, time = "usage_totals FINAL", "minute"
+        counts = (
+            "sum(events) AS event_count, sum(refused_events) AS refused_count, sum(unrated_events) AS unrated_count"
+        )
+        token_sums, unit_sums = _TOKEN_SUMS, _UNIT_SUMS
+        conditions += ["minute >= toDateTime({start:Int64}, 'UTC')", "minute < toDateTime({end:Int64}, 'UTC')"]
+        parameters |= {"start": min(start_ms // 1000, 2**32 - 1), "end": min(-(-end_ms // 1000), 2**32 - 1)}
+    groups = [(_GROUPS | _EVENT_GROUPS)[name].replace("{time}", time) for name in by]
+    group_columns = "".join(f"{expression} AS group_{index}, " for index, expression in enumerate(groups))
+    group_names = "".join(f"group_{index}, " for index in range(len(groups)))
+    rows = reader.query(
+        f"SELECT {group_columns}currency, {counts}, {token_sums}, {unit_sums}, sum(cost) AS cost_sum FROM {source}"
+        f"{_where(conditions)} GROUP BY {group_names}currency ORDER BY {group_names}currency "
+        "LIMIT {limit:UInt32} OFFSET {offset:UInt64}",
+        parameters | {"limit": limit, "offset": offset},
+    ).rows
+    width = len(groups)
+    return [
+        UsageRow(
+            group=tuple(_text(value) for value in row[:width]),
+            currency=_text(row[width]),
+            events=_int(row[width + 1]),
+            refused_events=_int(row[width + 2]),
+            unrated_events=_int(row[width + 3]),
+            quantities=_quantities(row[width + 4 : width + 13]),
+            cost_pico=_pico(row[width + 13]),
+        )
+        for row in rows
+    ]
+
+
+def totals(reader: Reader) -> Totals:
+    """The sums over everything: what a replay of a trace is compared with."""
+    rows = usage(reader, by=())
+    accounts = reader.query(
+        "SELECT currency, sum(duplicates), sum(conflicts), sum(credit), sum(spend) FROM accounts FINAL "
+        "GROUP BY currency ORDER BY currency"
+    ).rows
+    units: dict[str, int] = {}
+    for row in rows:
+        for unit, quantity in row.quantities.units.items():
+            units[unit] = units.get(unit, 0) + quantity
+    return Totals(
+        events=sum(row.events for row in rows),
+        refused_events=sum(row.refused_events for row in rows),
+        unrated_events=sum(row.unrated_events for row in rows),
+        duplicates=sum(_int(row[1]) for row in accounts),
+        conflicts=sum(_int(row[2]) for row in accounts),
+        quantities=Quantities(*(sum(getattr(row.quantities, name) for row in rows) for name in TOKEN_COLUMNS), units=units),
+        cost_pico={row.currency: row.cost_pico for row in rows},
+        credit_pico={_text(row[0]): _pico(row[3]) for row in accounts},
+        spend_pico={_text(row[0]): _pico(row[4]) for row in accounts},
+    )
+
+
+def alerts(
+    reader: Reader,
+    tenant_id: str | None = None,
+    since_ms: int = 0,
+    after: Mapping[int, int] | None = None,
+    *,
+    limit: int = ROWS_MAX,
+) -> list[AlertRow]:
+    """Alerts raised at or after `since_ms`, oldest first.
+
+    `after`: partition -> version of the last alert that the caller has seen there; those and older ones are left out. (Log
+    times of partitions differ, so one time could not say what was seen.)
+    """
+    conditions, parameters = _tenant(tenant_id)
+    conditions.append("raised >= fromUnixTimestamp64Milli({since:Int64})")
+    parameters |= {"since": since_ms, "limit": limit}
+    for index, (partition, version) in enumerate(sorted((after or {}).items())):
+        conditions.append(f"NOT (ledger_partition = {{p{index}:UInt32}} AND version <= {{v{index}:UInt64}})")
+        parameters |= {f"p{index}": partition, f"v{index}": version}
+    rows = reader.query(
+        f"SELECT alert_id, tenant_id, rule, severity, {_ms('raised')}, summary, request_ids, figure_names, figure_values, "
+        f"label_names, label_values, ledger_partition, version FROM alerts FINAL{_where(conditions)} "
+        "ORDER BY raised, ledger_partition, version, alert_id LIMIT {limit:UInt32}",
+        parameters,
+    ).rows
+    return [
+        AlertRow(
+            alert_id=_text(row[0]),
+            tenant_id=_text(row[1]),
+            rule=_text(row[2]),
+            severity=_text(row[3]),
+            raised_ms=_int(row[4]),
+            summary=_text(row[5]),
+            request_ids=tuple(cast("list[str]", row[6])),
+            figures=dict(zip(cast("list[str]", row[7]), cast("list[int]", row[8]), strict=True)),
+            labels=dict(zip(cast("list[str]", row[9]), cast("list[str]", row[10]), strict=True)),
+            partition=_int(row[11]),
+            version=_int(row[12]),
+        )
+        for row in rows
+    ]
+
+
+def events(
+    reader: Reader,
+    tenant_id: str,
+    request_ids: Sequence[str] | None = None,
+    start_ms: int = 0,
+    end_ms: int = _TIME_MS_MAX,
+    *,
+    limit: int = ROWS_MAX,
+) -> list[EventRow]:
+    """A tenant's accepted events, each once: those named (at most 1,000), or those that ended in [start_ms, end_ms)."""
+    conditions, parameters = _tenant(tenant_id)
+    if request_ids is not None:
+        conditions.append("request_id IN {request_ids:Array(String)}")
+        parameters["request_ids"] = request_ids
+    conditions += ["ended >= fromUnixTimestamp64Milli({start:Int64})", "ended < fromUnixTimestamp64Milli({end:Int64})"]
+    rows = reader.query(
+        "SELECT tenant_id, request_id, project_id, user_id, api_key_id, model, operation, service_class, outcome, "
+        f"count_source, {_ms('started')}, {_ms('ended')}, {', '.join(TOKEN_COLUMNS)}, (unit_names, unit_quantities), cost, "
+        f"currency, price_version, context_tokens, latency_ms, client_request_id, refusal_reason, {_ms('accepted')}, "
+        f"ledger_partition, generation, sequence, record_index FROM usage_events FINAL{_where(conditions)} "
+        "ORDER BY ended, request_id LIMIT {limit:UInt32}",
+        parameters | {"start": start_ms, "end": end_ms, "limit": limit},
+    ).rows
+    return [
+        EventRow(
+            tenant_id=_text(row[0]),
+            request_id=_text(row[1]),
+            project_id=_text(row[2]),
+            user_id=_text(row[3]),
+            api_key_id=_text(row[4]),
+            model=_text(row[5]),
+            operation=_text(row[6]),
+            service_class=_text(row[7]),
+            outcome=_text(row[8]),
+            count_source=_text(row[9]),
+            started_ms=_int(row[10]),
+            ended_ms=_int(row[11]),
+            quantities=_quantities(row[12:21]),
+            cost_pico=_pico(row[21]),
+            currency=_text(row[22]),
+            price_version=_int(row[23]),
+            context_tokens=_int(row[24]),
+            latency_ms=_int(row[25]),
+            client_request_id=_text(row[26]),
+            refusal_reason=_text(row[27]),
+            accepted_ms=_int(row[28]),
+            partition=_int(row[29]),
+            generation=_text(row[30]),
+            sequence=_int(row[31]),
+            record_index=_int(row[32]),
+        )
+        for row in rows
+    ]
+
+
+def rejected(
+    reader: Reader, tenant_id: str | None = None, since_ms: int = 0, *, limit: int = ROWS_MAX
+) -> list[RejectedRow]:
+    """What was not charged because it could not or must not be, newest first."""
+    conditions, parameters = _tenant(tenant_id)
+    conditions.append("rejected >= fromUnixTimestamp64Milli({since:Int64})")
+    rows = reader.query(
+        "SELECT ledger_partition, generation, sequence, record_index, tenant_id, request_id, reason, detail, would_have_cost, "
+        f"hex(payload), payload_bytes, topic, offset, {_ms('rejected')} FROM rejected FINAL{_where(conditions)} "
+        "ORDER BY rejected DESC, ledger_partition, sequence, record_index LIMIT {limit:UInt32}",
+        parameters | {"since": since_ms, "limit": limit},
+    ).rows
+    return [
+        RejectedRow(
+            partition=_int(row[0]),
+            generation=_text(row[1]),
+            sequence=_int(row[2]),
+            record_index=_int(row[3]),
+            tenant_id=_text(row[4]),
+            request_id=_text(row[5]),
+            reason=_text(row[6]),
+            detail=_text(row[7]),
+            would_have_cost_pico=_pico(row[8]),
+            payload=bytes.fromhex(_text(row[9])),
+            payload_bytes=_int(row[10]),
+            topic=_text(row[11]),
+            offset=_int(row[12]),
+            rejected_ms=_int(row[13]),
+        )
+        for row in rows
+    ]
+
+
+def freshness(reader: Reader) -> list[Freshness]:
+    """How far the database is, by partition. An answer given now knows everything up to those log times."""
+    rows = reader.query(
+        f"SELECT ledger_partition, generation, sequence, record_hash, ledger_offset, {_ms('log_time')}, {_ms('written')} "
+        "FROM sink_positions FINAL ORDER BY ledger_partition"
+    ).rows
+    return [
+        Freshness(
+            partition=_int(row[0]),
+            generation=_text(row[1]),
+            sequence=_int(row[2]),
+            record_hash=_text(row[3]),
+            ledger_offset=_int(row[4]),
+            log_time_ms=_int(row[5]),
+            written_ms=_int(row[6]),
+        )
+        for row in rows
+    ]
+
+
+# Of an event: whether it counts as usage. What a gateway refused or a back end never delivered is recorded at price 0.
+_CHARGED = "outcome NOT IN ('rejected', 'backend_error')"
+
+
+def _ms(column: str) -> str:
+    return f"toUnixTimestamp64Milli({column})"
+
+
+def _tenant(tenant_id: str | None) -> tuple[list[str], dict[str, Parameter]]:
+    if tenant_id is None:
+        return [], {}
+    return ["tenant_id = {tenant:String}"], {"tenant": tenant_id}
+
+
+def _where(conditions: Sequence[str]) -> str:
+    return f" WHERE {' AND '.join(conditions)}" if conditions else ""
+
+
+def _text(value: object) -> str:
+    assert isinstance(value, str), value
+    return value
+
+
+def _int(value: object) -> int:
+    assert isinstance(value, int), value
+    return value
+
+
+def _pico(value: object) -> int:
+    assert isinstance(value, Decimal), value
+    return decimal_to_pico(value)
+
+
+def _quantities(values: Sequence[object]) -> Quantities:
+    """Eight classes of tokens and a pair of unit names and quantities."""
+    names, quantities = cast("tuple[list[str], list[int]]", values[8])
+    return Quantities(*(_int(value) for value in values[:8]), units=dict(zip(names, quantities, strict=True)))
