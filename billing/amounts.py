@@ -18,9 +18,17 @@ class AmountError(ValueError):
 
 def to_amount(pico: int) -> Amount:
     """The contract's form of `pico`. Raises AmountError beyond a signed 128-bit number."""
+    amount = Amount()
+    set_amount(amount, pico)
+    return amount
+
+
+def set_amount(amount: Amount, pico: int) -> None:
+    """Set `amount` to `pico`, in place. Raises AmountError beyond a signed 128-bit number."""
     if not -_MAX - 1 <= pico <= _MAX:
         raise AmountError(f"amount {pico} pico does not fit in 128 bits")
-    return Amount(high=pico >> 64, low=pico & _LOW)
+    amount.high = pico >> 64
+    amount.low = pico & _LOW
 
 
 def from_amount(amount: Amount) -> int:

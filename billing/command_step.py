@@ -59,9 +59,7 @@ def _own_tenant(state: LedgerState, tenant_id: str) -> None:
         raise CommandRefused(f"tenant_id: {tenant_id[:32]!r}; give 1 to {ID_CHARS_MAX} characters")
     partition = partition_of(tenant_id, state.settings.partitions)
     if partition != state.partition:
-        raise CommandRefused(
-            f"tenant_id: {tenant_id} lives in partition {partition}, not {state.partition}; send it there"
-        )
+        raise CommandRefused(f"tenant_id: {tenant_id} lives in partition {partition}, not {state.partition}; send it there")
 
 
 def _known_account(state: LedgerState, tenant_id: str) -> AccountState:
@@ -96,9 +94,7 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     if len(currency) > 8:
         raise CommandRefused(f"currency: {currency[:16]!r}; write a code such as USD")
     if account is None:
-        account = state.accounts[upsert.tenant_id] = AccountState(
-            upsert.tenant_id, currency, plan=state.settings.default_plan
-        )
+        account = state.accounts[upsert.tenant_id] = AccountState(upsert.tenant_id, currency, plan=state.settings.default_plan)
     elif currency != account.currency and (account.credit_pico or account.spend_pico):
         raise CommandRefused(
             f"currency: {currency}; tenant {upsert.tenant_id} has amounts in {account.currency}, which stays its currency"

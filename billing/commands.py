@@ -29,9 +29,7 @@ def verify(signed: SignedCommand, key: bytes) -> Command:
     except DecodeError as error:
         raise CommandRefused("command: cannot be decoded; send a serialized billing.v1.Command") from error
     if command.schema_version != SCHEMA_VERSION:
-        raise CommandRefused(
-            f"schema_version: {command.schema_version} is not known here; this ledger speaks {SCHEMA_VERSION}"
-        )
+        raise CommandRefused(f"schema_version: {command.schema_version} is not known here; this ledger speaks {SCHEMA_VERSION}")
     if not 0 < len(command.command_id) <= ID_CHARS_MAX:
         raise CommandRefused(f"command_id: needs 1 to {ID_CHARS_MAX} characters; it makes a repeat harmless")
     if command.WhichOneof("action") is None:

@@ -38,9 +38,7 @@ class LedgerSettings:
         if len(self.dedupe_key) != DEDUPE_KEY_BYTES:
             raise ValueError(f"dedupe_key: {len(self.dedupe_key)} bytes; give {DEDUPE_KEY_BYTES} random ones")
         if self.dedupe_horizon_ms < DAY_MS:
-            raise ValueError(
-                f"dedupe_horizon_ms: {self.dedupe_horizon_ms} is under a day; retries come later than that"
-            )
+            raise ValueError(f"dedupe_horizon_ms: {self.dedupe_horizon_ms} is under a day; retries come later than that")
 
     def to_founding(self, founded_ms: int) -> Founding:
         """The contract form."""

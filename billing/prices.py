@@ -95,9 +95,7 @@ class PriceBooks:
         problems = book_problems(book)
         line = self._books.get(book.currency, [])
         if book.version != len(line) + 1:
-            problems.append(
-                f"version: {book.version}; the next one of {book.currency or 'its currency'} is {len(line) + 1}"
-            )
+            problems.append(f"version: {book.version}; the next one of {book.currency or 'its currency'} is {len(line) + 1}")
         if line and book.effective_ms <= line[-1].effective_ms:
             problems.append(
                 f"effective_ms: {book.effective_ms} is not after version {line[-1].version}'s {line[-1].effective_ms}; "

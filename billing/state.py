@@ -147,7 +147,7 @@ class LedgerState:
             add(self.keys[key_id].SerializeToString(deterministic=True))
         for key in sorted(self.windows):
             window = self.windows[key]
-            add(window.to_total(key).SerializeToString(deterministic=True), window.release_minute)
+            add(window.to_total().SerializeToString(deterministic=True), window.release_minute)
         for producer_id in sorted(self.producers):
             add(self.producers[producer_id].to_mark().SerializeToString(deterministic=True))
         add(sorted(self.commands.items()))

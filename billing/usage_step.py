@@ -1,14 +1,17 @@
-"""What a batch of usage does to the state: the hot loop of Taximeter.
+"""What a batch of usage does to the state: the hot path of Taximeter.
 
-Per event: validate, deduplicate, rate, sum. Everything that can be done once a batch, a tenant or a window is done there. An
-event whose bytes are few and hold no rare field takes the short path, which reads only the fields that it can have.
+It works in columns: each field of all events at once, checks over whole columns, and one pass per window. Only a batch in which
+something is unusual (a duplicate, a far time, a wrong partition, a field over its bound) is looked at event by event, in
+`_admit_each`; what is admitted then takes the same way as every other event.
 """
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import attrgetter, gt
 
 from billing.abuse import Evidence, Rules
 from billing.accounts import AccountState
@@ -16,7 +19,7 @@ from billing.amounts import to_amount
 from billing.identity import DEDUPE_KEY_BYTES, FINGERPRINT_BYTES, partition_of, tenant_prefix
 from billing.limits import PLAIN_EVENT_BYTES_MAX, QUANTITY_MAX, SCHEMA_VERSION, TIME_MS_MAX
 from billing.prices import Rate
-from billing.rating import FREE_OUTCOMES, cost_pico, event_cost_pico, token_quantities, unit_quantities
+from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
 from billing.sequences import ProducerSequences
 from billing.state import DAY_MS, LedgerState
 from billing.v1.ledger_pb2 import (
@@ -30,23 +33,33 @@ from billing.v1.ledger_pb2 import (
     DropReason,
     LedgerRecord,
     RememberedKeys,
-    UsageApplied,
 )
 from billing.v1.usage_pb2 import (
     OUTCOME_REJECTED,
     REFUSAL_REASON_PROMPT_TOO_LARGE,
     RawUsageBatch,
     UsageBatch,
-    UsageEvent,
 )
-from billing.validation import event_problem
+from billing.validation import TOKEN_FIELDS, event_problem
 from billing.windows import MINUTE_MS, Key, Window
 
-# The wire tags of cache_write_tokens … units, backfill and attributes, and refusal_reason. Where none of these byte pairs
-# stands in an event, each of those fields is empty; where one does, it may be (a pair can stand inside a text).
-_RARE = re.compile(rb"[\x80\x88\x90\x98\xa0\xaa\xe8\xf0\xfa]\x01")
+_FIELDS = attrgetter(
+    "tenant_id",
+    "request_id",
+    "project_id",
+    "model",
+    "operation",
+    "service_class",
+    "outcome",
+    "started_ms",
+    "ended_ms",
+    *TOKEN_FIELDS,
+)
+# The tag of UsageEvent.units on the wire. An event whose bytes lack it has no units; one that holds it may have some.
+_UNITS_TAG = b"\xaa\x01"
 _LOW = (1 << 64) - 1
-_UNLIMITED = 1 << 62
+_INPUT, _CACHE_READ = 0, 2
+_REQUEST_IDS_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,76 +70,44 @@ class Forward:
     value: bytes
 
 
-class _Sum:
-    """What this batch adds to one window."""
-
-    __slots__ = (
-        "always_rate",
-        "cost",
-        "events",
-        "input",
-        "limit",
-        "other",
-        "output",
-        "price_cached",
-        "price_input",
-        "price_output",
-        "rate",
-        "read",
-        "refused",
-        "units",
-        "unrated",
-    )
-
-    def __init__(self, limit: int) -> None:
-        self.events = 0
-        self.refused = 0
-        self.unrated = 0
-        self.cost = 0
-        self.input = 0
-        self.output = 0
-        self.read = 0
-        # Classes 3 … 7, where any came.
-        self.other: list[int] | None = None
-        self.units: dict[str, int] | None = None
-        self.limit = limit
-        # The rate of everything in this window, where the book cannot change within it.
-        self.rate: Rate | None = None
-        self.always_rate = False
-        self.price_input = 0
-        self.price_output = 0
-        self.price_cached = 0
-
-    def fix_rate(self, rate: Rate) -> None:
-        self.rate = rate
-        self.always_rate = True
-        self.price_input, self.price_output, self.price_cached = rate.token_pico[:3]
-
-
 class _Batch:
-    """One batch on its way into the state."""
+    """One batch on its way into the state: its columns, and what came of it."""
 
-    def __init__(self, state: LedgerState, batch: UsageBatch, raws: list[bytes], log_time_ms: int) -> None:
+    def __init__(self, state: LedgerState, batch: UsageBatch, raws: Sequence[bytes], log_time_ms: int) -> None:
         self.state = state
-        self.batch = batch
+        self.events = batch.events
+        self.forwarded = batch.forwarded
         self.raws = raws
         self.log_time_ms = log_time_ms
-        self.sums: dict[tuple[str, str, str, int, int, int], _Sum] = {}
-        self.evidence: dict[str, Evidence] = {}
-        self.limits: dict[str, int] = {}
+        columns = tuple(zip(*map(_FIELDS, batch.events), strict=True)) or ((),) * (9 + len(TOKEN_FIELDS))
+        self.tenant_ids: tuple[str, ...] = columns[0]
+        self.request_ids: tuple[str, ...] = columns[1]
+        self.projects: tuple[str, ...] = columns[2]
+        self.models: tuple[str, ...] = columns[3]
+        self.operations: tuple[int, ...] = columns[4]
+        self.service_classes: tuple[int, ...] = columns[5]
+        self.outcomes: tuple[int, ...] = columns[6]
+        self.started_ms: tuple[int, ...] = columns[7]
+        self.ended_ms: tuple[int, ...] = columns[8]
+        self.tokens: tuple[tuple[int, ...], ...] = columns[9:]
+        self.maybe_units = {index for index, raw in enumerate(raws) if _UNITS_TAG in raw}
+        self.fingerprints = [blake2b(raw, digest_size=FINGERPRINT_BYTES).digest() for raw in raws]
+        self.digests = self._digests()
+        self.evidence: defaultdict[str, Evidence] = defaultdict(Evidence)
         self.dropped: list[Dropped] = []
         self.forwards: dict[int, list[bytes]] = {}
-        self.costs: list[int] = []
-        self.versions: list[int] = []
-        self.remembered: dict[int, tuple[list[bytes], list[bytes]]] = {}
+        self.costs = [0] * len(raws)
+        self.versions = [0] * len(raws)
         self.duplicates = 0
         self.conflicts = 0
 
-    def tenant_evidence(self, tenant_id: str) -> Evidence:
-        found = self.evidence.get(tenant_id)
-        if found is None:
-            found = self.evidence[tenant_id] = Evidence()
-        return found
+    def _digests(self) -> list[bytes]:
+        key = self.state.settings.dedupe_key
+        prefixes = {tenant_id: tenant_prefix(tenant_id) for tenant_id in set(self.tenant_ids)}
+        return [
+            blake2b(prefixes[tenant_id] + request_id.encode(), digest_size=DEDUPE_KEY_BYTES, key=key).digest()
+            for tenant_id, request_id in zip(self.tenant_ids, self.request_ids, strict=True)
+        ]
 
     def account(self, tenant_id: str) -> AccountState:
         account = self.state.accounts.get(tenant_id)
@@ -136,320 +117,308 @@ class _Batch:
             self.state.accounts[tenant_id] = account
         return account
 
-    def drop(self, index: int, reason: DropReason.ValueType, detail: str = "") -> Dropped:
+    # -- admission: which events are charged ---------------------------------------------------------------------------
+
+    def admit(self) -> Sequence[int]:
+        """The indexes of the events that are charged; what happened to the others is in `dropped`."""
+        count = len(self.raws)
+        if not count:
+            return ()
+        known = self.state.seen.find(self.digests)
+        settings = self.state.settings
+        if (
+            self._well_formed()
+            and known.count(None) == count
+            and len(set(self.digests)) == count
+            and max(self.ended_ms) <= self.log_time_ms + settings.future_alert_ms
+            and min(self.ended_ms) >= self.log_time_ms - settings.dedupe_horizon_ms
+            and all(map(self._lives_here, set(self.tenant_ids)))
+        ):
+            return range(count)
+        return self._admit_each(known)
+
+    def _well_formed(self) -> bool:
+        """Whether no event can have a problem; False means only that each must be looked at."""
+        return (
+            max(map(len, self.raws)) <= PLAIN_EVENT_BYTES_MAX
+            and min(self.started_ms) > 0
+            and max(self.ended_ms) <= TIME_MS_MAX
+            and not any(map(gt, self.started_ms, self.ended_ms))
+            and max(map(max, self.tokens)) <= QUANTITY_MAX
+            and all(self.tenant_ids)
+            and all(self.request_ids)
+            and all(self.models)
+            and not self.maybe_units
+        )
+
+    def _lives_here(self, tenant_id: str) -> bool:
+        return partition_of(tenant_id, self.state.settings.partitions) == self.state.partition
+
+    def _admit_each(self, known: Sequence[bytes | None]) -> list[int]:
+        admitted: list[int] = []
+        fresh: dict[bytes, bytes] = {}
+        here = {tenant_id: self._lives_here(tenant_id) for tenant_id in set(self.tenant_ids)}
+        alert_after_ms = self.log_time_ms + self.state.settings.future_alert_ms
+        oldest_ms = self.log_time_ms - self.state.settings.dedupe_horizon_ms
+        for index, digest in enumerate(self.digests):
+            before = known[index] or fresh.get(digest)
+            # What is remembered was well formed and in its place when it came: the cheap question comes first.
+            if before is not None and before == self.fingerprints[index]:
+                self._duplicate(index)
+                continue
+            problem = event_problem(self.events[index])
+            if problem is not None:
+                self._drop(index, DROP_REASON_INVALID, problem)
+            elif not here[self.tenant_ids[index]]:
+                self._send_on(index)
+            elif before is not None:
+                self._conflict(index)
+            elif oldest_ms <= self.ended_ms[index] <= alert_after_ms or self._far_time_allowed(index):
+                fresh[digest] = self.fingerprints[index]
+                admitted.append(index)
+        return admitted
+
+    def _drop(self, index: int, reason: DropReason.ValueType, detail: str = "") -> Dropped:
         dropped = Dropped(index=index, reason=reason, detail=detail)
         self.dropped.append(dropped)
         return dropped
 
-    def run(self) -> None:
-        state = self.state
-        events = self.batch.events
-        raws = self.raws
-        log_time_ms = self.log_time_ms
-        settings = state.settings
-        oldest_ms = log_time_ms - settings.dedupe_horizon_ms
-        alert_after_ms = log_time_ms + settings.future_alert_ms
-        horizon_ms = settings.dedupe_horizon_ms
-        seen_day = (log_time_ms + horizon_ms) // DAY_MS
+    def _duplicate(self, index: int) -> None:
+        tenant_id = self.tenant_ids[index]
+        self.duplicates += 1
+        self.account(tenant_id).duplicates += 1
+        self.evidence[tenant_id].duplicates.append(self.request_ids[index])
+        self._drop(index, DROP_REASON_DUPLICATE)
 
-        tenant_ids = [event.tenant_id for event in events]
-        request_ids = [event.request_id for event in events]
-        here = self._tenants_here(set(tenant_ids))
-        key = settings.dedupe_key
-        prefixes = {tenant_id: tenant_prefix(tenant_id) for tenant_id in set(tenant_ids)}
-        digests = [
-            blake2b(prefixes[tenant_id] + request_id.encode(), digest_size=DEDUPE_KEY_BYTES, key=key).digest()
-            for tenant_id, request_id in zip(tenant_ids, request_ids, strict=True)
-        ]
-        fingerprints = [blake2b(raw, digest_size=FINGERPRINT_BYTES).digest() for raw in raws]
-        known = state.seen.find(digests)
-        fresh: dict[bytes, bytes] = {}
-
-        sums = self.sums
-        costs = self.costs
-        versions = self.versions
-        rare = _RARE.search
-        day_digests: list[bytes] = []
-        day_fingerprints: list[bytes] = []
-        self.remembered[seen_day] = (day_digests, day_fingerprints)
-        for index, event in enumerate(events):
-            tenant_id = tenant_ids[index]
-            raw = raws[index]
-            ended_ms = event.ended_ms
-            input_tokens = event.uncached_input_tokens
-            output_tokens = event.output_tokens
-            read_tokens = event.cache_read_tokens
-            model = event.model
-            plain = len(raw) <= PLAIN_EVENT_BYTES_MAX and rare(raw) is None
-            if (
-                not plain
-                or (input_tokens | output_tokens | read_tokens) >= QUANTITY_MAX
-                or not (0 < event.started_ms <= ended_ms <= TIME_MS_MAX)
-                or not (tenant_id and model and request_ids[index])
-            ):
-                problem = event_problem(event)
-                if problem is not None:
-                    self.drop(index, DROP_REASON_INVALID, problem)
-                    continue
-            if not here[tenant_id]:
-                self._send_on(index, tenant_id, raw)
-                continue
-            digest = digests[index]
-            before = known[index] or fresh.get(digest)
-            if before is not None:
-                self._again(index, event, request_ids[index], before == fingerprints[index])
-                continue
-            if ended_ms > alert_after_ms or ended_ms < oldest_ms:
-                if not self._time_allowed(index, event):
-                    continue
-            window_key = (
-                tenant_id,
-                event.project_id,
-                model,
-                event.operation,
-                event.service_class,
-                ended_ms // MINUTE_MS,
-            )
-            total = sums.get(window_key)
-            if total is None:
-                total = sums[window_key] = self._open_sum(window_key)
-            total.events += 1
-            if plain and total.always_rate and event.outcome not in FREE_OUTCOMES:
-                cost = (
-                    input_tokens * total.price_input
-                    + output_tokens * total.price_output
-                    + read_tokens * total.price_cached
-                )
-                total.input += input_tokens
-                total.output += output_tokens
-                total.read += read_tokens
-                total.cost += cost
-                costs.append(cost)
-                versions.append(total.rate.version)  # type: ignore[union-attr]
-            else:
-                self._add_any(event, total, window_key)
-            if input_tokens + read_tokens > total.limit:
-                self.tenant_evidence(tenant_id).oversized.append((request_ids[index], input_tokens + read_tokens))
-            fresh[digest] = fingerprints[index]
-            if ended_ms > log_time_ms and (ended_ms + horizon_ms) // DAY_MS != seen_day:
-                later = self.remembered.setdefault((ended_ms + horizon_ms) // DAY_MS, ([], []))
-                later[0].append(digest)
-                later[1].append(fingerprints[index])
-            else:
-                day_digests.append(digest)
-                day_fingerprints.append(fingerprints[index])
-
-    def _tenants_here(self, tenant_ids: set[str]) -> dict[str, bool]:
-        state = self.state
-        partitions = state.settings.partitions
-        return {tenant_id: partition_of(tenant_id, partitions) == state.partition for tenant_id in tenant_ids}
-
-    def _send_on(self, index: int, tenant_id: str, raw: bytes) -> None:
-        partition = partition_of(tenant_id, self.state.settings.partitions)
-        if self.batch.forwarded:
-            self.drop(
-                index,
-                DROP_REASON_INVALID,
-                f"tenant_id: {tenant_id} lives in partition {partition} and was sent on once already; partition by murmur2",
-            )
-            return
-        self.forwards.setdefault(partition, []).append(raw)
-        self.drop(index, DROP_REASON_FORWARDED, f"partition {partition}")
-
-    def _again(self, index: int, event: UsageEvent, request_id: str, same: bool) -> None:
+    def _conflict(self, index: int) -> None:
+        event = self.events[index]
         account = self.account(event.tenant_id)
-        evidence = self.tenant_evidence(event.tenant_id)
-        if same:
-            self.duplicates += 1
-            account.duplicates += 1
-            evidence.duplicates.append(request_id)
-            self.drop(index, DROP_REASON_DUPLICATE)
-            return
         self.conflicts += 1
         account.conflicts += 1
-        evidence.conflicts.append(request_id)
-        rate = self.state.books.rate(
-            account.currency, event.ended_ms, event.model, event.operation, event.service_class
-        )
-        dropped = self.drop(
-            index,
-            DROP_REASON_CONFLICT,
-            f"request_id: {request_id} came before with another payload; the first stays charged",
-        )
+        self.evidence[event.tenant_id].conflicts.append(event.request_id)
+        rate = self.state.books.rate(account.currency, event.ended_ms, event.model, event.operation, event.service_class)
+        detail = f"request_id: {event.request_id} came before with another payload; the first stays charged"
+        dropped = self._drop(index, DROP_REASON_CONFLICT, detail)
         dropped.would_have_cost.CopyFrom(to_amount(event_cost_pico(event, rate)))
 
-    def _time_allowed(self, index: int, event: UsageEvent) -> bool:
+    def _send_on(self, index: int) -> None:
+        tenant_id = self.tenant_ids[index]
+        partition = partition_of(tenant_id, self.state.settings.partitions)
+        if self.forwarded:
+            self._drop(
+                index,
+                DROP_REASON_INVALID,
+                f"tenant_id: {tenant_id} lives in partition {partition}; it was sent on once already, partition by murmur2",
+            )
+            return
+        self.forwards.setdefault(partition, []).append(self.raws[index])
+        self._drop(index, DROP_REASON_FORWARDED, f"partition {partition}")
+
+    def _far_time_allowed(self, index: int) -> bool:
         settings = self.state.settings
-        ahead_ms = event.ended_ms - self.log_time_ms
+        ended_ms = self.ended_ms[index]
+        ahead_ms = ended_ms - self.log_time_ms
         if ahead_ms > settings.future_reject_ms:
-            self.drop(
+            self._drop(
                 index,
                 DROP_REASON_TOO_FAR_IN_FUTURE,
-                f"ended_ms: {event.ended_ms} is {ahead_ms} ms ahead of the ledger, over {settings.future_reject_ms}; "
+                f"ended_ms: {ended_ms} is {ahead_ms} ms ahead of the ledger, over {settings.future_reject_ms}; "
                 "set the server's clock and send it again",
             )
             return False
         if ahead_ms > 0:
-            self.tenant_evidence(event.tenant_id).future.append((event.request_id, ahead_ms))
+            self.evidence[self.tenant_ids[index]].future.append((self.request_ids[index], ahead_ms))
             return True
-        if event.backfill:
+        if self.events[index].backfill:
             return True
-        self.drop(
+        self._drop(
             index,
             DROP_REASON_TOO_OLD,
-            f"ended_ms: {event.ended_ms} is older than the dedupe horizon of {settings.dedupe_horizon_ms} ms; import it as a "
-            "backfill, which looks for earlier charges first",
+            f"ended_ms: {ended_ms} is older than the dedupe horizon of {settings.dedupe_horizon_ms} ms; "
+            "import it as a backfill, which looks for earlier charges first",
         )
         return False
 
-    def _open_sum(self, key: tuple[str, str, str, int, int, int]) -> _Sum:
-        tenant_id, _, model, operation, service_class, minute = key
-        account = self.account(tenant_id)
-        limit = self.limits.get(tenant_id)
-        if limit is None:
-            limit = self.limits[tenant_id] = account.plan.prompt_tokens_max or _UNLIMITED
-        total = _Sum(limit)
+    # -- rating and sums: one pass per window ---------------------------------------------------------------------------
+
+    def charge(self, admitted: Sequence[int], record: LedgerRecord) -> None:
+        """Rate the admitted events and add them to their windows and accounts."""
+        minutes = [ended_ms // MINUTE_MS for ended_ms in self.ended_ms]
+        keys = list(
+            zip(self.tenant_ids, self.projects, self.models, self.operations, self.service_classes, minutes, strict=True)
+        )
+        groups: defaultdict[tuple[str, str, str, int, int, int], list[int]] = defaultdict(list)
+        for index in admitted:
+            groups[keys[index]].append(index)
+        # What most batches have none of is looked for once: free outcomes, classes that stay zero, units.
+        free = not FREE_OUTCOMES.isdisjoint(self.outcomes)
+        classes = [position for position, column in enumerate(self.tokens) if any(column)]
+        with_units = {index for index in self.maybe_units if self.events[index].units}
+        for key, indexes in groups.items():
+            self._charge_window(Key(*key), indexes, classes, with_units, free, record)
+
+    def _charge_window(
+        self,
+        key: Key,
+        indexes: list[int],
+        classes: Sequence[int],
+        with_units: set[int],
+        free: bool,
+        record: LedgerRecord,
+    ) -> None:
+        state = self.state
+        account = self.account(key.tenant_id)
+        window = state.windows.get(key)
+        if window is None:
+            window = state.windows[key] = Window(key, record.sequence, account.currency)
+        evidence = self.evidence[key.tenant_id]
+        evidence.request_ids.extend([self.request_ids[index] for index in indexes[-_REQUEST_IDS_NAMED:]])
+        events = len(indexes)
+        if account.plan.prompt_tokens_max:
+            self._find_oversized(indexes, account.plan.prompt_tokens_max, evidence)
+        if free:
+            refused = [index for index in indexes if self.outcomes[index] in FREE_OUTCOMES]
+            if refused:
+                indexes = [index for index in indexes if self.outcomes[index] not in FREE_OUTCOMES]
+                window.refused_events += len(refused)
+                self._find_refused_prompts(refused, account.plan.prompt_tokens_max, evidence)
+        tokens = 0
+        for position in classes:
+            column = self.tokens[position]
+            added = sum([column[index] for index in indexes])
+            window.tokens[position] += added
+            tokens += added
+        for index in with_units.intersection(indexes):
+            for unit, quantity in unit_quantities(self.events[index]).items():
+                window.units[unit] = window.units.get(unit, 0) + quantity
+        cost, unrated = self._rate_window(key, account.currency, indexes, classes, with_units)
+        if unrated:
+            evidence.unrated.setdefault(key.model, []).extend([self.request_ids[index] for index in unrated])
+        window.events += events
+        window.unrated_events += len(unrated)
+        window.cost_pico += cost
+        account.events += events
+        account.unrated_events += len(unrated)
+        account.spend_pico += cost
+        evidence.minute_tokens[key.minute] = evidence.minute_tokens.get(key.minute, 0) + tokens
+        state.touch_window(key, window, self.log_time_ms)
+        record.totals.append(window.to_total())
+
+    def _rate_window(
+        self, key: Key, currency: str, indexes: Sequence[int], classes: Sequence[int], with_units: set[int]
+    ) -> tuple[int, list[int]]:
+        """The cost of `indexes`, which is also noted for each, and which of them nothing prices."""
         books = self.state.books
-        if books.constant_within(account.currency, minute * MINUTE_MS, (minute + 1) * MINUTE_MS):
-            rate = books.rate(account.currency, minute * MINUTE_MS, model, operation, service_class)
-            if rate is not None:
-                total.fix_rate(rate)
-        return total
+        if books.constant_within(currency, key.minute * MINUTE_MS, (key.minute + 1) * MINUTE_MS):
+            rate = books.rate(currency, key.minute * MINUTE_MS, key.model, key.operation, key.service_class)
+            return self._rate_all(rate, indexes, classes, with_units)
+        cost = 0
+        unrated: list[int] = []
+        for index in indexes:
+            rate = books.rate(currency, self.ended_ms[index], key.model, key.operation, key.service_class)
+            added, without = self._rate_all(rate, [index], classes, with_units)
+            cost += added
+            unrated += without
+        return cost, unrated
 
-    def _add_any(self, event: UsageEvent, total: _Sum, key: tuple[str, str, str, int, int, int]) -> None:
-        """Any event at all: other classes, units, free outcomes, no rate, a book that changes within the minute."""
-        outcome = event.outcome
-        if outcome in FREE_OUTCOMES:
-            total.refused += 1
-            self.costs.append(0)
-            self.versions.append(0)
-            if outcome == OUTCOME_REJECTED and event.refusal_reason == REFUSAL_REASON_PROMPT_TOO_LARGE:
-                prompt_tokens = event.uncached_input_tokens + event.cache_read_tokens
-                if prompt_tokens <= total.limit:
-                    self.tenant_evidence(key[0]).oversized.append((event.request_id, prompt_tokens))
-            return
-        tokens = token_quantities(event)
-        units = unit_quantities(event)
-        total.input += tokens[0]
-        total.output += tokens[1]
-        total.read += tokens[2]
-        if any(tokens[3:]):
-            other = total.other = total.other or [0] * 5
-            for position, quantity in enumerate(tokens[3:]):
-                other[position] += quantity
-        if units:
-            held = total.units = total.units or {}
-            for unit, quantity in units.items():
-                held[unit] = held.get(unit, 0) + quantity
-        rate = total.rate
-        if not total.always_rate:
-            currency = self.account(key[0]).currency
-            rate = self.state.books.rate(currency, event.ended_ms, key[2], key[3], key[4])
+    def _rate_all(
+        self, rate: Rate | None, indexes: Sequence[int], classes: Sequence[int], with_units: set[int]
+    ) -> tuple[int, list[int]]:
         if rate is None:
-            total.unrated += 1
-            self.costs.append(0)
-            self.versions.append(0)
-            self.tenant_evidence(key[0]).unrated.setdefault(key[2], []).append(event.request_id)
+            return 0, list(indexes)
+        priced = [(self.tokens[position], rate.token_pico[position]) for position in classes if rate.token_pico[position]]
+        if len(priced) == 2:
+            (first, first_pico), (second, second_pico) = priced
+            costs = [first[index] * first_pico + second[index] * second_pico for index in indexes]
+        else:
+            costs = [sum([column[index] * pico for column, pico in priced]) for index in indexes]
+        if not with_units.isdisjoint(indexes):
+            for place, index in enumerate(indexes):
+                if index in with_units:
+                    units = unit_quantities(self.events[index]).items()
+                    costs[place] += sum(quantity * rate.unit_pico.get(unit, 0) for unit, quantity in units)
+        for index, cost in zip(indexes, costs, strict=True):
+            self.costs[index] = cost
+            self.versions[index] = rate.version
+        return sum(costs), []
+
+    def _find_oversized(self, indexes: Iterable[int], limit: int, evidence: Evidence) -> None:
+        inputs = self.tokens[_INPUT]
+        cached = self.tokens[_CACHE_READ]
+        evidence.oversized.extend(
+            [(self.request_ids[i], inputs[i] + cached[i]) for i in indexes if inputs[i] + cached[i] > limit]
+        )
+
+    def _find_refused_prompts(self, refused: Iterable[int], limit: int, evidence: Evidence) -> None:
+        """Prompts that a gateway refused by a limit of its own, which the plan does not state."""
+        for index in refused:
+            if self.outcomes[index] != OUTCOME_REJECTED:
+                continue
+            prompt_tokens = self.tokens[_INPUT][index] + self.tokens[_CACHE_READ][index]
+            too_large = self.events[index].refusal_reason == REFUSAL_REASON_PROMPT_TOO_LARGE
+            if too_large and not (limit and prompt_tokens > limit):
+                evidence.oversized.append((self.request_ids[index], prompt_tokens))
+
+    # -- what the record states -----------------------------------------------------------------------------------------
+
+    def remember(self, admitted: Sequence[int], record: LedgerRecord) -> None:
+        """Keep the keys of the admitted events until max(seen, ended) + horizon is over, in days."""
+        horizon_ms = self.state.settings.dedupe_horizon_ms
+        first_day = (self.log_time_ms + horizon_ms) // DAY_MS
+        if len(admitted) == len(self.raws) and (max(self.ended_ms) + horizon_ms) // DAY_MS <= first_day:
+            self._remember_day(first_day, self.digests, self.fingerprints, record)
             return
-        cost = cost_pico(tokens, units, rate)
-        total.cost += cost
-        self.costs.append(cost)
-        self.versions.append(rate.version)
+        days: defaultdict[int, list[int]] = defaultdict(list)
+        for index in admitted:
+            days[max(first_day, (self.ended_ms[index] + horizon_ms) // DAY_MS)].append(index)
+        for day in sorted(days):
+            digests = [self.digests[index] for index in days[day]]
+            self._remember_day(day, digests, [self.fingerprints[index] for index in days[day]], record)
+
+    def _remember_day(self, day: int, digests: list[bytes], fingerprints: list[bytes], record: LedgerRecord) -> None:
+        self.state.seen.remember(day, digests, fingerprints)
+        entries = b"".join([part for pair in zip(digests, fingerprints, strict=True) for part in pair])
+        record.usage.remembered.append(RememberedKeys(expires_day=day, entries=entries))
+
+    def state_costs(self, admitted: Sequence[int], record: LedgerRecord) -> None:
+        """Cost and price version beside each admitted event, in their order."""
+        everything = len(admitted) == len(self.raws)
+        costs = self.costs if everything else [self.costs[index] for index in admitted]
+        versions = self.versions if everything else [self.versions[index] for index in admitted]
+        if max(costs, default=0) > _LOW:
+            record.usage.cost_pico_low.extend([cost & _LOW for cost in costs])
+            record.usage.cost_pico_high.extend([cost >> 64 for cost in costs])
+        else:
+            record.usage.cost_pico_low.extend(costs)
+        record.usage.price_versions.extend(versions[:1] if len(set(versions)) == 1 else versions)
+
+    def judge(self, record: LedgerRecord) -> None:
+        """Let the abuse rules look at every tenant that the batch touched, then state its account."""
+        state = self.state
+        rules = Rules(self.log_time_ms, state.settings.alert_cooldown_ms)
+        for tenant_id in sorted(self.evidence):
+            account = state.accounts[tenant_id]
+            rules.look(account, self.evidence[tenant_id], account.plan.prompt_tokens_max)
+            record.accounts.append(account.to_account(state.generation, record.sequence, self.log_time_ms))
+        record.alerts.extend(rules.alerts)
 
 
-def apply_usage(
-    state: LedgerState, value: bytes, batch: UsageBatch, raw: RawUsageBatch, record: LedgerRecord
-) -> list[Forward]:
+def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, raw: RawUsageBatch, record: LedgerRecord) -> list[Forward]:
     """Apply a decoded batch (its bytes: `value`) to `state`, state its effect in `record`, return what must be sent on."""
+    record.usage.batch = value
     work = _Batch(state, batch, list(raw.events), record.log_time_ms)
-    work.run()
-    applied = UsageApplied(batch=value, dropped=work.dropped, duplicates=work.duplicates, conflicts=work.conflicts)
-    _state_costs(work, applied)
-    for day in sorted(work.remembered):
-        digests, fingerprints = work.remembered[day]
-        if digests:
-            state.seen.remember(day, digests, fingerprints)
-            entries = b"".join([part for pair in zip(digests, fingerprints, strict=True) for part in pair])
-            applied.remembered.append(RememberedKeys(expires_day=day, entries=entries))
-    record.usage.CopyFrom(applied)
-    _add_sums(work, record)
-    _judge(work, record)
+    admitted = work.admit()
+    if admitted:
+        work.charge(admitted, record)
+        work.remember(admitted, record)
+        work.state_costs(admitted, record)
+    record.usage.dropped.extend(work.dropped)
+    record.usage.duplicates = work.duplicates
+    record.usage.conflicts = work.conflicts
+    work.judge(record)
     if batch.producer_id:
         _mark(state, batch, record)
     return [_forward(partition, raws) for partition, raws in sorted(work.forwards.items())]
-
-
-def _state_costs(work: _Batch, applied: UsageApplied) -> None:
-    costs = work.costs
-    if max(costs, default=0) > _LOW:
-        applied.cost_pico_low.extend([cost & _LOW for cost in costs])
-        applied.cost_pico_high.extend([cost >> 64 for cost in costs])
-    else:
-        applied.cost_pico_low.extend(costs)
-    versions = work.versions
-    applied.price_versions.extend(versions[:1] if len(set(versions)) == 1 else versions)
-
-
-def _add_sums(work: _Batch, record: LedgerRecord) -> None:
-    state = work.state
-    log_time_ms = record.log_time_ms
-    for raw_key, total in work.sums.items():
-        key = Key(*raw_key)
-        account = state.accounts[key.tenant_id]
-        window = state.windows.get(key)
-        if window is None:
-            window = state.windows[key] = Window(record.sequence, account.currency)
-        tokens = window.tokens
-        tokens[0] += total.input
-        tokens[1] += total.output
-        tokens[2] += total.read
-        batch_tokens = total.input + total.output + total.read
-        if total.other:
-            for position, quantity in enumerate(total.other, start=3):
-                tokens[position] += quantity
-            batch_tokens += sum(total.other)
-        for unit, quantity in (total.units or {}).items():
-            window.units[unit] = window.units.get(unit, 0) + quantity
-        window.events += total.events
-        window.refused_events += total.refused
-        window.unrated_events += total.unrated
-        window.cost_pico += total.cost
-        state.touch_window(key, window, log_time_ms)
-        record.totals.append(window.to_total(key))
-        account.events += total.events
-        account.unrated_events += total.unrated
-        account.spend_pico += total.cost
-        minute_tokens = work.tenant_evidence(key.tenant_id).minute_tokens
-        minute_tokens[key.minute] = minute_tokens.get(key.minute, 0) + batch_tokens
-
-
-def _judge(work: _Batch, record: LedgerRecord) -> None:
-    state = work.state
-    rules = Rules(record.log_time_ms, state.settings.alert_cooldown_ms)
-    if work.sums:
-        _name_requests(work)
-    for tenant_id in sorted(work.evidence):
-        account = state.accounts[tenant_id]
-        rules.look(account, work.evidence[tenant_id], account.plan.prompt_tokens_max)
-        record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
-    record.alerts.extend(rules.alerts)
-
-
-def _name_requests(work: _Batch) -> None:
-    """Give each tenant's evidence its last few requests of this batch, for rules that speak of all of them."""
-    wanted = dict.fromkeys(work.evidence, 3)
-    dropped = {entry.index for entry in work.dropped}
-    for index in range(len(work.raws) - 1, -1, -1):
-        if not wanted:
-            return
-        event = work.batch.events[index]
-        left = wanted.get(event.tenant_id)
-        if left and index not in dropped:
-            work.evidence[event.tenant_id].request_ids.append(event.request_id)
-            if left == 1:
-                del wanted[event.tenant_id]
-            else:
-                wanted[event.tenant_id] = left - 1
 
 
 def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> None:
@@ -461,6 +430,6 @@ def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> None:
 
 
 def _forward(partition: int, raws: list[bytes]) -> Forward:
-    """The same event bytes in a batch of nobody's numbering: the fingerprints stay, the sender's sequence is not touched."""
+    """The same event bytes in a batch of nobody's numbering: fingerprints stay, the sender's sequence is not touched."""
     head = UsageBatch(schema_version=SCHEMA_VERSION, forwarded=True).SerializeToString()
     return Forward(partition, head + RawUsageBatch(events=raws).SerializeToString())

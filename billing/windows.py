@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from billing.amounts import from_amount, to_amount
+from billing.amounts import from_amount, set_amount
 from billing.v1.ledger_pb2 import WindowKey, WindowTotal
 
 MINUTE_MS = 60_000
@@ -29,6 +29,7 @@ class Window:
     """One open window: counts, the eight classes of tokens, units and cost."""
 
     __slots__ = (
+        "_total",
         "cost_pico",
         "currency",
         "events",
@@ -40,7 +41,7 @@ class Window:
         "unrated_events",
     )
 
-    def __init__(self, opened_sequence: int, currency: str) -> None:
+    def __init__(self, key: Key, opened_sequence: int, currency: str) -> None:
         self.opened_sequence = opened_sequence
         self.currency = currency
         self.events = 0
@@ -51,32 +52,34 @@ class Window:
         self.cost_pico = 0
         # The minute of log time at which it may be let go; kept by LedgerState.
         self.release_minute = 0
+        # The part of the total that never changes is built once.
+        self._total = WindowTotal(key=window_key(key, opened_sequence), currency=currency)
 
-    def to_total(self, key: Key) -> WindowTotal:
-        """The absolute total, as a record states it."""
-        tokens = self.tokens
-        return WindowTotal(
-            key=window_key(key, self.opened_sequence),
-            events=self.events,
-            refused_events=self.refused_events,
-            unrated_events=self.unrated_events,
-            uncached_input_tokens=tokens[0],
-            output_tokens=tokens[1],
-            cache_read_tokens=tokens[2],
-            cache_write_tokens=tokens[3],
-            reasoning_tokens=tokens[4],
-            image_input_tokens=tokens[5],
-            audio_input_tokens=tokens[6],
-            audio_output_tokens=tokens[7],
-            units=self.units,
-            cost=to_amount(self.cost_pico),
-            currency=self.currency,
-        )
+    def to_total(self) -> WindowTotal:
+        """The absolute total, as a record states it. Valid until the next call."""
+        total = self._total
+        total.events = self.events
+        total.refused_events = self.refused_events
+        total.unrated_events = self.unrated_events
+        (
+            total.uncached_input_tokens,
+            total.output_tokens,
+            total.cache_read_tokens,
+            total.cache_write_tokens,
+            total.reasoning_tokens,
+            total.image_input_tokens,
+            total.audio_input_tokens,
+            total.audio_output_tokens,
+        ) = self.tokens
+        if self.units:
+            total.units.update(self.units)
+        set_amount(total.cost, self.cost_pico)
+        return total
 
     @classmethod
     def from_total(cls, total: WindowTotal) -> Window:
         """The window that `total` states."""
-        window = cls(total.key.opened_sequence, total.currency)
+        window = cls(key_of(total.key), total.key.opened_sequence, total.currency)
         window.events = total.events
         window.refused_events = total.refused_events
         window.unrated_events = total.unrated_events
