@@ -7,15 +7,6 @@ BATCH_BYTES_MAX = 1_000_000
 
 # A record holds its input (1 MB at most) and per event, at worst, one window (2 KB with its strings and units), its release
 # (1 KB), one account (1.5 KB), one dropped entry and a few numbers: 1 MB and 1,000 times 6 KB stay under this.
-RECORD_BYTES_MAX."""
-
-SCHEMA_VERSION = 1
-
-BATCH_EVENTS_MAX = 1_000
-BATCH_BYTES_MAX = 1_000_000
-
-# A record holds its input (≤ 1 MB) and per event, at worst, one window (≤ 2 KB with its strings and units), its release (≤ 1 KB), one
-# account (≤ 1.5 KB), one dropped entry and a few numbers: 1 MB + 1,000 × 6 KB stays under this.
 RECORD_BYTES_MAX = 8_000_000
 
 # Of an identifier: tenant, project, user, key, model, request.
