@@ -1,15 +1,16 @@
 """A run: remembered dedupe keys in one sorted, immutable file, with a filter before it.
 
-Promise: a run that `open_run` returns holds exactly the rows that were written, or it raises `DamagedRun`; a file appears under its
-name complete and synced, or not at all. Lookups take arrays and cost a few nanoseconds a key where the key is not there.
+Promise: a run that `open_run` returns holds exactly the rows that were written, or it raises `DamagedRunError`; a file appears
+under its name complete and synced, or not at all. A lookup takes many keys at once and costs a few nanoseconds for each that is
+not here.
 
-Why not RocksDB for these rows: it costs 1.4-2.5 µs to put a random key through its memtable, 1.0 µs (0.6 of it on the stream's thread)
-to write a sorted file and have it compacted, and 45 bytes of disk a key; a run costs about 0.3 µs, nearly all of it on another thread
-with Python's lock released, and 26 bytes. RocksDB keeps what small things need (`local_store`), the list of runs among them.
+Why not RocksDB for these rows: putting a random key costs 1.4-2.5 µs through its memtable, or 1.0 µs as a sorted file with its
+compaction (0.6 µs of it on the stream's own thread), and 45 bytes of disk. A run costs about 0.3 µs, nearly all of it on
+another thread with Python's lock released, and 26 bytes. RocksDB keeps the rest (`local_store`), the list of runs among it.
 
-A row is a key's 16 bytes as two numbers, the payload's fingerprint, and the day on which it is forgotten. Columns lie one after the
-other, rows sorted by the first number. The filter has one 64-bit word for some rows, five bits a row: it stands in memory alone and is
-made again from the columns when a run is opened.
+A row is a key's 16 bytes as two numbers, the payload's fingerprint, and the day on which it is forgotten. Columns lie one after
+the other, rows sorted by the first number. The filter sets five bits of one 64-bit word for each row; it is in memory only, and
+is made again from the columns when a run is opened.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BYTES_PER_ROW", "DamagedRun", "Query", "Run", "merge_runs", "open_run", "rows_from_entries", "write_run"]
+__all__ = ["BYTES_PER_ROW", "DamagedRunError", "Query", "Run", "merge_runs", "open_run", "rows_from_entries", "write_run"]
 
 U64 = npt.NDArray[np.uint64]
 U16 = npt.NDArray[np.uint16]
@@ -50,7 +52,7 @@ _MERGE_ROWS = 1 << 20
 _CHECKSUM_BYTES = 1 << 24
 
 
-class DamagedRun(RuntimeError):
+class DamagedRunError(RuntimeError):
     """A run's file is not what was written."""
 
 
@@ -156,14 +158,7 @@ class Run:
 
 def write_run(path: Path, rows: Rows) -> Run:
     """Write sorted rows (at least one) under `path`, synced, and open them."""
-
-    def fill(put: Callable[[Rows], None]) -> bool:
-        put(rows)
-        return True
-
-    run = _write(path, len(rows), fill)
-    assert run is not None, "nothing gives up here"
-    return run
+    return _write(path, len(rows), lambda put: put(rows))
 
 
 def open_run(path: Path) -> Run:
@@ -173,23 +168,26 @@ def open_run(path: Path) -> Run:
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
     except OSError as error:
-        raise DamagedRun(f"{path} cannot be read ({error})") from error
+        raise DamagedRunError(f"{path} cannot be read ({error})") from error
     if len(header) != _HEADER_BYTES:
-        raise DamagedRun(f"{path} has {size} bytes, less than its header")
+        raise DamagedRunError(f"{path} has {size} bytes, less than its header")
     magic, count, first_day, last_day, checksum, _ = _HEADER.unpack_from(header)
     if magic != _MAGIC or count == 0 or size != _HEADER_BYTES + count * BYTES_PER_ROW:
-        raise DamagedRun(f"{path} is not a run of {count} rows: {size} bytes")
+        raise DamagedRunError(f"{path} is not a run of {count} rows: {size} bytes")
     rows = _map(path, count, "r")
     if _checksum(rows) != checksum:
-        raise DamagedRun(f"{path} does not have the checksum {checksum:08x} that it was written with")
+        raise DamagedRunError(f"{path} does not have the checksum {checksum:08x} that it was written with")
     run = Run(path, rows, _make_filter(rows))
     if (run.first_day, run.last_day) != (first_day, last_day):
-        raise DamagedRun(f"{path} has days {run.first_day} to {run.last_day}, its header says {first_day} to {last_day}")
+        raise DamagedRunError(f"{path} has days {run.first_day} to {run.last_day}, its header says {first_day} to {last_day}")
     return run
 
 
 def merge_runs(path: Path, runs: Sequence[Run], forgotten_through_day: int, cancelled: Callable[[], bool]) -> Run | None:
-    """One run of all living rows of `runs`; None when none lives or it was cancelled. Takes slices of the key space in turn."""
+    """One run of all living rows of `runs`, slice by slice of the key space; None when none lives.
+
+    Raises CancelledError, and leaves no file, when `cancelled` says so between two slices.
+    """
     total = sum(int(np.count_nonzero(run.rows.day > forgotten_through_day)) for run in runs)
     if total == 0:
         return None
@@ -197,22 +195,21 @@ def merge_runs(path: Path, runs: Sequence[Run], forgotten_through_day: int, canc
     edges = np.array([(i << 64) // slices for i in range(1, slices)], dtype=np.uint64)
     bounds = [[0, *np.searchsorted(run.rows.high, edges).tolist(), len(run.rows)] for run in runs]
 
-    def fill(put: Callable[[Rows], None]) -> bool:
+    def fill(put: Callable[[Rows], None]) -> None:
         for i in range(slices):
             if cancelled():
-                return False
+                raise CancelledError
             parts = [
                 run.rows.part(bound[i], bound[i + 1]).living(forgotten_through_day)
                 for run, bound in zip(runs, bounds, strict=True)
             ]
             put(concatenated(parts).sorted())
-        return True
 
     return _write(path, total, fill)
 
 
-def _write(path: Path, count: int, fill: Callable[[Callable[[Rows], None]], bool]) -> Run | None:
-    """Write what `fill` puts; None, and no file, when it gives up."""
+def _write(path: Path, count: int, fill: Callable[[Callable[[Rows], None]], None]) -> Run:
+    """Write what `fill` puts. A file that was not finished keeps its draft's name, and goes at the next start."""
     draft = path.with_suffix(".draft")
     with draft.open("wb") as file:
         file.truncate(_HEADER_BYTES + count * BYTES_PER_ROW)
@@ -228,16 +225,14 @@ def _write(path: Path, count: int, fill: Callable[[Callable[[Rows], None]], bool
         target.day[written:end] = rows.day
         written = end
 
-    if not fill(put):
-        draft.unlink()
-        return None
+    fill(put)
     if written != count:
         raise AssertionError(f"{path} was to get {count} rows and got {written}")
     header = _HEADER.pack(_MAGIC, count, int(target.day.min()), int(target.day.max()), _checksum(target), 0)
-    with draft.open("r+b") as file:
-        file.write(header)
-        file.flush()
-        os.fsync(file.fileno())  # covers the mapped pages too: they are the file's
+    with draft.open("r+b") as finished:
+        finished.write(header)
+        finished.flush()
+        os.fsync(finished.fileno())  # covers the mapped pages too: they are the file's
     draft.rename(path)
     _sync_folder(path.parent)
     rows = _map(path, count, "r")
@@ -259,7 +254,7 @@ def _map(path: Path, count: int, mode: str) -> Rows:
 def _checksum(rows: Rows) -> int:
     checksum = 0
     for column in (rows.high, rows.low, rows.fingerprint, rows.day):
-        data = memoryview(column).cast("B")
+        data = column.view(np.uint8).data
         for start in range(0, len(data), _CHECKSUM_BYTES):
             checksum = zlib.crc32(data[start : start + _CHECKSUM_BYTES], checksum)
     return checksum

@@ -1,7 +1,7 @@
 """Exact memory of what was charged, larger than RAM: `billing.state.SeenKeys` on sorted runs.
 
-Promise: `find` answers exactly, for every key that was remembered and has not expired; nothing reaches disk before the record that
-it belongs to was acknowledged. Costs are measured in benchmarks/seen_store.py: about 1 µs a key for find, remember and keeping,
+Promise: `find` answers exactly, for every key that was remembered and has not expired; nothing reaches disk before the record
+that it belongs to was acknowledged. Costs are measured in benchmarks/seen_store.py: about 1 µs a key for find, remember and keeping,
 26 bytes of disk and 2.5 bytes of RAM a key, beside a fixed part of about 50 MB at most.
 
 A key's way:
@@ -10,21 +10,21 @@ A key's way:
 2. `acknowledged` (after the record is in the log and in the local store, which holds the record's keys as one blob) counts it.
 3. When `recent` is full it is frozen; once all of it is acknowledged, another thread writes it as a run (`seen_runs`).
 4. `finished` gives the change of the list of runs; the local store writes it, with the deletion of the blobs, in one batch;
-   `adopt` then lets the frozen dictionary go. A crash before: the file is an orphan, removed at the next start, and the blobs are
-   loaded again. A crash after: the blobs are gone and the run is listed.
+   `adopt` then lets the frozen dictionary go. A crash before: the file is an orphan, removed at the next start, and the blobs
+   are loaded again. A crash after: the blobs are gone and the run is listed.
 5. Eight runs of one size are merged into one, on a thread too, the same way. A run is dropped when its last day has expired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from stream_processors.seen_runs import (
     ENTRY_BYTES,
-    DamagedRun,
+    DamagedRunError,
     Query,
     Run,
     merge_runs,
@@ -33,11 +33,11 @@ from stream_processors.seen_runs import (
     write_run,
 )
 
-__all__ = ["DamagedRun", "RunsChange", "SeenStore"]
+__all__ = ["DamagedRunError", "RunsChange", "SeenStore"]
 
 RECENT_KEYS_MAX = 131_072
 RUNS_PER_LEVEL = 8
-# A run of the last level is never merged again: 131,072 × 8³ = 67 million keys, 1.7 GB.
+# A run of the last level is never merged again: 131,072 * 8^3 = 67 million keys, 1.7 GB.
 LEVELS = 4
 
 _DIGEST_BYTES = 16
@@ -61,6 +61,11 @@ class _Work:
     sources: tuple[Run, ...]
     level: int
     blobs_through_sequence: int | None
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over and was not cancelled. What it raised, a full disk say, its result raises again."""
+        return self.future.done() and not isinstance(self.future.exception(), CancelledError)
 
 
 class SeenStore:
@@ -156,7 +161,7 @@ class SeenStore:
 
     def finished(self) -> RunsChange | None:
         """A change of the list of runs that is ready to be noted, or None. Note it, then `adopt`."""
-        done = [work for work in (self._rotation, self._merge) if work is not None and work.future.done()]
+        done = [work for work in (self._rotation, self._merge) if work is not None and work.done]
         # What is being merged stays until that is over.
         busy = set(self._merge.sources) if self._merge is not None and self._merge not in done else set()
         removed = {run.name for work in done for run in work.sources}
@@ -173,7 +178,7 @@ class SeenStore:
         """The change is in the local store: act on it."""
         added = set(change.added)
         for work in (self._rotation, self._merge):
-            if work is not None and work.future.done() and (made := work.future.result()) and made.name in added:
+            if work is not None and work.done and (made := work.future.result()) and made.name in added:
                 self._runs.append((work.level, made))
         gone = set(change.removed)
         self._runs = [(level, run) for level, run in self._runs if run.name not in gone]
@@ -199,6 +204,11 @@ class SeenStore:
         self._threads.shutdown(wait=True)
 
     @property
+    def writing(self) -> bool:
+        """Whether keys are on their way into a run."""
+        return self._rotation is not None
+
+    @property
     def keys_on_disk(self) -> int:
         return sum(len(run.rows) for _, run in self._runs)
 
@@ -213,6 +223,8 @@ class SeenStore:
         return len(self._recent) + len(self._frozen)
 
     def _start_work(self) -> None:
+        if self._closing:
+            return
         forgotten = self._acknowledged_forgotten_day
         if (
             self._rotation is None

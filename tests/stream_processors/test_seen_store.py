@@ -1,4 +1,4 @@
-"""The dedupe memory answers as a plain dictionary does, whatever is in dictionaries, being written, in runs, merged or expired."""
+"""The dedupe memory answers as a plain dictionary does, whether keys are in memory, in runs, merged or expired."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from billing.state import MemorySeenKeys
 from stream_processors import seen_store
-from stream_processors.seen_runs import DamagedRun
+from stream_processors.seen_runs import DamagedRunError
 from stream_processors.seen_store import SeenStore
 
 
@@ -160,8 +160,8 @@ def test_a_damaged_run_is_named(keeper: Keeper) -> None:
     data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedRun, match=name):
+    with pytest.raises(DamagedRunError, match=name):
         SeenStore(keeper.folder, keeper.runs, 0)
     path.write_bytes(data[:100])
-    with pytest.raises(DamagedRun, match=name):
+    with pytest.raises(DamagedRunError, match=name):
         SeenStore(keeper.folder, keeper.runs, 0)

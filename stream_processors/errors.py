@@ -1,0 +1,27 @@
+"""What can stop a worker. Each says what happened and what to do; none is raised for bad input, which becomes a record.
+
+    WorkerError
+    ├── RefusedToStart     the configuration, a topic or a log is not what the ledger was founded with
+    ├── HostStopped        this process may no longer write; a new one starts over from the log
+    └── LocalStoreError    the local store cannot be used; it can always be rebuilt from the log
+"""
+
+from __future__ import annotations
+
+__all__ = ["HostStopped", "LocalStoreError", "RefusedToStart", "WorkerError"]
+
+
+class WorkerError(RuntimeError):
+    """The root of this folder's errors."""
+
+
+class RefusedToStart(WorkerError):
+    """Starting would risk losing or doubling usage."""
+
+
+class HostStopped(WorkerError):
+    """Something happened after which only the log can tell what holds."""
+
+
+class LocalStoreError(WorkerError):
+    """The local store is damaged, of another format, or in use."""

@@ -1,0 +1,181 @@
+"""The host's ports on Kafka: librdkafka's consumer without a group, and its idempotent producer.
+
+Promise: `KafkaLogWriter` reports each message's fate once, on the event loop, in order per partition; after one failure the
+caller must take a new writer, because what follows a hole is not sent in order any more. `KafkaLogReader` reads to the true end
+of a partition, also on a broker whose ListOffsets falls short of it (Tansu answers the base of the last batch plus one).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from billing.limits import RECORD_BYTES_MAX
+from stream_processors.errors import RefusedToStart
+from stream_processors.settings import KafkaSettings
+
+__all__ = ["KafkaLogReader", "KafkaLogWriter"]
+
+MESSAGE_BYTES_MAX = RECORD_BYTES_MAX + 200_000
+_CHUNK_MESSAGES = 100
+_POLL_S = 0.2
+# Outside of any group; librdkafka wants a name all the same.
+_NO_GROUP = "taximeter-reader"
+
+
+class KafkaLogReader:
+    """`LogReader` on Kafka. Each call has a consumer of its own, on a thread of the default executor."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self._settings = settings
+        self._timeout_s = settings.request_timeout_ms / 1000
+
+    def _consumer(self) -> Consumer:
+        return Consumer(
+            {
+                **self._settings.client(),
+                "group.id": _NO_GROUP,
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "auto.offset.reset": "error",
+                "fetch.queue.backoff.ms": 5,
+                "fetch.message.max.bytes": MESSAGE_BYTES_MAX,
+                "queued.max.messages.kbytes": 65_536,
+                "isolation.level": "read_uncommitted",
+            }
+        )
+
+    async def bounds(self, topic: str, partition: int) -> tuple[int, int]:
+        """The first offset that is there, and the one that the next message will get."""
+        return await asyncio.to_thread(self._bounds, topic, partition)
+
+    def _bounds(self, topic: str, partition: int) -> tuple[int, int]:
+        consumer = self._consumer()
+        try:
+            place = TopicPartition(topic, partition)
+            low, high = consumer.get_watermark_offsets(place, timeout=self._timeout_s)
+            if low == high:
+                return int(low), int(high)
+            # From the last batch that ListOffsets knows of, to wherever the log really ends.
+            consumer.assign([TopicPartition(topic, partition, max(low, high - 1))])
+            deadline = time.monotonic() + self._timeout_s
+            while time.monotonic() < deadline:
+                message = consumer.poll(_POLL_S)
+                if message is None:
+                    continue
+                error = message.error()
+                if error is not None and error.code() == KafkaError._PARTITION_EOF:
+                    return int(low), int(message.offset() or high)
+                if error is not None:
+                    raise KafkaException(error)
+            raise RefusedToStart(f"{topic}[{partition}]: its end was not found in {self._timeout_s:g} s; is Kafka well?")
+        except KafkaException as error:
+            raise RefusedToStart(f"{topic}[{partition}]: cannot be read ({error})") from error
+        finally:
+            consumer.close()
+
+    async def read(self, topic: str, partition: int, start: int, end: int) -> AsyncIterator[Sequence[tuple[int, bytes]]]:
+        """The messages from `start` up to and without `end`, in chunks."""
+        if start >= end:
+            return
+        consumer = self._consumer()
+        try:
+            consumer.assign([TopicPartition(topic, partition, start if start > 0 else OFFSET_BEGINNING)])
+            heard = time.monotonic()
+            reached = start
+            while reached < end:
+                messages = await asyncio.to_thread(consumer.consume, _CHUNK_MESSAGES, _POLL_S)
+                chunk, reached = _values(messages, reached, end)
+                if chunk:
+                    heard = time.monotonic()
+                    yield chunk
+                elif time.monotonic() - heard > self._timeout_s:
+                    raise RefusedToStart(
+                        f"{topic}[{partition}]: nothing came after offset {reached} of {end} for {self._timeout_s:g} s; "
+                        "is Kafka well, and does the log reach that far?"
+                    )
+        except KafkaException as error:
+            raise RefusedToStart(f"{topic}[{partition}]: cannot be read from offset {start} ({error})") from error
+        finally:
+            await asyncio.to_thread(consumer.close)
+
+
+def _values(messages: Sequence[Message], reached: int, end: int) -> tuple[list[tuple[int, bytes]], int]:
+    chunk: list[tuple[int, bytes]] = []
+    for message in messages:
+        error = message.error()
+        offset = message.offset()
+        if error is not None:
+            if error.code() != KafkaError._PARTITION_EOF:
+                raise KafkaException(error)
+            # Its offset is the log's end, which covers a gap before it (a transaction's marker, say).
+            reached = max(reached, offset or 0)
+        elif offset is not None and offset < end:
+            chunk.append((offset, bytes(message.value() or b"")))
+            reached = offset + 1
+        else:
+            reached = end
+    return chunk, reached
+
+
+class KafkaLogWriter:
+    """`LogWriter` on Kafka; also sends keyed messages. Make it on the event loop that is to hear of deliveries."""
+
+    def __init__(self, settings: KafkaSettings, *, linger_ms: float = 1.0) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._producer = Producer(
+            {
+                **settings.client(),
+                "enable.idempotence": True,
+                "acks": "all",
+                "linger.ms": linger_ms,
+                "message.max.bytes": MESSAGE_BYTES_MAX,
+                "message.timeout.ms": settings.delivery_timeout_ms,
+                # What is on its way is bounded by the hosts; this only has to be more.
+                "queue.buffering.max.kbytes": 1_048_576,
+            }
+        )
+        self._done: list[Callable[[], None]] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._poll, name="ledger-writer", daemon=True)
+        self._thread.start()
+
+    def write(
+        self, topic: str, partition: int, value: bytes, on_done: Callable[[int, str], None], key: bytes | None = None
+    ) -> None:
+        """Send; `on_done(offset, problem)` follows on the event loop, problem empty when it was acknowledged."""
+        try:
+            self._producer.produce(
+                topic, value=value, key=key, partition=partition, on_delivery=partial(self._delivered, on_done)
+            )
+        except (BufferError, KafkaException) as error:
+            self._loop.call_soon(on_done, -1, str(error))
+
+    def _delivered(self, on_done: Callable[[int, str], None], error: KafkaError | None, message: Message) -> None:
+        offset = message.offset()
+        problem = "" if error is None else str(error)
+        self._done.append(partial(on_done, -1 if offset is None else offset, problem))
+
+    def _poll(self) -> None:
+        while not self._closing:
+            # Callbacks run inside poll; they are handed over in one go. More than one waits when the loop was busy.
+            if self._producer.poll(_POLL_S) and self._done:
+                done, self._done = self._done, []
+                self._loop.call_soon_threadsafe(_run_all, done)
+
+    async def close(self, timeout_s: float) -> None:
+        """Stop. What was not acknowledged by then is reported by nobody: the log tells."""
+        await asyncio.to_thread(self._producer.flush, timeout_s)
+        self._closing = True
+        await asyncio.to_thread(self._thread.join)
+        _run_all(self._done)
+
+
+def _run_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

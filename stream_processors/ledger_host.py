@@ -1,0 +1,319 @@
+"""One ledger partition, hosted: the pure step between an input log and `usage.ledger`.
+
+Promise: each input becomes exactly one record, or none if the state has taken it before; `done` is called for it only after its
+record is in the log and in the local store; whenever this host cannot be sure that nobody else wrote, it stops with a
+reason and writes nothing more. The log decides everything: a host that stopped is thrown away, and a new one replays.
+
+A record's way, and what a crash after each number means:
+
+1. step: the state moves in memory. Crash: nothing happened.
+2. what it forwards to other partitions is acknowledged there. Crash: it is sent again, and is a duplicate there.
+3. the record is produced; up to `in_flight_max` are on their way, in order. Crash: the log has it or not; replay tells.
+4. the acknowledged offset is compared with the expected log end. Another offset, or an error: somebody else may have written.
+5. the local store applies it. Crash: it is behind the log and replays.
+6. `done`: the input's acknowledgement, which is a lag metric and nothing more.
+
+Faust is not in here, nor Kafka: a simulator hosts the same class over logs in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from billing import chain, replay
+from billing.chain import Chain, UnreadableRecord
+from billing.state import LedgerState
+from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
+from billing.v1.ledger_pb2 import LedgerRecord
+from stream_processors.errors import HostStopped, RefusedToStart
+from stream_processors.local_store import Acknowledged, LocalStore
+
+__all__ = ["HostSettings", "LedgerHost", "LogReader", "LogWriter"]
+
+logger = logging.getLogger(__name__)
+
+_REPLAY_RECORDS_MAX = 64
+
+
+class LogReader(Protocol):
+    """Reads a partition of a log."""
+
+    async def bounds(self, topic: str, partition: int) -> tuple[int, int]:
+        """The first offset that is there, and the one that the next message will get."""
+        ...
+
+    def read(self, topic: str, partition: int, start: int, end: int) -> AsyncIterator[Sequence[tuple[int, bytes]]]:
+        """The messages from `start` up to and without `end`, in chunks of (offset, value). Offsets may have gaps."""
+        ...
+
+
+class LogWriter(Protocol):
+    """Appends to partitions of logs, in order, each message once."""
+
+    def write(self, topic: str, partition: int, value: bytes, on_done: Callable[[int, str], None]) -> None:
+        """Send; `on_done(offset, "")` or `on_done(-1, what happened)` follows on the event loop, in order per partition."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """What a host is told. Bounds are per partition."""
+
+    events_topic: str
+    ledger_topic: str
+    partitions: int
+    keys: LedgerKeys
+    writer: str
+    in_flight_max: int = 8
+    unconfirmed_bytes_max: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        if self.in_flight_max < 1:
+            raise ValueError(f"in_flight_max: {self.in_flight_max}; give at least 1")
+
+
+class LedgerHost:
+    """Make it, `recover` it, then `handle` inputs in the order of their logs. One event loop."""
+
+    def __init__(
+        self,
+        settings: HostSettings,
+        partition: int,
+        store: LocalStore,
+        reader: LogReader,
+        writer: LogWriter,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self.partition = partition
+        self.store = store
+        self.state = LedgerState(store.seen)
+        self.replayed_records = 0
+        self.ignored_records = 0
+        self.acknowledged_records = 0
+        self._settings = settings
+        self._reader = reader
+        self._writer = writer
+        self._clock_ms = clock_ms
+        self._owned = False
+        self._stopped: HostStopped | None = None
+        self._next_offset = 0
+        # Produced and not yet acknowledged, oldest first: (record, stored, expected offset, what to tell the input).
+        self._in_flight: deque[tuple[LedgerRecord, bytes, int, Callable[[], None]]] = deque()
+        self._delivered: list[tuple[Acknowledged, Callable[[], None]]] = []
+        self._turn = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._apply_scheduled = False
+
+    @property
+    def where(self) -> str:
+        return f"{self._settings.ledger_topic}[{self.partition}]"
+
+    @property
+    def owned(self) -> bool:
+        """Whether it takes input now."""
+        return self._owned and self._stopped is None
+
+    @property
+    def stopped(self) -> HostStopped | None:
+        """Why it stopped, if it did."""
+        return self._stopped
+
+    @property
+    def in_flight(self) -> int:
+        """Records that are produced and not applied yet."""
+        return len(self._in_flight) + len(self._delivered)
+
+    # --- taking over ---
+
+    async def recover(self) -> None:
+        """Bring the state to the end of the log, and own the partition. Raises RefusedToStart, saying what to do."""
+        local = self.store.load()
+        first, end = await self._reader.bounds(self._settings.ledger_topic, self.partition)
+        follow = Chain(self.partition, self._settings.keys.seal_key)
+        if local is not None:
+            self.state = local
+            follow.generation, follow.sequence = local.generation, local.sequence
+            follow.record_hash = local.record_hash
+        try:
+            start = await self._find_place(follow, first, end)
+            await self._replay(follow, start, end)
+        except UnreadableRecord as error:
+            raise RefusedToStart(f"{self.where}: {error}") from error
+        if not self.state.founded:
+            raise RefusedToStart(
+                f"{self.where} holds no founding record ({end - first} messages from offset {first}); run: taximeter topics "
+                "apply. If there was a ledger before, restore the topic first"
+            )
+        founded_with = self.state.settings.partitions
+        if founded_with != self._settings.partitions:
+            raise RefusedToStart(
+                f"{self.where}: the ledger was founded with {founded_with} partitions, the topics have "
+                f"{self._settings.partitions}; tenants would move: give the topics {founded_with} partitions again"
+            )
+        self.ignored_records += follow.ignored
+        self._next_offset = end
+        self._owned = True
+        logger.info(
+            "%s: at sequence %d, offset %d; %d records replayed", self.where, self.state.sequence, end, self.replayed_records
+        )
+
+    async def _find_place(self, follow: Chain, first: int, end: int) -> int:
+        """The offset to read on from. The local store must stand on a record that the log has."""
+        if not follow.generation:
+            return first
+        stands = self.store.place.ledger_offset
+        if first <= stands < end:
+            async for chunk in self._reader.read(self._settings.ledger_topic, self.partition, stands, stands + 1):
+                if chunk and chunk[0][0] == stands and chain.record_hash(chunk[0][1]) == follow.record_hash:
+                    return stands + 1
+        if end > first:
+            # The log may have been founded again on exactly this state: then its first record says so.
+            async for chunk in self._reader.read(self._settings.ledger_topic, self.partition, first, first + 1):
+                probe = Chain(self.partition, self._settings.keys.seal_key, follow.generation, follow.sequence)
+                probe.record_hash = follow.record_hash
+                if chunk and probe.accept(chunk[0][1]) is not None:
+                    return first
+        here = f"generation {follow.generation.hex()[:12]}, sequence {follow.sequence}, offset {stands}"
+        raise RefusedToStart(
+            f"{self.where}: the local store stands at {here}, and the log, offsets {first} to {end}, does not have that "
+            "record: it was deleted, cut, or recreated. Restore the topic from its replicas or a backup. Only if it is known "
+            f"that the log is right and this disk is wrong, delete {self.store.folder}. Where the broker keeps nothing "
+            "(embedded), run: taximeter up"
+        )
+
+    async def _replay(self, follow: Chain, start: int, end: int) -> None:
+        pending: list[Acknowledged] = []
+        async for chunk in self._reader.read(self._settings.ledger_topic, self.partition, start, end):
+            for offset, stored in chunk:
+                record = follow.accept(stored)
+                if record is None:
+                    continue
+                replay.apply(self.state, record, stored)
+                pending.append(Acknowledged(record, stored, offset))
+                if len(pending) >= _REPLAY_RECORDS_MAX:
+                    self.replayed_records += len(pending)
+                    self.store.apply(pending)
+                    pending = []
+                    await asyncio.sleep(0)  # heartbeats go on
+        self.replayed_records += len(pending)
+        self.store.apply(pending)
+
+    # --- working ---
+
+    async def handle(self, source: Input, done: Callable[[], None]) -> None:
+        """Take one input; returns when its record is on its way. Raises HostStopped once this host may not write any more."""
+        async with self._turn:
+            while len(self._in_flight) >= self._settings.in_flight_max and self._stopped is None:
+                self._changed.clear()
+                await self._changed.wait()
+            self._check_owned()
+            if isinstance(source, UsageInput | CommandInput) and source.offset <= self.state.inputs.get(source.topic, -1):
+                done()
+                return
+            try:
+                result = step(self.state, source, self._clock_ms(), keys=self._settings.keys, writer=self._settings.writer)
+                for forward in result.forwards:
+                    await self._forward(forward.partition, forward.value)
+            except BaseException as error:
+                # The state has moved and the record is not written: nothing may be built on this state.
+                self.stop(f"the step after sequence {self.state.sequence} was interrupted ({error!r})")
+                raise
+            self._check_stopped()
+            self._in_flight.append((result.record, result.stored, self._next_offset, done))
+            self._next_offset += 1
+            self._writer.write(self._settings.ledger_topic, self.partition, result.stored, self._on_delivered)
+
+    async def tick(self) -> None:
+        """Let time pass: windows close, keys expire. Skipped while records are on their way; they carry the time."""
+        if self.owned and not self._in_flight and not self._turn.locked():
+            await self.handle(TickInput(), _nothing)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more input, and wait until nothing is in flight; False when that takes too long or the host stopped."""
+        self._owned = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self._turn:
+                    while self.in_flight and self._stopped is None:
+                        self._changed.clear()
+                        await self._changed.wait()
+        except TimeoutError:
+            return False
+        return self._stopped is None
+
+    def stop(self, reason: str) -> None:
+        """Write nothing more."""
+        if self._stopped is None:
+            self._stopped = HostStopped(f"{self.where}: {reason}")
+            logger.error("%s", self._stopped)
+        self._changed.set()
+
+    def _check_stopped(self) -> None:
+        if self._stopped is not None:
+            raise self._stopped
+
+    def _check_owned(self) -> None:
+        self._check_stopped()
+        if not self._owned:
+            raise HostStopped(f"{self.where}: this worker does not own the partition any more")
+        if self.store.unconfirmed_bytes > self._settings.unconfirmed_bytes_max:
+            self.stop(
+                f"the sink has not confirmed {self.store.unconfirmed_bytes} bytes of records, over the "
+                f"{self._settings.unconfirmed_bytes_max} that this store keeps for it; start the sink"
+            )
+            self._check_stopped()
+
+    async def _forward(self, partition: int, value: bytes) -> None:
+        sent: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
+        self._writer.write(
+            self._settings.events_topic,
+            partition,
+            value,
+            lambda offset, problem: None if sent.done() else sent.set_result((offset, problem)),
+        )
+        _, problem = await sent
+        if problem:
+            self.stop(f"events could not be forwarded to {self._settings.events_topic}[{partition}]: {problem}")
+
+    def _on_delivered(self, offset: int, problem: str) -> None:
+        if self._stopped is not None:
+            return
+        record, stored, expected, done = self._in_flight.popleft()
+        if problem:
+            self.stop(f"the record of sequence {record.sequence} was not acknowledged ({problem}); the log will tell")
+            return
+        if offset != expected:
+            self.stop(
+                f"the record of sequence {record.sequence} got offset {offset}, expected {expected}: somebody else wrote "
+                "to this partition; starting over from the log"
+            )
+            return
+        self._delivered.append((Acknowledged(record, stored, offset), done))
+        if not self._apply_scheduled:
+            # Deliveries come in bunches: one batch of the local store takes all that arrive in this turn of the loop.
+            self._apply_scheduled = True
+            asyncio.get_running_loop().call_soon(self._apply)
+
+    def _apply(self) -> None:
+        self._apply_scheduled = False
+        delivered, self._delivered = self._delivered, []
+        if self._stopped is not None:
+            return
+        try:
+            self.store.apply([acknowledged for acknowledged, _ in delivered])
+        except Exception as error:  # noqa: BLE001  whatever the disk says: nothing more may be written on top of it
+            self.stop(f"the local store failed ({error}); free space or mend the disk of {self.store.folder}")
+            return
+        self.acknowledged_records += len(delivered)
+        for _, done in delivered:
+            done()
+        self._changed.set()
+
+
+def _nothing() -> None:
+    """A tick has nobody to tell."""

@@ -1,0 +1,309 @@
+"""One ledger partition's state on local disk, so that a restart replays a little of the log and not all of it.
+
+Promise: what `load` gives is the state after exactly one record of the log, the one named by `place`; it is never ahead of the
+log, because `apply` is called for acknowledged records only and writes all of their effect in one batch.
+
+Nothing is synced here beyond what RocksDB does by itself: the log is the truth. A kill of the process loses nothing (the
+write-ahead log is in the page cache); a power loss loses the last records' batches as a whole, in order, and they are replayed.
+What lies behind the list of runs is synced before the list names it (`seen_runs`).
+
+In embedded mode, where the broker forgets everything with a restart, the store also keeps the stored bytes of records that the
+sink has not confirmed, so that the sink can be fed the missing tail from here.
+
+Keys, by their first byte: m place, h head (log time, inputs, expiry), f founding record's settings, p price books, w open
+windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, s runs of the
+dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rocksdict import Options, Rdict, WriteBatch
+
+from billing import chain
+from billing.accounts import AccountState
+from billing.prices import PriceBooks
+from billing.sequences import ProducerSequences
+from billing.state import LedgerState
+from billing.v1.account_pb2 import Account, ApiKey, LedgerPosition, Progress
+from billing.v1.command_pb2 import Command, PriceBook
+from billing.v1.ledger_pb2 import Founding, LedgerRecord, ProducerMark, Tick, WindowKey, WindowTotal
+from billing.windows import Window, key_of
+from stream_processors.errors import LocalStoreError
+from stream_processors.seen_runs import DamagedRunError
+from stream_processors.seen_store import SeenStore
+
+__all__ = ["Acknowledged", "LocalStore"]
+
+_FORMAT = b"1"
+_SEQUENCE = struct.Struct(">Q")
+_TOUCHED = struct.Struct("<q")
+_BLOB_HEADER = struct.Struct("<II")
+_WRITE_BUFFER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """A record that the log has, the bytes that it has, and where."""
+
+    record: LedgerRecord
+    stored: bytes
+    ledger_offset: int
+
+
+class LocalStore:
+    """The store of one partition; one process at a time, one thread."""
+
+    def __init__(self, folder: Path, partition: int, *, keep_unconfirmed: bool = False) -> None:
+        """Open it, or make it. Raises LocalStoreError where another process has it open or it is damaged."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.partition = partition
+        self._keep_unconfirmed = keep_unconfirmed
+        options = Options(raw_mode=True)
+        options.create_if_missing(True)
+        options.set_write_buffer_size(_WRITE_BUFFER_BYTES)
+        options.set_max_total_wal_size(4 * _WRITE_BUFFER_BYTES)
+        options.set_keep_log_file_num(2)
+        try:
+            self._db = Rdict(str(folder / "state"), options)
+        except Exception as error:  # noqa: BLE001  rocksdict raises its own bare Exception
+            raise LocalStoreError(
+                f"local store {folder} cannot be opened ({error}); if another worker runs with this folder, give each its "
+                "own; if it is damaged, delete it: it is rebuilt from the log"
+            ) from None
+        known = self._db.get(b"v")
+        if known is None:
+            self._db[b"v"] = _FORMAT
+        elif known != _FORMAT:
+            self._db.close()
+            raise LocalStoreError(f"local store {folder} has format {known!r}, this version writes {_FORMAT!r}; delete it")
+        self.place = Progress(partition=partition)
+        self.place.MergeFromString(self._get(b"m"))
+        self._expired_through_day = self._head().tick.expired_through_day
+        self.unconfirmed_bytes = sum(len(value) for _, value in self._range(b"u")) if keep_unconfirmed else 0
+        self.seen = self._open_seen()
+
+    def _open_seen(self) -> SeenStore:
+        try:
+            seen = SeenStore(
+                self.folder / "seen", (key[1:].decode() for key, _ in self._range(b"s")), self._expired_through_day
+            )
+        except DamagedRunError as error:
+            self._db.close()
+            raise LocalStoreError(f"{error}; delete {self.folder}: it is rebuilt from the log") from None
+        for key, blob in self._range(b"b"):
+            seen.restore(_SEQUENCE.unpack(key[1:])[0], _split_blob(blob))
+        return seen
+
+    # --- reading ---
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no state yet."""
+        return not self.place.position.generation
+
+    def load(self) -> LedgerState | None:
+        """The state after the record that `place` names, on this store's dedupe memory; None for an empty store."""
+        if self.empty:
+            return None
+        head = self._head()
+        state = LedgerState(self.seen)
+        state.partition = self.partition
+        state.generation = self.place.position.generation
+        state.sequence = self.place.position.sequence
+        state.record_hash = self.place.record_hash
+        state.log_time_ms = head.log_time_ms
+        state.inputs = {position.topic: position.offset for position in head.inputs}
+        state.expired_through_day = head.tick.expired_through_day
+        state.settings = Founding.FromString(self._get(b"f"))
+        state.books = PriceBooks(state.settings.price_books)
+        for _, value in self._range(b"p"):
+            state.books.add(PriceBook.FromString(value))
+        for _, value in self._range(b"a"):
+            account = Account.FromString(value)
+            state.accounts[account.tenant_id] = AccountState.from_account(account)
+        for _, value in self._range(b"k"):
+            key = ApiKey.FromString(value)
+            state.keys[key.key_id] = key
+        for _, value in self._range(b"n"):
+            mark = ProducerMark.FromString(value)
+            state.producers[mark.producer_id] = ProducerSequences.from_mark(mark)
+        for name, value in self._range(b"c"):
+            state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
+        for _, value in self._range(b"w"):
+            total = WindowTotal.FromString(value[_TOUCHED.size :])
+            window_key = key_of(total.key)
+            window = state.windows[window_key] = Window.from_total(total)
+            state.touch_window(window_key, window, _TOUCHED.unpack_from(value)[0])
+        return state
+
+    def unconfirmed_records(self, after: int) -> Iterator[bytes]:
+        """The stored bytes of kept records with a higher sequence than `after`, in order."""
+        for _, stored in self._range(b"u", b"u" + _SEQUENCE.pack(after + 1) if after >= 0 else b"u"):
+            yield stored
+
+    # --- writing ---
+
+    def apply(self, records: Sequence[Acknowledged]) -> None:
+        """Write the effect of these records, in the chain's order, in one batch."""
+        if not records:
+            return
+        if any(each.record.sequence == 0 for each in records):
+            self._finish_runs()
+        batch = WriteBatch(raw_mode=True)
+        keys = [self._put_record(batch, acknowledged) for acknowledged in records]
+        last = records[-1]
+        place = Progress(
+            partition=self.partition,
+            position=LedgerPosition(generation=last.record.generation, sequence=last.record.sequence),
+            record_hash=chain.record_hash(last.stored),
+            ledger_offset=last.ledger_offset,
+        )
+        head = LedgerRecord(
+            log_time_ms=last.record.log_time_ms,
+            inputs=last.record.inputs,
+            tick=Tick(expired_through_day=self._expired_through_day),
+        )
+        batch.put(b"m", place.SerializeToString())
+        batch.put(b"h", head.SerializeToString())
+        self._db.write(batch)
+        self.place = place
+        for sequence, entries in keys:
+            self.seen.acknowledged(sequence, entries, self._expired_through_day)
+        self._note_runs()
+
+    def trim_unconfirmed(self, through: int) -> None:
+        """The sink has everything through this sequence of the present generation: let those bytes go."""
+        last = _SEQUENCE.pack(through + 1)
+        gone = sum(len(value) for key, value in self._range(b"u") if key[1:] < last)
+        if gone:
+            self._db.delete_range(b"u", b"u" + last)
+            self.unconfirmed_bytes -= gone
+
+    def close(self) -> None:
+        """Close it; another process may open it then."""
+        self.seen.close()
+        self._note_runs()
+        self._db.close()
+
+    def _put_record(self, batch: WriteBatch, acknowledged: Acknowledged) -> tuple[int, list[tuple[int, bytes]]]:
+        record = acknowledged.record
+        put = batch.put
+        source = record.WhichOneof("source")
+        entries: list[tuple[int, bytes]] = []
+        if source == "usage":
+            entries = [(keys.expires_day, keys.entries) for keys in record.usage.remembered]
+            if entries:
+                put(b"b" + _SEQUENCE.pack(record.sequence), _join_blob(entries))
+        elif source == "founding":
+            self._put_founding(batch, record)
+        elif source == "command" and record.command.applied:
+            command_id = Command.FromString(record.command.command).command_id
+            put(b"c" + command_id.encode(), _TOUCHED.pack(record.log_time_ms))
+            if record.command.HasField("price_book"):
+                book = record.command.price_book
+                put(b"p" + _SEQUENCE.pack(book.version), book.SerializeToString())
+        elif source == "tick" and record.tick.expired_through_day > self._expired_through_day:
+            self._expired_through_day = record.tick.expired_through_day
+            self._forget_commands(batch, record.log_time_ms)
+        for account in record.accounts:
+            put(b"a" + account.tenant_id.encode(), account.SerializeToString())
+        for key in record.keys:
+            put(b"k" + key.key_id.encode(), key.SerializeToString())
+        for mark in record.producers:
+            put(b"n" + mark.producer_id.encode(), mark.SerializeToString())
+        touched = _TOUCHED.pack(record.log_time_ms)
+        for total in record.totals:
+            put(_window_name(total.key), touched + total.SerializeToString())
+        for window_key in record.released:
+            batch.delete(_window_name(window_key))
+        if self._keep_unconfirmed:
+            put(b"u" + _SEQUENCE.pack(record.sequence), acknowledged.stored)
+            self.unconfirmed_bytes += len(acknowledged.stored)
+        return record.sequence, entries
+
+    def _put_founding(self, batch: WriteBatch, record: LedgerRecord) -> None:
+        batch.put(b"f", record.founding.SerializeToString())
+        # Of the generation before: its windows were let go, its price books stand in the founding record, its sequences
+        # were other numbers. Dedupe keys in no run keep their blobs: they are re-keyed below everything of this generation.
+        for key, _ in [*self._range(b"w"), *self._range(b"p"), *self._range(b"u")]:
+            batch.delete(key)
+        self.unconfirmed_bytes = 0
+        carried: list[tuple[int, bytes]] = []
+        for key, blob in self._range(b"b"):
+            carried += _split_blob(blob)
+            batch.delete(key)
+        if carried:
+            batch.put(b"b" + _SEQUENCE.pack(0), _join_blob(carried))
+
+    def _forget_commands(self, batch: WriteBatch, log_time_ms: int) -> None:
+        founding = Founding.FromString(self._get(b"f"))
+        before_ms = log_time_ms - founding.dedupe_horizon_ms
+        for key, value in self._range(b"c"):
+            if _TOUCHED.unpack(value)[0] < before_ms:
+                batch.delete(key)
+
+    def _finish_runs(self) -> None:
+        """Before a founding record, whose sequence starts again: no work under way may name blobs by the old ones."""
+        while self.seen.writing:
+            self.seen.settle()
+            self._note_runs()
+
+    def _note_runs(self) -> None:
+        change = self.seen.finished()
+        if change is None:
+            return
+        batch = WriteBatch(raw_mode=True)
+        for name in change.removed:
+            batch.delete(b"s" + name.encode())
+        for name in change.added:
+            batch.put(b"s" + name.encode(), b"")
+        if change.blobs_through_sequence is not None:
+            batch.delete_range(b"b", b"b" + _SEQUENCE.pack(change.blobs_through_sequence + 1))
+        self._db.write(batch)
+        self.seen.adopt(change)
+
+    def _head(self) -> LedgerRecord:
+        return LedgerRecord.FromString(self._get(b"h"))
+
+    def _get(self, key: bytes) -> bytes:
+        """The value, empty where there is none (which is an empty message)."""
+        value: bytes | None = self._db.get(key)
+        return value or b""
+
+    def _range(self, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        for key, value in self._db.items(from_key=start or prefix):
+            if not key.startswith(prefix):  # type: ignore[union-attr, arg-type]
+                return
+            yield key, value  # type: ignore[misc]
+
+
+def _window_name(key: WindowKey) -> bytes:
+    parts = (
+        key.tenant_id.encode(),
+        key.project_id.encode(),
+        key.model.encode(),
+        b"%d,%d,%d" % (key.operation, key.service_class, key.minute),
+    )
+    # Length-prefixed, so that no ID can imitate another window's name.
+    return b"w" + b"".join([b"%d:" % len(part) + part for part in parts])
+
+
+def _join_blob(entries: Iterable[tuple[int, bytes]]) -> bytes:
+    return b"".join([part for day, data in entries for part in (_BLOB_HEADER.pack(day, len(data)), data)])
+
+
+def _split_blob(blob: bytes) -> list[tuple[int, bytes]]:
+    entries = []
+    start = 0
+    while start < len(blob):
+        day, size = _BLOB_HEADER.unpack_from(blob, start)
+        start += _BLOB_HEADER.size
+        entries.append((day, blob[start : start + size]))
+        start += size
+    return entries
