@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCKS := requirements/dev.txt requirements/model.txt
-CODE := billing producers serving sinks stream_processors taximeter tests $(wildcard benchmarks)
+CODE := billing producers serving sinks stream_processors taximeter tests $(if $(wildcard benchmarks/*.py),benchmarks)
 PROTOS := $(sort $(wildcard proto/billing/v1/*.proto))
 PYTEST_ARGS ?=
 
@@ -39,7 +39,7 @@ proto: venv ## Generate billing/v1/ from proto/
 # $(call generate,FOLDER): the only way in which generated code comes to be.
 define generate
 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
-	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
 check: venv ## Lint, format, types, import rules, generated code current
