@@ -1,0 +1,125 @@
+"""Sends commands: credit, tenants, keys, prices.
+
+Promise: `CommandSender.send` returns when every partition that the command concerns has acknowledged it, and raises
+`CommandNotSent` otherwise, naming those that have not. Sending the same command again is safe: its ID is applied once in each
+partition. A command about a tenant goes to the tenant's partition, a price book to all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from billing.commands import sign
+from billing.identity import partition_of
+from billing.limits import ID_CHARS_MAX, SCHEMA_VERSION
+from billing.v1.command_pb2 import Command
+from producers.errors import CommandNotSent
+
+__all__ = ["CommandSender", "CommandSettings", "tenant_of"]
+
+_METADATA_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class CommandSettings:
+    """`security` is handed to librdkafka as it is and never shown."""
+
+    bootstrap: str
+    partitions: int
+    topic: str = "billing.commands"
+    security: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def tenant_of(command: Command) -> str | None:
+    """The tenant that the command concerns; None where it concerns everyone. Raises `ValueError` if it lacks what it needs."""
+    action = command.WhichOneof("action")
+    if action is None:
+        raise ValueError("action: is empty; say what the command does")
+    if not 0 < len(command.command_id) <= ID_CHARS_MAX:
+        raise ValueError(
+            f"command_id: {command.command_id!r}; give it 1 to {ID_CHARS_MAX} characters, they make a repeat harmless"
+        )
+    if action == "price_book":
+        return None
+    tenant = {
+        "credit_grant": command.credit_grant.tenant_id,
+        "tenant_upsert": command.tenant_upsert.tenant_id,
+        "key_upsert": command.key_upsert.key.tenant_id,
+    }[action]
+    if not tenant:
+        raise ValueError(f"{action}.tenant_id: is empty; name the tenant that the command concerns")
+    return tenant
+
+
+class CommandSender:
+    """Sends commands one after the other. Each `send` has a connection of its own: commands are rare, brokers come and go."""
+
+    def __init__(self, settings: CommandSettings, key: bytes) -> None:
+        """`key` is the installation's command key; the ledger refuses a command that was signed with another."""
+        self.settings = settings
+        self._key = key
+
+    def send(self, command: Command, timeout_s: float = 30.0) -> dict[int, int]:
+        """Returns the offset in each partition. Raises `CommandNotSent`, or `ValueError` for a command that cannot be meant."""
+        tenant = tenant_of(command)
+        if command.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version: {command.schema_version}; set it to {SCHEMA_VERSION}")
+        partitions = range(self.settings.partitions) if tenant is None else [partition_of(tenant, self.settings.partitions)]
+        producer = self._connect(min(timeout_s, _METADATA_TIMEOUT_S), timeout_s)
+        value = sign(command, self._key)
+        offsets: dict[int, int] = {}
+        problems: dict[int, str] = dict.fromkeys(partitions, "not acknowledged in time")
+        for partition in partitions:
+            producer.produce(
+                self.settings.topic,
+                key=tenant,
+                value=value,
+                partition=partition,
+                on_delivery=partial(_on_delivery, partition, offsets, problems),
+            )
+        producer.flush(timeout_s)
+        if problems:
+            raise self._not_sent("; ".join(f"partition {number}: {problem}" for number, problem in sorted(problems.items())))
+        return offsets
+
+    def _connect(self, metadata_timeout_s: float, timeout_s: float) -> Producer:
+        producer = Producer(
+            {
+                "bootstrap.servers": self.settings.bootstrap,
+                "enable.idempotence": True,
+                "acks": "all",
+                "linger.ms": 0,
+                "message.timeout.ms": max(1_000, int(timeout_s * 1_000)),
+                "allow.auto.create.topics": False,
+                "log.connection.close": False,
+                **self.settings.security,
+            }
+        )
+        try:
+            topic = producer.list_topics(self.settings.topic, timeout=metadata_timeout_s).topics[self.settings.topic]
+        except KafkaException as error:
+            raise self._not_sent(str(error.args[0])) from error
+        if topic.error is not None:
+            raise self._not_sent(topic.error.str())
+        if len(topic.partitions) != self.settings.partitions:
+            # Sent on, it would land where its tenant does not live.
+            raise self._not_sent(f"it has {len(topic.partitions)} partitions, the ledger {self.settings.partitions}")
+        return producer
+
+    def _not_sent(self, problem: str) -> CommandNotSent:
+        return CommandNotSent(f"topic {self.settings.topic}: {problem}; send the same command again when Kafka answers")
+
+
+def _on_delivery(
+    partition: int, offsets: dict[int, int], problems: dict[int, str], error: KafkaError | None, message: Message
+) -> None:
+    if error is not None:
+        problems[partition] = error.str()
+        return
+    del problems[partition]
+    offset = message.offset()
+    offsets[partition] = -1 if offset is None else offset
