@@ -1,0 +1,166 @@
+"""Whether a request may go on, decided from what is in memory: pure functions, no clock, no I/O.
+
+Each rule says what a client is told (a gRPC status and a sentence) and whether the refusal is put on record: a refusal that
+has no tenant (a key that nobody knows) or that is our own fault (stale state) is counted in metrics only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from billing.amounts import format_pico
+from billing.v1.account_pb2 import (
+    ACCOUNT_STATUS_ACTIVE,
+    ACCOUNT_STATUS_CLOSED,
+    BILLING_MODE_POSTPAID,
+    KeyScope,
+)
+from billing.v1.usage_pb2 import (
+    REFUSAL_REASON_BALANCE,
+    REFUSAL_REASON_KEY,
+    REFUSAL_REASON_MODEL,
+    REFUSAL_REASON_PROMPT_TOO_LARGE,
+    REFUSAL_REASON_RATE,
+    REFUSAL_REASON_SUSPENDED,
+    REFUSAL_REASON_UNSPECIFIED,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
+    from serving.gateway.directory import AccountView, KeyView
+    from serving.gateway.settings import AdmissionSettings
+
+__all__ = [
+    "Refusal",
+    "account_refusal",
+    "concurrency_refusal",
+    "key_refusal",
+    "model_refusal",
+    "prompt_limit",
+    "prompt_refusal",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request does not go on."""
+
+    status: grpc.StatusCode
+    reason: int
+    """A RefusalReason."""
+    message: str
+    recorded: bool
+    """Whether it becomes a usage event at price 0."""
+
+
+def _scope_name(scope: int) -> str:
+    return KeyScope.Name(scope).removeprefix("KEY_SCOPE_").lower()  # type: ignore[arg-type]  # the stubs want an enum
+
+
+def key_refusal(key: KeyView | None, scopes: AbstractSet[int], now_ms: int) -> Refusal | None:
+    """Whether the key may be used at all, for an RPC that needs one of `scopes`."""
+    # One sentence for every key that does not open: whoever guesses learns nothing from the difference.
+    if key is None or key.revoked or 0 < key.expires_ms <= now_ms:
+        return Refusal(
+            grpc.StatusCode.UNAUTHENTICATED,
+            REFUSAL_REASON_KEY,
+            "API key: unknown, revoked or expired: send a valid one in the metadata, as 'authorization: Bearer <key>' or "
+            "'x-api-key: <key>'",
+            False,
+        )
+    if not key.scopes & scopes:
+        wanted = " or ".join(sorted(_scope_name(scope) for scope in scopes))
+        return Refusal(
+            grpc.StatusCode.PERMISSION_DENIED,
+            REFUSAL_REASON_KEY,
+            f"API key {key.key_id}: lacks the scope {wanted}: use a key that has it",
+            False,
+        )
+    return None
+
+
+def account_refusal(
+    account: AccountView | None, log_time_ms: int, now_ms: int, settings: AdmissionSettings
+) -> Refusal | None:
+    """Whether the tenant may start an inference; `log_time_ms` is the last sign of life of its ledger partition."""
+    if now_ms - log_time_ms > settings.state_age_max_ms and not settings.fail_open:
+        return Refusal(
+            grpc.StatusCode.UNAVAILABLE,
+            REFUSAL_REASON_UNSPECIFIED,
+            f"account state is older than {settings.state_age_max_ms} ms: the balance is not known: try again later",
+            False,
+        )
+    if account is None:
+        return Refusal(
+            grpc.StatusCode.PERMISSION_DENIED,
+            REFUSAL_REASON_SUSPENDED,
+            "account: does not exist: ask the operator to create the tenant",
+            True,
+        )
+    if account.status != ACCOUNT_STATUS_ACTIVE:
+        state = "closed" if account.status == ACCOUNT_STATUS_CLOSED else "not active"
+        return Refusal(
+            grpc.StatusCode.PERMISSION_DENIED,
+            REFUSAL_REASON_SUSPENDED,
+            f"account: is {state}: ask the operator to activate it",
+            True,
+        )
+    if account.billing_mode == BILLING_MODE_POSTPAID:
+        limit_pico = account.credit_limit_pico
+        if 0 < limit_pico <= -account.balance_pico:
+            limit = format_pico(limit_pico, account.currency)
+            return Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                REFUSAL_REASON_BALANCE,
+                f"credit limit: {limit} is used up: ask the operator to raise it",
+                True,
+            )
+    elif account.balance_pico <= 0:
+        balance = format_pico(account.balance_pico, account.currency)
+        return Refusal(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            REFUSAL_REASON_BALANCE,
+            f"balance: {balance}: must be more than 0: add credit",
+            True,
+        )
+    return None
+
+
+def model_refusal(model: str) -> Refusal:
+    """For a model that has no profile."""
+    return Refusal(
+        grpc.StatusCode.NOT_FOUND,
+        REFUSAL_REASON_MODEL,
+        f"model_name: {model[:128]!r}: is not served here: use one that the server's repository index lists",
+        True,
+    )
+
+
+def prompt_limit(plan_max: int, profile_max: int, gateway_max: int) -> int:
+    """The limit that holds: the plan's, else the model's, else the gateway's; 0 is none."""
+    return plan_max or profile_max or gateway_max
+
+
+def prompt_refusal(tokens: int, limit: int, *, exact: bool) -> Refusal:
+    """For a prompt that is over the limit."""
+    counted = f"{tokens} tokens" if exact else f"up to {tokens} tokens by its bytes"
+    return Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        REFUSAL_REASON_PROMPT_TOO_LARGE,
+        f"prompt: {counted}: at most {limit} are allowed: send a shorter one",
+        True,
+    )
+
+
+def concurrency_refusal(whose: str, limit: int) -> Refusal:
+    """For one inference too many at the same time."""
+    return Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        REFUSAL_REASON_RATE,
+        f"concurrent requests: {limit} of {whose} are running: wait until one has ended",
+        True,
+    )

@@ -1,0 +1,311 @@
+"""The gateway's middle: who calls, whether the call may go on, and the request that is open in the journal when it does.
+
+`begin` does everything between a client's request and the back end: key, account, model, prompt size, concurrency, journal.
+It raises `CallError` with what the client is told. A refusal that has a tenant is durable in the journal before it is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+from uuid import uuid4
+
+import grpc
+
+from billing.v1.usage_pb2 import (
+    COUNT_SOURCE_ESTIMATE,
+    COUNT_SOURCE_TOKENIZER,
+    OUTCOME_CANCELLED,
+    OUTCOME_DEADLINE_EXCEEDED,
+    OUTCOME_INTERRUPTED,
+    OUTCOME_REJECTED,
+    RefusalReason,
+)
+from producers.errors import JournalFull, ProducerError
+from serving.gateway import admission
+from serving.gateway.counting import AnswerCounter, PreparedRequest, prepare
+from serving.gateway.credentials import CREDENTIAL_METADATA, find_secret, hash_secret
+from serving.gateway.errors import CallError
+from serving.gateway.metering import MeterParts, RequestMeter, new_event, now_ms
+from serving.kserve import TensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from billing.v1.usage_pb2 import UsageEvent
+    from producers.meter import Receipt
+    from serving.gateway.admission import Refusal
+    from serving.gateway.directory import Directory, KeyView
+    from serving.gateway.policy import Policy
+    from serving.gateway.profiles import ModelProfile
+    from serving.gateway.settings import GatewaySettings
+    from serving.gateway.tokens import TextCount
+    from serving.gateway.upstream import Upstream
+    from serving.kserve import ModelInferRequest
+
+__all__ = ["Admitted", "Caller", "Gateway"]
+
+_LOG = logging.getLogger(__name__)
+# No vocabulary has longer tokens, so a text of more bytes than this a token is over the limit without counting: what one
+# prompt can make the tokenizer work is bounded.
+_TOKEN_BYTES_MAX = 512
+# gRPC's own, the client's credentials, and what describes the one connection: none of it is the back end's.
+_NOT_FORWARDED = CREDENTIAL_METADATA | {"user-agent", "te", "content-type", "host", "connection"}
+
+_LATE_S = 0.005
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """One call's client: the hash of its secret, what is passed on of its metadata, and when it stops waiting."""
+
+    secret_hash: bytes | None
+    metadata: Metadata
+    deadline: float | None
+    """On the monotonic clock."""
+    wants_status: bool
+    """`triton_grpc_error: true`: errors of a stream are to end it with their status."""
+
+    def time_left_s(self) -> float | None:
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def is_late(self) -> bool:
+        """Whether the client has stopped waiting. gRPC's timers, here and at the back end, may be a moment ahead of ours."""
+        left_s = self.time_left_s()
+        return left_s is not None and left_s < _LATE_S
+
+
+@dataclass(slots=True)
+class Admitted:
+    """A request that may be forwarded: rewritten, open in the journal, and counted among those that run."""
+
+    request: ModelInferRequest
+    profile: ModelProfile
+    prepared: PreparedRequest
+    meter: RequestMeter
+    tenant_id: str
+
+
+class Gateway:
+    """What all calls of one gateway share. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        directory: Directory,
+        parts: MeterParts,
+        upstream: Upstream,
+    ) -> None:
+        self.settings = settings
+        self.upstream = upstream
+        self.metrics: Counter[str] = Counter()
+        self.ready = False
+        self.stopping = False
+        self._directory = directory
+        self._parts = parts
+        self._running = 0
+        self._tenant_running: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- who calls -----------------------------------------------------------------------------------------------------
+
+    def caller(self, context: Any) -> Caller:
+        """Read a call's metadata and deadline once."""
+        metadata: Metadata = tuple((key, value) for key, value in context.invocation_metadata() or ())
+        secret = find_secret(metadata)
+        left_s = context.time_remaining()
+        return Caller(
+            secret_hash=None if secret is None else hash_secret(self.settings.directory.pepper, secret),
+            metadata=tuple(
+                (key, value)
+                for key, value in metadata
+                if key not in _NOT_FORWARDED and not key.startswith(("grpc-", ":"))
+            ),
+            deadline=None if left_s is None else time.monotonic() + left_s,
+            wants_status=("triton_grpc_error", "true") in metadata,
+        )
+
+    def authenticate(self, caller: Caller, policy: Policy) -> KeyView:
+        """The caller's key. Raises CallError."""
+        if not self.ready:
+            raise CallError(grpc.StatusCode.UNAVAILABLE, "keys are still being read: try again in a moment")
+        key = None if caller.secret_hash is None else self._directory.find_key(caller.secret_hash)
+        refusal = admission.key_refusal(key, policy.scopes, now_ms())
+        if refusal is not None:
+            self._count_refusal(refusal)
+            raise CallError.refused(refusal)
+        assert key is not None, "no refusal, so there is a key"
+        return key
+
+    # -- whether it goes on --------------------------------------------------------------------------------------------
+
+    async def begin(self, request: ModelInferRequest, caller: Caller, policy: Policy, *, stream: bool) -> Admitted:
+        """Admit an inference and open it in the journal; `end` must be called when it is over. Raises CallError."""
+        key = self.authenticate(caller, policy)
+        tenant_id = key.tenant_id
+        refusal = self._slot_refusal(tenant_id)
+        if refusal is not None:
+            # Not waited for: whoever is refused for sending too much shall not queue for the disk as well.
+            self._record(refusal, new_event(self._parts, key, uuid4().hex, request.model_name or "-", 0, request.id))
+            raise CallError.refused(refusal)
+        self._running += 1
+        self._tenant_running[tenant_id] += 1
+        try:
+            return await self._begin(request, key, stream=stream)
+        except BaseException:
+            self.end(tenant_id)
+            raise
+
+    def end(self, tenant_id: str) -> None:
+        """The request is over: it makes room for another."""
+        self._running -= 1
+        self._tenant_running[tenant_id] -= 1
+        if not self._tenant_running[tenant_id]:
+            del self._tenant_running[tenant_id]
+
+    def _slot_refusal(self, tenant_id: str) -> Refusal | None:
+        limits = self.settings.limits
+        if self._tenant_running[tenant_id] >= limits.tenant_requests_max:
+            return admission.concurrency_refusal("this tenant", limits.tenant_requests_max)
+        if self._running >= limits.requests_max:
+            return admission.concurrency_refusal("the gateway", limits.requests_max)
+        return None
+
+    async def _begin(self, request: ModelInferRequest, key: KeyView, *, stream: bool) -> Admitted:
+        request_id = uuid4().hex
+        client_id = request.id
+        model = request.model_name
+        profile = self.settings.models.get(model)
+        operation = 0 if profile is None else profile.operation
+        event = new_event(self._parts, key, request_id, model or "-", operation, client_id)
+        account = self._directory.find_account(key.tenant_id)
+        refusal = admission.account_refusal(
+            account, self._directory.log_time_ms(key.tenant_id), now_ms(), self.settings.admission
+        )
+        if refusal is not None:
+            await self._refuse(refusal, event)
+        if profile is None:
+            await self._refuse(admission.model_refusal(model), event)
+        try:
+            prepared = prepare(request, profile, request_id, stream=stream)
+        except TensorError as error:
+            self.metrics["requests_invalid"] += 1
+            raise CallError.invalid(error) from error
+        plan_max = 0 if account is None else account.prompt_tokens_max
+        limit = admission.prompt_limit(plan_max, profile.prompt_tokens_max, self.settings.limits.prompt_tokens_max)
+        prompt_count = await self._check_prompt(prepared, profile, limit, event)
+        meter = RequestMeter(self._parts, event, profile, prepared, AnswerCounter(profile, prepared), prompt_count)
+        try:
+            await meter.open()
+        except JournalFull as error:
+            self.metrics["journal_full"] += 1
+            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"usage cannot be recorded: {error}") from error
+        except ProducerError as error:
+            self.metrics["journal_errors"] += 1
+            raise CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}") from error
+        except asyncio.CancelledError:
+            self.settle(meter, OUTCOME_CANCELLED)
+            raise
+        self.metrics["requests_admitted"] += 1
+        return Admitted(request, profile, prepared, meter, key.tenant_id)
+
+    async def _check_prompt(
+        self, prepared: PreparedRequest, profile: ModelProfile, limit: int, event: UsageEvent
+    ) -> TextCount | None:
+        """Refuse a prompt over the limit, by its bytes where they settle it, else by its tokens."""
+        if not limit:
+            return None
+        tokens = self._parts.tokens
+        bound = tokens.bound(profile.tokenizer, prepared.prompt, prepared.framing)
+        if bound is not None and bound <= limit:
+            return None
+        count = None
+        if profile.tokenizer is not None and len(prepared.prompt) <= limit * _TOKEN_BYTES_MAX:
+            count = await tokens.count(profile.tokenizer, prepared.prompt, prepared.framing)
+            bound = count.tokens
+        if bound is None:
+            bound = len(prepared.prompt.encode())
+        elif count is not None and bound <= limit:
+            return count
+        exact = count is not None and count.exact
+        event.uncached_input_tokens = event.context_tokens = bound
+        event.count_source = COUNT_SOURCE_TOKENIZER if exact else COUNT_SOURCE_ESTIMATE
+        if exact and profile.tokenizer is not None:
+            event.tokenizer = tokens.fingerprint(profile.tokenizer)
+        return await self._refuse(admission.prompt_refusal(bound, limit, exact=exact), event)
+
+    async def _refuse(self, refusal: Refusal, event: UsageEvent) -> NoReturn:
+        """Put the refusal on record where it has to be, then raise it."""
+        receipt = self._record(refusal, event)
+        if receipt is not None:
+            try:
+                await receipt.wait(self._parts.durable_timeout_s)
+            except ProducerError:
+                self._lost_refusal(event)
+        raise CallError.refused(refusal)
+
+    def _record(self, refusal: Refusal, event: UsageEvent) -> Receipt | None:
+        self._count_refusal(refusal)
+        if not refusal.recorded:
+            return None
+        event.outcome = OUTCOME_REJECTED
+        event.refusal_reason = refusal.reason  # type: ignore[assignment]
+        event.ended_ms = max(now_ms(), event.started_ms)
+        try:
+            return self._parts.meter.record(event)
+        except ProducerError:
+            self._lost_refusal(event)
+            return None
+
+    def _lost_refusal(self, event: UsageEvent) -> None:
+        # It costs nothing and is refused all the same; the metric says that the record lacks it.
+        self.metrics["refusals_unrecorded"] += 1
+        _LOG.warning("a refusal of tenant %s could not be recorded", event.tenant_id, exc_info=True)
+
+    def _count_refusal(self, refusal: Refusal) -> None:
+        reason = RefusalReason.Name(refusal.reason).removeprefix("REFUSAL_REASON_").lower()  # type: ignore[arg-type]
+        self.metrics[f"refused_{reason}"] += 1
+
+    # -- how it ends ---------------------------------------------------------------------------------------------------
+
+    def upstream_timeout_s(self, caller: Caller) -> float:
+        """How long the back end has: the client's deadline, else the setting."""
+        left_s = caller.time_left_s()
+        return self.settings.limits.upstream_timeout_s if left_s is None else left_s
+
+    def cancel_outcome(self, caller: Caller) -> int:
+        """What a call that was cut off is billed as."""
+        if self.stopping:
+            return OUTCOME_INTERRUPTED
+        return OUTCOME_DEADLINE_EXCEEDED if caller.is_late() else OUTCOME_CANCELLED
+
+    def settle(self, meter: RequestMeter, outcome: int) -> None:
+        """Write the bill of a request whose handler is being cancelled, apart from it."""
+        self.spawn(self.close(meter, outcome))
+
+    async def close(self, meter: RequestMeter, outcome: int) -> None:
+        """Write the bill where nobody waits for the answer any more; a journal that fails keeps the last progress."""
+        self.metrics["requests_cut_off"] += 1
+        try:
+            await meter.close(outcome)
+        except ProducerError:
+            self.metrics["journal_errors"] += 1
+            _LOG.exception("a bill could not be written; the journal's recovery bills what was delivered")
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something that a stop waits for."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until all bills are written."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)

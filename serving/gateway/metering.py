@@ -1,0 +1,232 @@
+"""One request's usage, from before it is forwarded until after its last response: what stands in the journal, and when.
+
+1. `open`: the request is durable in the journal before it is forwarded.
+2. `progress`: what a chunk adds is durable before the chunk leaves. The last one is what a crash would bill.
+3. `close`: the final event is durable before the last response leaves. It happens exactly once, whatever ends the request.
+
+A crash before 1 forwarded nothing; between 1 and 3 the journal's recovery makes an OUTCOME_INTERRUPTED event of the last
+progress: what was delivered, at most one group of chunks more than reached the client; after 3 the event is complete.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from billing.limits import ID_CHARS_MAX
+from billing.v1.usage_pb2 import (
+    COUNT_SOURCE_BACKEND,
+    COUNT_SOURCE_ESTIMATE,
+    COUNT_SOURCE_TOKENIZER,
+    OUTCOME_COMPLETED,
+    OUTCOME_INTERRUPTED,
+    OUTCOME_TRUNCATED,
+    CountSource,
+    UsageEvent,
+)
+from serving import kserve
+from serving.gateway.tokens import TextCount
+from serving.tokenizers import Framing
+
+if TYPE_CHECKING:
+    from producers.meter import OpenRequest, UsageMeter
+    from serving.gateway.counting import AnswerCounter, Counted, PreparedRequest
+    from serving.gateway.directory import KeyView
+    from serving.gateway.profiles import ModelProfile
+    from serving.gateway.tokens import TokenCounts
+
+__all__ = ["MeterParts", "RequestMeter", "Usage", "new_event", "now_ms", "tell_usage"]
+
+# Text that may still change how it splits into tokens; what lies before it is counted once.
+_WINDOW_CHARS = 2_048
+_UNKNOWN = TextCount(0, exact=False)
+_NOTHING = TextCount(0, exact=True)
+
+
+def now_ms() -> int:
+    """Unix time."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class MeterParts:
+    """What all requests of a gateway share."""
+
+    meter: UsageMeter
+    tokens: TokenCounts
+    server_id: str
+    region: str
+    durable_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request is billed for."""
+
+    request_id: str
+    input_tokens: int
+    output_tokens: int
+    count_source: int
+
+
+def tell_usage(response: kserve.ModelInferResponse, usage: Usage) -> None:
+    """Put the usage into a response's parameters."""
+    kserve.set_parameter(response, "taximeter_request_id", usage.request_id)
+    kserve.set_parameter(response, "taximeter_input_tokens", usage.input_tokens)
+    kserve.set_parameter(response, "taximeter_output_tokens", usage.output_tokens)
+    source = CountSource.Name(usage.count_source).removeprefix("COUNT_SOURCE_").lower()  # type: ignore[arg-type]
+    kserve.set_parameter(response, "taximeter_count_source", source)
+
+
+def new_event(
+    parts: MeterParts, key: KeyView, request_id: str, model: str, operation: int, client_id: str
+) -> UsageEvent:
+    """A usage event that starts now, without quantities."""
+    started_ms = now_ms()
+    return UsageEvent(
+        request_id=request_id,
+        tenant_id=key.tenant_id,
+        project_id=key.project_id,
+        user_id=key.user_id,
+        api_key_id=key.key_id,
+        model=model[:ID_CHARS_MAX],
+        operation=operation,  # type: ignore[arg-type]
+        started_ms=started_ms,
+        ended_ms=started_ms,
+        server_id=parts.server_id,
+        region=parts.region,
+        client_request_id=client_id[:ID_CHARS_MAX],
+    )
+
+
+class RequestMeter:
+    """One request that was admitted."""
+
+    def __init__(
+        self,
+        parts: MeterParts,
+        event: UsageEvent,
+        profile: ModelProfile,
+        prepared: PreparedRequest,
+        counter: AnswerCounter,
+        prompt_count: TextCount | None,
+    ) -> None:
+        self.counter = counter
+        self._parts = parts
+        self._event = event
+        self._profile = profile
+        self._prepared = prepared
+        self._prompt_count = prompt_count
+        self._open: OpenRequest | None = None
+        self._started = time.monotonic()
+        self._first_token_ms = 0
+        self._forwarded = False
+        self._closed = False
+        # Of the text that was delivered: parts counted for good, their tokens, and up to where parts are counted at all.
+        self._settled_parts = 0
+        self._settled_tokens = 0
+
+    async def open(self) -> None:
+        """Make the request durable in the journal. Raises the producer's errors; then nothing may be forwarded."""
+        self._event.outcome = OUTCOME_INTERRUPTED
+        self._open = self._parts.meter.open(self._event)
+        await self._open.receipt.wait(self._parts.durable_timeout_s)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the bill is written."""
+        return self._closed
+
+    def forwarded(self) -> None:
+        """From here on the request costs."""
+        self._forwarded = True
+
+    def saw_response(self) -> None:
+        """A response has come; the first one's time is kept."""
+        if not self._first_token_ms:
+            self._first_token_ms = max(1, self._elapsed_ms())
+
+    def _elapsed_ms(self) -> int:
+        return min(int((time.monotonic() - self._started) * 1000), 2**32 - 1)
+
+    async def progress(self, delivered: Counted) -> None:
+        """Return when `delivered` is durable: the responses that it counts may leave then."""
+        input_tokens, output_tokens = delivered.input_tokens, delivered.output_tokens
+        exact = input_tokens is not None and output_tokens is not None
+        if input_tokens is None:
+            input_tokens = (await self._count_prompt()).tokens
+        if output_tokens is None:
+            output_tokens = await self._delivered_text_tokens(delivered.text_parts)
+        self._fill(input_tokens, output_tokens, COUNT_SOURCE_BACKEND if exact else COUNT_SOURCE_ESTIMATE)
+        assert self._open is not None, "progress comes after open"
+        await self._open.progress(self._event).wait(self._parts.durable_timeout_s)
+
+    async def _count_prompt(self) -> TextCount:
+        if self._prompt_count is None or not self._prompt_count.exact:
+            self._prompt_count = await self._count(self._prepared.prompt, self._prepared.framing)
+        return self._prompt_count
+
+    async def _count(self, text: str, framing: Framing) -> TextCount:
+        tokenizer = self._profile.tokenizer
+        if tokenizer is None:
+            # The back end counts for this model, and it has not spoken.
+            return _UNKNOWN
+        return await self._parts.tokens.count(tokenizer, text, framing)
+
+    async def _delivered_text_tokens(self, parts: int) -> int:
+        """The tokens of the text so far, in windows, so that a long answer is not counted anew with every chunk."""
+        window = self.counter.text(self._settled_parts, parts)
+        tokens = (await self._count(window, Framing.OUTPUT)).tokens
+        total = self._settled_tokens + tokens
+        if len(window) > _WINDOW_CHARS:
+            self._settled_parts, self._settled_tokens = parts, total
+        return total
+
+    def _fill(self, input_tokens: int, output_tokens: int, source: int) -> None:
+        event = self._event
+        event.uncached_input_tokens = event.context_tokens = input_tokens
+        event.output_tokens = output_tokens
+        event.count_source = source  # type: ignore[assignment]
+        event.latency_ms = self._elapsed_ms()
+        event.time_to_first_token_ms = self._first_token_ms
+        # The wall clock may have been set back since the start.
+        event.ended_ms = max(now_ms(), event.started_ms)
+
+    def _was_cut(self, input_tokens: int) -> bool:
+        """Whether the back end saw less of the prompt than was counted before it was forwarded."""
+        count = self._prompt_count
+        return self._forwarded and count is not None and count.exact and input_tokens < count.tokens
+
+    async def close(self, outcome: int) -> Usage:
+        """Count what the responses so far brought, and return when the bill is durable. Later calls change nothing."""
+        counted = self.counter.counted()
+        input_tokens, output_tokens = counted.input_tokens, counted.output_tokens
+        source: int = COUNT_SOURCE_BACKEND
+        if not self._forwarded:
+            input_tokens = output_tokens = 0
+        if input_tokens is None:
+            count = await self._count_prompt()
+            input_tokens = count.tokens
+            source = _weaker(source, count)
+        elif outcome == OUTCOME_COMPLETED and self._was_cut(input_tokens):
+            outcome = OUTCOME_TRUNCATED
+        if output_tokens is None:
+            count = await self._count(self.counter.text(), Framing.OUTPUT) if counted.text_parts else _NOTHING
+            output_tokens = count.tokens
+            source = _weaker(source, count)
+        event = self._event
+        if not self._closed:
+            self._closed = True
+            self._fill(input_tokens, output_tokens, source)
+            event.outcome = outcome  # type: ignore[assignment]
+            if source == COUNT_SOURCE_TOKENIZER and self._profile.tokenizer is not None:
+                event.tokenizer = self._parts.tokens.fingerprint(self._profile.tokenizer)
+            assert self._open is not None, "close comes after open"
+            await self._open.close(event).wait(self._parts.durable_timeout_s)
+        return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source)
+
+
+def _weaker(source: int, count: TextCount) -> int:
+    """The event names its least certain count."""
+    return max(source, COUNT_SOURCE_TOKENIZER if count.exact else COUNT_SOURCE_ESTIMATE)

@@ -1,0 +1,100 @@
+"""What happens to each RPC, in one table. An RPC that is not in it does not exist for a client, and a test holds the table
+against the descriptors, so a new one without a policy fails the build.
+
+`OPEN` needs no key: liveness says nothing about a tenant, and orchestrators probe it without credentials. `KEYED` needs a
+valid key with one of the scopes and is passed on as it is. `METERED` also costs tokens. `DENIED` never reaches the back end:
+through it one tenant could change what others get, read what they sent, or take tokens past the meter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import grpc
+
+from billing.v1.account_pb2 import KEY_SCOPE_ADMIN, KEY_SCOPE_METER, KEY_SCOPE_READ
+from serving.kserve import SERVICE_NAME
+
+__all__ = ["HEALTH_SERVICE", "POLICIES", "Access", "Policy"]
+
+HEALTH_SERVICE: Final = "grpc.health.v1.Health"
+
+
+class Access(Enum):
+    """Who may call."""
+
+    OPEN = "open"
+    KEYED = "keyed"
+    METERED = "metered"
+    DENIED = "denied"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One RPC's rule."""
+
+    name: str
+    """What a refusal calls it."""
+    access: Access
+    scopes: frozenset[int] = frozenset()
+    """One of these is enough."""
+    message: str = ""
+    """Of a denial: why, and what to do instead."""
+    status: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED
+    """Of a denial."""
+
+
+_ANY_KEY: Final = frozenset({KEY_SCOPE_METER, KEY_SCOPE_READ, KEY_SCOPE_ADMIN})
+
+_LIVENESS: Final = Policy("liveness", Access.OPEN)
+_METADATA: Final = Policy("model-metadata", Access.KEYED, _ANY_KEY)
+_INFERENCE: Final = Policy("inference", Access.METERED, frozenset({KEY_SCOPE_METER}))
+
+
+def _denied(name: str, message: str) -> Policy:
+    return Policy(name, Access.DENIED, message=message)
+
+
+_REPOSITORY: Final = _denied(
+    "repository-control", "loading and unloading models is done on the back end itself, not through the gateway"
+)
+_SHARED_MEMORY: Final = _denied(
+    "shared-memory", "shared memory hides what is metered and is shared by all tenants; send tensors in the request"
+)
+_SETTINGS: Final = _denied(
+    "server-settings", "trace and log settings are those of all tenants; change them on the back end itself"
+)
+
+_KSERVE: Final[dict[str, Policy]] = {
+    "ServerLive": _LIVENESS,
+    "ServerReady": _LIVENESS,
+    "ServerMetadata": _METADATA,
+    "ModelReady": _METADATA,
+    "ModelMetadata": _METADATA,
+    "ModelConfig": _METADATA,
+    "ModelStatistics": _METADATA,
+    "RepositoryIndex": _METADATA,
+    "ModelInfer": _INFERENCE,
+    "ModelStreamInfer": _INFERENCE,
+    "RepositoryModelLoad": _REPOSITORY,
+    "RepositoryModelUnload": _REPOSITORY,
+    "SystemSharedMemoryStatus": _SHARED_MEMORY,
+    "SystemSharedMemoryRegister": _SHARED_MEMORY,
+    "SystemSharedMemoryUnregister": _SHARED_MEMORY,
+    "CudaSharedMemoryStatus": _SHARED_MEMORY,
+    "CudaSharedMemoryRegister": _SHARED_MEMORY,
+    "CudaSharedMemoryUnregister": _SHARED_MEMORY,
+    "TraceSetting": _SETTINGS,
+    "LogSettings": _SETTINGS,
+}
+
+POLICIES: Final[dict[tuple[str, str], Policy]] = {
+    **{(SERVICE_NAME, method): policy for method, policy in _KSERVE.items()},
+    (HEALTH_SERVICE, "Check"): _LIVENESS,
+    # Triton has no Watch either; a client that hears this status asks Check instead, as gRPC's health protocol says.
+    (HEALTH_SERVICE, "Watch"): Policy(
+        "health-watch", Access.DENIED, message="ask Health/Check", status=grpc.StatusCode.UNIMPLEMENTED
+    ),
+}

@@ -1,0 +1,229 @@
+"""The server: every RPC of the policy table bound to its handler, started and stopped as one.
+
+`run_gateway` serves until it is cancelled or told to stop. A stop refuses new calls, lets those that run finish within the
+grace, bills what it then cuts off, and closes the journal last, so that nothing is delivered that is not billed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+from tritonclient.grpc import service_pb2
+
+from producers.follower import TopicFollower
+from producers.meter import UsageMeter
+from producers.publisher import Publisher
+from serving.gateway import streams, unary
+from serving.gateway.directory import Directory
+from serving.gateway.errors import CallError
+from serving.gateway.gateway import Gateway
+from serving.gateway.metering import MeterParts
+from serving.gateway.policy import HEALTH_SERVICE, POLICIES, Access, Policy
+from serving.gateway.tokens import TokenCounts, make_registry
+from serving.gateway.upstream import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from serving.gateway.settings import GatewaySettings
+
+__all__ = ["GatewayServer", "new_event_loop", "run_gateway"]
+
+# Calls that are no inferences: probes and metadata.
+_CONTROL_CALLS_MAX = 256
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """The fastest event loop at hand: uvloop where it is installed."""
+    try:
+        uvloop: Any = importlib.import_module("uvloop")
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def _make_denied(policy: Policy) -> Callable[[bytes, Any], Awaitable[bytes]]:
+    async def denied(_: bytes, context: Any) -> bytes:
+        await context.abort(policy.status, f"denied by policy {policy.name}: {policy.message}")
+        raise AssertionError("abort raises")
+
+    return denied
+
+
+def _make_proxied(gateway: Gateway, policy: Policy, service: str, method: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
+    forward = gateway.upstream.raw(service, method)
+
+    async def proxied(request: bytes, context: Any) -> bytes:
+        caller = gateway.caller(context)
+        if service == HEALTH_SERVICE and not gateway.ready:
+            serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+            status: bytes = serving.SerializeToString()
+            return status
+        try:
+            if policy.access is not Access.OPEN:
+                gateway.authenticate(caller, policy)
+            limit_s = gateway.settings.limits.control_timeout_s
+            left_s = caller.time_left_s()
+            timeout_s = limit_s if left_s is None else min(limit_s, left_s)
+            response: bytes = await forward(request, timeout=timeout_s, metadata=caller.metadata)
+            return response
+        except CallError as error:
+            await context.abort(error.status, error.message)
+            raise AssertionError("abort raises") from error
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "the back end gave no reason")
+            raise AssertionError("abort raises") from error
+
+    return proxied
+
+
+def _method_handlers(gateway: Gateway) -> dict[str, dict[str, Any]]:
+    """By service and method, one handler for each line of the policy table."""
+    services: dict[str, dict[str, Any]] = {}
+    for (service, method), policy in POLICIES.items():
+        if (service, method) == unary.METHOD:
+            handler = grpc.unary_unary_rpc_method_handler(
+                unary.make_model_infer(gateway, policy),
+                request_deserializer=service_pb2.ModelInferRequest.FromString,
+                response_serializer=service_pb2.ModelInferResponse.SerializeToString,
+            )
+        elif (service, method) == streams.METHOD:
+            handler = grpc.stream_stream_rpc_method_handler(
+                streams.make_model_stream_infer(gateway, policy),
+                request_deserializer=service_pb2.ModelInferRequest.FromString,
+                response_serializer=service_pb2.ModelStreamInferResponse.SerializeToString,
+            )
+        elif policy.access is Access.DENIED:
+            handler = grpc.unary_unary_rpc_method_handler(_make_denied(policy))
+        else:
+            proxied = _make_proxied(gateway, policy, service, method)
+            handler = grpc.unary_unary_rpc_method_handler(proxied)
+        services.setdefault(service, {})[method] = handler
+    return services
+
+
+class GatewayServer:
+    """A gateway that serves. Made by `start`; `stop` it."""
+
+    def __init__(self, settings: GatewaySettings, directory: Directory | None = None) -> None:
+        """With a `directory` that someone else fills, no topic is followed."""
+        self._settings = settings
+        self._follows = directory is None
+        self._directory = directory or Directory(settings.directory.partitions)
+        self._tokens = TokenCounts(make_registry(settings.tokenizers, settings.limits.requests_max))
+        self._followers: list[TopicFollower] = []
+        self._publisher: Publisher | None = None
+        self._server: Any = None
+        self._stopped = False
+        self.port = 0
+        self.recovered = 0
+
+    async def start(self, *, wait_ready: bool = True) -> None:
+        """Recover the journal, read keys and accounts, serve. With `wait_ready` it returns when keys are known."""
+        settings = self._settings
+        limits = settings.limits
+        self._meter = await asyncio.to_thread(UsageMeter, settings.meter)
+        self.recovered = await asyncio.to_thread(self._meter.recover)
+        if settings.publisher is not None:
+            self._publisher = Publisher(self._meter.journal, settings.publisher)
+            self._publisher.start()
+        parts = MeterParts(
+            self._meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s
+        )
+        self._upstream = Upstream(settings)
+        self.gateway = Gateway(settings, self._directory, parts, self._upstream)
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 1),
+                ("grpc.max_receive_message_length", limits.message_bytes_max),
+                ("grpc.max_send_message_length", limits.message_bytes_max),
+                ("grpc.keepalive_time_ms", limits.keepalive_ms),
+                ("grpc.keepalive_permit_without_calls", 1),
+                # A client may ping as often as its own keepalive wants, down to this.
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ],
+            maximum_concurrent_rpcs=limits.requests_max + _CONTROL_CALLS_MAX,
+        )
+        for service, handlers in _method_handlers(self.gateway).items():
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        address = f"{settings.host}:{settings.port}"
+        if settings.tls is None:
+            self.port = self._server.add_insecure_port(address)
+        else:
+            credentials = grpc.ssl_server_credentials([(settings.tls.key, settings.tls.certificate)])
+            self.port = self._server.add_secure_port(address, credentials)
+        await self._server.start()
+        if self._follows:
+            self._follow()
+        ready = self.gateway.spawn(self._await_ready())
+        if wait_ready:
+            await asyncio.shield(ready)
+
+    def _follow(self) -> None:
+        directory = self._settings.directory
+        follow = partial(TopicFollower, directory.bootstrap, security=directory.security)
+        self._followers = [
+            follow(directory.keys_topic, self._directory.on_key),
+            follow(directory.accounts_topic, self._directory.on_account),
+        ]
+        for follower in self._followers:
+            follower.start()
+
+    async def _await_ready(self) -> None:
+        timeout_s = self._settings.directory.ready_timeout_s
+        for follower in self._followers:
+            if not await asyncio.to_thread(follower.ready.wait, timeout_s):
+                raise TimeoutError(
+                    f"ready_timeout_s: {timeout_s:g}: keys and accounts could not be read from "
+                    f"{self._settings.directory.bootstrap} in time: see that Kafka is there and its topics exist"
+                )
+        self.gateway.ready = True
+
+    def metrics(self) -> Mapping[str, int]:
+        """Counts since the start, and what is known now."""
+        return {**self.gateway.metrics, **self._directory.counts()}
+
+    async def stop(self) -> None:
+        """Stop serving, bill what is cut off, close the journal. Does nothing the second time."""
+        if self._stopped:
+            return
+        self._stopped = True
+        limits = self._settings.limits
+        if self._server is not None:
+            self.gateway.ready = False
+            stopping = asyncio.get_running_loop().create_task(self._server.stop(limits.shutdown_grace_s))
+            # What the grace does not let finish is cut off by us: the bill says so.
+            await asyncio.wait({stopping}, timeout=max(0.0, limits.shutdown_grace_s - 0.2))
+            self.gateway.stopping = True
+            await stopping
+            await self.gateway.drain(limits.durable_timeout_s)
+            await self._upstream.close()
+        for follower in self._followers:
+            await asyncio.to_thread(follower.close)
+        if self._publisher is not None:
+            await asyncio.to_thread(self._publisher.close, limits.durable_timeout_s)
+        await asyncio.to_thread(self._meter.close, limits.durable_timeout_s)
+        self._tokens.close()
+
+
+async def run_gateway(
+    settings: GatewaySettings,
+    *,
+    ready: Callable[[int], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until cancelled or until `stop` is set; `ready(port)` is called when inferences are accepted."""
+    server = GatewayServer(settings)
+    try:
+        await server.start()
+        if ready is not None:
+            ready(server.port)
+        await (stop or asyncio.Event()).wait()
+    finally:
+        await server.stop()

@@ -1,0 +1,145 @@
+"""What a gateway is told at start. Every bound has a default; every refusal of a value names the setting and the mend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from serving.kserve import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from producers.meter import MeterSettings
+    from producers.publisher import PublisherSettings
+    from serving.gateway.profiles import ModelProfile
+
+__all__ = ["AdmissionSettings", "DirectorySettings", "GatewaySettings", "LimitSettings", "TlsSettings"]
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name}: {value}: must be at least {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class DirectorySettings:
+    """Where keys and accounts are followed, and under which pepper the secrets of keys are hashed."""
+
+    bootstrap: str
+    pepper: bytes = field(repr=False)
+    partitions: int
+    accounts_topic: str = "billing.accounts"
+    keys_topic: str = "billing.keys"
+    security: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """librdkafka's settings for TLS and SASL."""
+    ready_timeout_s: float = 30.0
+    """How long a start may take to read both topics to their ends."""
+
+    def __post_init__(self) -> None:
+        _at_least("pepper", len(self.pepper), 16)
+        _at_least("partitions", self.partitions, 1)
+        _at_least("ready_timeout_s", self.ready_timeout_s, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionSettings:
+    """When a gateway that does not know enough lets a request through."""
+
+    state_age_max_ms: int = 60_000
+    """Accounts are stale when the ledger of their partition has said nothing for so long."""
+    fail_open: bool = False
+    """True admits on stale state: what is then spent beyond the balance is bounded only by the limits on concurrency."""
+
+    def __post_init__(self) -> None:
+        _at_least("state_age_max_ms", self.state_age_max_ms, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSettings:
+    """The bounds of one gateway process."""
+
+    message_bytes_max: int = MAX_MESSAGE_BYTES
+    requests_max: int = 1_000
+    """Inferences at the same time; more are refused."""
+    tenant_requests_max: int = 250
+    stream_requests_max: int = 64
+    """Of one client stream; it is read no further beyond, so nothing is refused for it."""
+    request_chunks_max: int = 64
+    """Read ahead of the client; the back end is read no further beyond."""
+    prompt_tokens_max: int = 0
+    """For models and plans that state none; 0: no limit."""
+    upstream_timeout_s: float = 3_600.0
+    """For requests without a deadline of their own."""
+    control_timeout_s: float = 30.0
+    durable_timeout_s: float = 30.0
+    """How long a request waits for the journal before it fails."""
+    shutdown_grace_s: float = 10.0
+    keepalive_ms: int = 60_000
+
+    def __post_init__(self) -> None:
+        for name in (
+            "requests_max",
+            "tenant_requests_max",
+            "stream_requests_max",
+            "request_chunks_max",
+            "message_bytes_max",
+            "keepalive_ms",
+        ):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("prompt_tokens_max", self.prompt_tokens_max, 0)
+        _at_least("shutdown_grace_s", self.shutdown_grace_s, 0)
+        for name in ("upstream_timeout_s", "control_timeout_s", "durable_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)}: must be more than 0")
+        if self.message_bytes_max > MAX_MESSAGE_BYTES:
+            raise ValueError(f"message_bytes_max: {self.message_bytes_max}: gRPC carries at most {MAX_MESSAGE_BYTES}")
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """The certificate with which a gateway serves."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """One gateway process."""
+
+    meter: MeterSettings
+    directory: DirectorySettings
+    models: Mapping[str, ModelProfile]
+    """By model name; a model that is not here is not served."""
+    tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    """By the name that profiles use; all are loaded before the first request."""
+    publisher: PublisherSettings | None = None
+    """None: another process sends the journal."""
+    host: str = "127.0.0.1"
+    port: int = 8001
+    """0 lets the system choose."""
+    upstream: str = "127.0.0.1:8101"
+    upstream_root_certificates: bytes | None = None
+    """Set: TLS to the back end, verified against these."""
+    tls: TlsSettings | None = None
+    server_id: str = ""
+    region: str = ""
+    hold_back_last_chunk: bool = True
+    """A stream's usage rides on its last response. Where that may be one that the client has not asked to see (an empty
+    final one), the newest chunk waits until the next has come, so that the last that the client sees can carry it. False:
+    chunks leave at once, and such clients are not told their usage in band."""
+    bill_partial_answers: bool = True
+    """A back end's error after part of the answer was delivered: bill that part, or record it at price 0."""
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port: {self.port}: must be between 0 and 65535")
+        for name, profile in self.models.items():
+            if profile.model != name:
+                raise ValueError(f"models: {name!r} has the profile of {profile.model!r}: give it one of its own")
+            if profile.tokenizer is not None and profile.tokenizer not in self.tokenizers:
+                raise ValueError(f"models: {name!r} counts with tokenizer {profile.tokenizer!r}: add it to tokenizers")

@@ -1,0 +1,317 @@
+"""ModelStreamInfer: many requests on one client stream, each on a back end stream of its own, so a cancel hits exactly one.
+
+Chunks that come while the journal's disk works are committed together and leave together: one slow disk costs latency, not
+throughput. A chunk leaves when a progress that counts it is durable, the last one when the bill is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from billing.v1.usage_pb2 import (
+    OUTCOME_BACKEND_ERROR,
+    OUTCOME_BACKEND_ERROR_PARTIAL,
+    OUTCOME_COMPLETED,
+    OUTCOME_DEADLINE_EXCEEDED,
+)
+from producers.errors import ProducerError
+from serving import kserve
+from serving.gateway.errors import CallError
+from serving.gateway.metering import tell_usage
+from serving.gateway.upstream import EOF
+from serving.kserve import FINAL_PARAMETER, SERVICE_NAME, TensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from serving.gateway.counting import Counted
+    from serving.gateway.gateway import Admitted, Caller, Gateway
+    from serving.gateway.policy import Policy
+    from serving.kserve import ModelInferRequest
+
+__all__ = ["METHOD", "make_model_stream_infer"]
+
+METHOD = (SERVICE_NAME, "ModelStreamInfer")
+
+StreamResponse = Any  # inference.ModelStreamInferResponse, which has no types
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The back end's stream has ended; `message` is empty where it ended well."""
+
+    status: grpc.StatusCode | None
+    message: str
+
+
+class _RequestFlow:
+    """One admitted request: from the back end's stream to the client's."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        caller: Caller,
+        admitted: Admitted,
+        write: Callable[[Sequence[StreamResponse]], Awaitable[None]],
+    ) -> None:
+        self._gateway = gateway
+        self._caller = caller
+        self._admitted = admitted
+        self._meter = admitted.meter
+        self._prepared = admitted.prepared
+        self._write = write
+        self._arrived: asyncio.Queue[StreamResponse | _End] = asyncio.Queue(gateway.settings.limits.request_chunks_max)
+        # The newest chunk while it may be the last that the client sees, and what had come before it.
+        self._held: StreamResponse | None = None
+        self._before_held: Counted | None = None
+        self._delivered_any = False
+
+    async def run(self) -> None:
+        """Returns when the last response has left. Raises CallError for what the client must still be told."""
+        call = self._gateway.upstream.stream_infer(
+            timeout=self._gateway.upstream_timeout_s(self._caller), metadata=self._caller.metadata
+        )
+        self._meter.forwarded()
+        reading = asyncio.get_running_loop().create_task(self._read(call))
+        try:
+            await self._deliver()
+        except asyncio.CancelledError:
+            # What the back end has sent by now was produced, whether or not it reached the client.
+            call.cancel()
+            self._count_arrived()
+            await self._gateway.close(self._meter, self._gateway.cancel_outcome(self._caller))
+            raise
+        finally:
+            call.cancel()
+            reading.cancel()
+
+    async def _read(self, call: Any) -> None:
+        """Fill the queue until the back end's stream ends; a full queue holds the back end up."""
+        end = _End(None, "")
+        try:
+            await call.write(self._admitted.request)
+            await call.done_writing()
+            while (response := await call.read()) is not EOF:
+                await self._arrived.put(response)
+        except grpc.aio.AioRpcError as error:
+            end = _End(error.code(), error.details() or "the back end gave no reason")
+        except asyncio.InvalidStateError:
+            # The call had failed before the request was written; its status says why.
+            end = _End(await call.code(), await call.details() or "the back end gave no reason")
+        await self._arrived.put(end)
+
+    async def _next_batch(self) -> list[StreamResponse | _End]:
+        batch = [await self._arrived.get()]
+        while not self._arrived.empty():
+            batch.append(self._arrived.get_nowait())
+        return batch
+
+    def _count_arrived(self) -> None:
+        while not self._arrived.empty():
+            item = self._arrived.get_nowait()
+            if isinstance(item, _End) or item.error_message:
+                return
+            try:
+                self._meter.counter.take(item.infer_response)
+            except TensorError:
+                return
+
+    async def _deliver(self) -> None:
+        while True:
+            ready: list[StreamResponse] = []
+            for item in await self._next_batch():
+                if isinstance(item, _End):
+                    await self._finish(ready, None, item)
+                    return
+                if item.error_message:
+                    # In band it has no status; the request ends with it.
+                    await self._finish(ready, None, _End(None, item.error_message))
+                    return
+                before = self._meter.counter.counted()
+                try:
+                    self._meter.counter.take(item.infer_response)
+                except TensorError as error:
+                    message = f"the back end's answer cannot be metered: {error}"
+                    await self._finish(ready, None, _End(grpc.StatusCode.INTERNAL, message))
+                    return
+                self._meter.saw_response()
+                final = kserve.get_parameter(item.infer_response, FINAL_PARAMETER)
+                item.infer_response.id = self._prepared.client_id
+                if final is True:
+                    await self._finish(ready, item, _End(None, ""))
+                    return
+                if self._held is not None:
+                    ready.append(self._held)
+                    self._held = self._before_held = None
+                if self._may_be_last(final):
+                    self._held, self._before_held = item, before
+                else:
+                    ready.append(item)
+            if ready:
+                await self._meter.progress(self._before_held or self._meter.counter.counted())
+                self._delivered_any = True
+                await self._write(ready)
+
+    def _may_be_last(self, final: object) -> bool:
+        """Whether the client may get nothing after this chunk: it has not asked for an empty final response, or the back
+        end does not say which response is the last."""
+        if not self._gateway.settings.hold_back_last_chunk:
+            return False
+        return not self._prepared.empty_final_asked or final is None
+
+    async def _finish(self, ready: list[StreamResponse], last: StreamResponse | None, end: _End) -> None:
+        """Bill the request, then let go of what is left of the answer, the usage on the last response that is visible."""
+        if self._held is not None:
+            ready.append(self._held)
+        # An empty last response is for those who asked for it.
+        if last is not None and (last.infer_response.outputs or self._prepared.empty_final_asked):
+            ready.append(last)
+        usage = await self._meter.close(self._outcome(end, delivered=self._delivered_any or bool(ready)))
+        if ready:
+            tell_usage(ready[-1].infer_response, usage)
+            await self._write(ready)
+        if end.message:
+            raise CallError(end.status or grpc.StatusCode.UNKNOWN, end.message)
+
+    def _outcome(self, end: _End, *, delivered: bool) -> int:
+        metrics = self._gateway.metrics
+        if not end.message:
+            metrics["requests_completed"] += 1
+            return OUTCOME_COMPLETED
+        if end.status is grpc.StatusCode.DEADLINE_EXCEEDED and self._caller.is_late():
+            metrics["requests_cut_off"] += 1
+            return OUTCOME_DEADLINE_EXCEEDED
+        metrics["requests_backend_error"] += 1
+        if delivered and self._gateway.settings.bill_partial_answers:
+            return OUTCOME_BACKEND_ERROR_PARTIAL
+        return OUTCOME_BACKEND_ERROR
+
+
+class _ClientStream:
+    """One client's stream and the requests that run on it."""
+
+    def __init__(self, gateway: Gateway, caller: Caller, policy: Policy, context: Any) -> None:
+        self._gateway = gateway
+        self._caller = caller
+        self._policy = policy
+        self._context = context
+        self._writing = asyncio.Lock()
+        self._slots = asyncio.Semaphore(gateway.settings.limits.stream_requests_max)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._main = asyncio.current_task()
+        self._failure: CallError | None = None
+        # When the request before it has been answered: models that are not decoupled answer in order.
+        self._tail: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        try:
+            while True:
+                await self._slots.acquire()
+                request = await self._context.read()
+                if request is EOF:
+                    break
+                self._start(request)
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+        except asyncio.CancelledError:
+            for task in self._tasks:
+                task.cancel()
+            if self._failure is None:
+                raise
+        if self._failure is not None:
+            await self._context.abort(self._failure.status, self._failure.message)
+
+    def _start(self, request: ModelInferRequest) -> None:
+        profile = self._gateway.settings.models.get(request.model_name)
+        before = done = None
+        if profile is not None and not profile.decoupled:
+            before, done = self._tail, asyncio.get_running_loop().create_future()
+            self._tail = done
+        task = self._gateway.spawn(self._serve(request, before, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._slots.release()
+
+    async def _serve(
+        self, request: ModelInferRequest, before: asyncio.Future[None] | None, done: asyncio.Future[None] | None
+    ) -> None:
+        client_id = request.id
+
+        async def write(responses: Sequence[StreamResponse]) -> None:
+            if before is not None:
+                await asyncio.shield(before)
+            # One message at a time may be on its way in a gRPC stream.
+            async with self._writing:
+                for response in responses:
+                    await self._context.write(response)
+
+        try:
+            await self._answer(request, write)
+        except CallError as error:
+            await self._tell(error, client_id, write)
+        finally:
+            if done is not None and not done.done():
+                done.set_result(None)
+
+    async def _answer(
+        self, request: ModelInferRequest, write: Callable[[Sequence[StreamResponse]], Awaitable[None]]
+    ) -> None:
+        gateway = self._gateway
+        admitted = await gateway.begin(request, self._caller, self._policy, stream=True)
+        try:
+            await _RequestFlow(gateway, self._caller, admitted, write).run()
+        except ProducerError as error:
+            gateway.metrics["journal_errors"] += 1
+            raise CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}") from error
+        finally:
+            gateway.end(admitted.tenant_id)
+
+    async def _tell(
+        self, error: CallError, client_id: str, write: Callable[[Sequence[StreamResponse]], Awaitable[None]]
+    ) -> None:
+        """In band, with the client's ID, where other requests share the stream or the error is this request's own; else, and
+        where the client asked for it, the stream ends with the status."""
+        alone = len(self._tasks) == 1 and error.status in _ENDS_STREAM
+        if self._caller.wants_status or alone:
+            if self._failure is None and self._main is not None:
+                self._failure = error
+                self._main.cancel()
+            return
+        response = service_pb2.ModelStreamInferResponse(error_message=error.message)
+        response.infer_response.id = client_id
+        kserve.set_parameter(response.infer_response, "taximeter_status", error.status.name)
+        await write([response])
+
+
+# What a client that talks to the back end directly would see end its stream.
+_ENDS_STREAM = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+    }
+)
+
+
+def make_model_stream_infer(gateway: Gateway, policy: Policy) -> Callable[[Any, Any], Awaitable[None]]:
+    """The RPC's handler."""
+
+    async def model_stream_infer(_: Any, context: Any) -> None:
+        caller = gateway.caller(context)
+        try:
+            # Also before each request: a key may be revoked while the stream is open.
+            gateway.authenticate(caller, policy)
+        except CallError as error:
+            await context.abort(error.status, error.message)
+        await _ClientStream(gateway, caller, policy, context).run()
+
+    return model_stream_infer

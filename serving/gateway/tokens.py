@@ -1,0 +1,81 @@
+"""Counting with the models' own tokenizers, in a form that cannot fail a request that has already run.
+
+A text that is too long to count in one piece is counted in pieces, and the sum is called an estimate: pieces do not add
+exactly. Every count runs off the event loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from serving.tokenizers import (
+    ChatTemplateError,
+    Framing,
+    RegistrySettings,
+    TextTooLongError,
+    TokenizerRegistry,
+    TokenizerSettings,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["TextCount", "TokenCounts", "make_registry"]
+
+_PIECE_CHARS: Final = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class TextCount:
+    """A text's tokens."""
+
+    tokens: int
+    exact: bool
+
+
+def make_registry(tokenizers: Mapping[str, Path], requests_max: int) -> TokenizerRegistry:
+    """Load all tokenizers. A request waits for at most one count at a time, so none is ever refused for a full queue."""
+    return TokenizerRegistry(
+        (TokenizerSettings(name, path) for name, path in tokenizers.items()),
+        RegistrySettings(max_pending=2 * requests_max + 64),
+    )
+
+
+class TokenCounts:
+    """The gateway's view of the tokenizers, by name."""
+
+    def __init__(self, registry: TokenizerRegistry) -> None:
+        self._registry = registry
+
+    def bound(self, tokenizer: str | None, text: str, framing: Framing) -> int | None:
+        """A number of tokens that the text never exceeds, without counting; None where only counting can tell. Without a
+        tokenizer it is the text's bytes: no model splits finer."""
+        if tokenizer is None:
+            return len(text.encode())
+        try:
+            return self._registry.upper_bound(tokenizer, text, framing)
+        except ChatTemplateError:
+            return None
+
+    async def count(self, tokenizer: str, text: str, framing: Framing) -> TextCount:
+        """How many tokens the text has."""
+        try:
+            return TextCount(await self._registry.count(tokenizer, text, framing), True)
+        except ChatTemplateError:
+            return TextCount(await self._registry.count(tokenizer, text, Framing.PROMPT), False)
+        except TextTooLongError:
+            tokens = 0
+            for start in range(0, len(text), _PIECE_CHARS):
+                piece = text[start : start + _PIECE_CHARS]
+                tokens += await self._registry.count(tokenizer, piece, Framing.OUTPUT)
+            return TextCount(tokens, False)
+
+    def fingerprint(self, tokenizer: str) -> str:
+        """What a usage event calls the tokenizer."""
+        return self._registry.fingerprint(tokenizer)
+
+    def close(self) -> None:
+        """Free the threads."""
+        self._registry.close()

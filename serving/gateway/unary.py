@@ -1,0 +1,75 @@
+"""ModelInfer: one request, one response, one bill that is durable before the response leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED, OUTCOME_DEADLINE_EXCEEDED
+from producers.errors import ProducerError
+from serving.gateway.errors import CallError
+from serving.gateway.metering import tell_usage
+from serving.kserve import SERVICE_NAME, TensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from serving.gateway.gateway import Admitted, Caller, Gateway
+    from serving.gateway.policy import Policy
+    from serving.kserve import ModelInferRequest, ModelInferResponse
+
+__all__ = ["METHOD", "make_model_infer"]
+
+METHOD = (SERVICE_NAME, "ModelInfer")
+
+
+async def _answer(gateway: Gateway, admitted: Admitted, caller: Caller) -> ModelInferResponse:
+    """Forward the request, bill it, and return what the client gets. Raises CallError."""
+    meter = admitted.meter
+    meter.forwarded()
+    try:
+        response = await gateway.upstream.infer(
+            admitted.request, timeout=gateway.upstream_timeout_s(caller), metadata=caller.metadata
+        )
+        meter.saw_response()
+        meter.counter.take(response)
+    except grpc.aio.AioRpcError as error:
+        late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and caller.is_late()
+        await meter.close(OUTCOME_DEADLINE_EXCEEDED if late else OUTCOME_BACKEND_ERROR)
+        gateway.metrics["requests_backend_error"] += not late
+        raise CallError(error.code(), error.details() or "the back end gave no reason") from error
+    except TensorError as error:
+        await meter.close(OUTCOME_BACKEND_ERROR)
+        gateway.metrics["requests_backend_error"] += 1
+        raise CallError(grpc.StatusCode.INTERNAL, f"the back end's answer cannot be metered: {error}") from error
+    usage = await meter.close(OUTCOME_COMPLETED)
+    gateway.metrics["requests_completed"] += 1
+    response.id = admitted.prepared.client_id
+    tell_usage(response, usage)
+    return response
+
+
+def make_model_infer(gateway: Gateway, policy: Policy) -> Callable[[ModelInferRequest, Any], Awaitable[Any]]:
+    """The RPC's handler."""
+
+    async def model_infer(request: ModelInferRequest, context: Any) -> ModelInferResponse:
+        caller = gateway.caller(context)
+        try:
+            admitted = await gateway.begin(request, caller, policy, stream=False)
+            try:
+                return await _answer(gateway, admitted, caller)
+            except asyncio.CancelledError:
+                gateway.settle(admitted.meter, gateway.cancel_outcome(caller))
+                raise
+            except ProducerError as error:
+                gateway.metrics["journal_errors"] += 1
+                raise CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}") from error
+            finally:
+                gateway.end(admitted.tenant_id)
+        except CallError as error:
+            await context.abort(error.status, error.message)
+            raise AssertionError("abort raises") from error
+
+    return model_infer

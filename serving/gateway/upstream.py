@@ -1,0 +1,56 @@
+"""The back end, as the gateway calls it: one channel, messages parsed where they are metered and left as bytes elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from serving.kserve import SERVICE_NAME
+
+if TYPE_CHECKING:
+    from serving.gateway.settings import GatewaySettings
+
+__all__ = ["EOF", "Upstream"]
+
+# What a read gives when the other side has no more; the stubs lack it.
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+class Upstream:
+    """One channel to the back end; calls start when it can be reached, and fail at once when it cannot."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        limits = settings.limits
+        options = [
+            ("grpc.max_receive_message_length", limits.message_bytes_max),
+            ("grpc.max_send_message_length", limits.message_bytes_max),
+            ("grpc.keepalive_time_ms", limits.keepalive_ms),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # A back end that comes back is found soon, not after gRPC's two minutes.
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+        ]
+        if settings.upstream_root_certificates is None:
+            self._channel: Any = grpc.aio.insecure_channel(settings.upstream, options=options)
+        else:
+            credentials = grpc.ssl_channel_credentials(settings.upstream_root_certificates)
+            self._channel = grpc.aio.secure_channel(settings.upstream, credentials, options=options)
+        self.infer = self._channel.unary_unary(
+            f"/{SERVICE_NAME}/ModelInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelInferResponse.FromString,
+        )
+        self.stream_infer = self._channel.stream_stream(
+            f"/{SERVICE_NAME}/ModelStreamInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+    def raw(self, service: str, method: str) -> Any:
+        """A unary method whose messages stay bytes."""
+        return self._channel.unary_unary(f"/{service}/{method}")
+
+    async def close(self) -> None:
+        """Cancel what runs and let the connection go."""
+        await self._channel.close()
