@@ -1,0 +1,106 @@
+"""Commands: signed, once, refused with a reason, and the same after a replay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from billing.amounts import PICO, to_amount
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, ApiKey
+from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND
+from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, Price, PriceBook, SignedCommand, TenantUpsert
+from tests.billing.ledgers import NOW_MS, Ledger, tenants_in
+
+A, B = tenants_in(1, 2)
+ELSEWHERE = tenants_in(2, 1)[0]
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    made = Ledger()
+    made.tenant(A)
+    return made
+
+
+def grant(tenant_id: str = A, pico: int = 5 * PICO, currency: str = "USD") -> CreditGrant:
+    return CreditGrant(tenant_id=tenant_id, amount=to_amount(pico), currency=currency)
+
+
+def key(**fields: Any) -> KeyUpsert:
+    return KeyUpsert(key=ApiKey(**({"key_id": "k1", "tenant_id": A, "secret_hash": b"h" * 32} | fields)))
+
+
+def test_a_grant_counts_once_however_often_it_comes(ledger: Ledger) -> None:
+    assert ledger.command(command_id="g1", credit_grant=grant()).record.command.applied
+    again = ledger.command(command_id="g1", credit_grant=grant()).record
+    assert not again.command.applied
+    assert "applied before" in again.command.refusal
+    assert ledger.state.accounts[A].balance_pico == 5 * PICO
+    assert ledger.replayed().digest() == ledger.state.digest()
+
+
+@pytest.mark.parametrize(
+    ("action", "names"),
+    [
+        ({"credit_grant": grant(pico=0)}, "amount"),
+        ({"credit_grant": grant(pico=-1)}, "amount"),
+        ({"credit_grant": grant(pico=10**31)}, "amount"),
+        ({"credit_grant": grant(currency="EUR")}, "currency"),
+        ({"credit_grant": grant(tenant_id=B)}, "create the tenant"),
+        ({"credit_grant": grant(tenant_id=ELSEWHERE)}, "lives in partition 2"),
+        ({"credit_grant": grant(tenant_id="")}, "tenant_id"),
+        ({"key_upsert": key(secret_hash=b"short")}, "secret_hash"),
+        ({"key_upsert": key(key_id="")}, "key_id"),
+        ({"key_upsert": key(tenant_id=B)}, "create the tenant"),
+        ({"price_book": PriceBook(version=2, currency="USD", prices=[Price(model="m")])}, "version: 2"),
+        ({"price_book": PriceBook(version=1, currency="USD")}, "prices: 0"),
+        ({}, "action"),
+    ],
+)
+def test_a_refused_command_says_why_and_changes_nothing(ledger: Ledger, action: dict[str, Any], names: str) -> None:
+    before = {t: a.to_account(b"", 0, 0).SerializeToString() for t, a in ledger.state.accounts.items()}
+    record = ledger.command(**action).record
+    assert not record.command.applied
+    assert names in record.command.refusal
+    assert not record.accounts
+    assert before == {t: a.to_account(b"", 0, 0).SerializeToString() for t, a in ledger.state.accounts.items()}
+
+
+def test_a_command_with_another_key_is_refused_and_alarmed(ledger: Ledger) -> None:
+    record = ledger.command(key=b"x" * 32, credit_grant=grant()).record
+    assert not record.command.applied
+    assert [alert.rule for alert in record.alerts] == [ALERT_RULE_UNSIGNED_COMMAND]
+    assert ledger.state.accounts[A].credit_pico == 0
+
+
+def test_bytes_that_are_no_command_go_to_rejected(ledger: Ledger) -> None:
+    assert "cannot be decoded" in ledger.raw_command(b"\xff\xff").record.rejected.reason
+    unsigned = SignedCommand(command=Command(schema_version=1, command_id="x").SerializeToString())
+    assert "signature" in ledger.raw_command(unsigned.SerializeToString()).record.command.refusal
+
+
+def test_a_key_of_another_tenant_is_not_taken_over(ledger: Ledger) -> None:
+    ledger.tenant(B)
+    assert ledger.command(key_upsert=key()).record.command.applied
+    assert "another tenant" in ledger.command(key_upsert=key(tenant_id=B)).record.command.refusal
+    assert ledger.state.keys["k1"].tenant_id == A
+
+
+def test_a_tenant_with_amounts_keeps_its_currency(ledger: Ledger) -> None:
+    assert ledger.command(tenant_upsert=TenantUpsert(tenant_id=A, currency="EUR")).record.command.applied
+    ledger.command(credit_grant=grant(currency="EUR"))
+    refused = ledger.command(tenant_upsert=TenantUpsert(tenant_id=A, currency="USD")).record
+    assert "stays its currency" in refused.command.refusal
+    suspended = TenantUpsert(tenant_id=A, status=ACCOUNT_STATUS_SUSPENDED)
+    assert ledger.command(tenant_upsert=suspended).record.accounts[0].status == ACCOUNT_STATUS_SUSPENDED
+    assert ledger.state.accounts[A].plan.plan_id == "test"
+
+
+def test_command_ids_are_forgotten_after_the_horizon_only(ledger: Ledger) -> None:
+    ledger.command(command_id="g1", credit_grant=grant())
+    ledger.tick(NOW_MS + 35 * 86_400_000)
+    assert "g1" in ledger.state.commands
+    ledger.tick(NOW_MS + 37 * 86_400_000)
+    assert "g1" not in ledger.state.commands
+    assert ledger.replayed().digest() == ledger.state.digest()

@@ -1,0 +1,76 @@
+"""The price book: which price rates what, and what is refused whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from billing.prices import PriceBookRefused, PriceBooks, book_problems
+from billing.v1.command_pb2 import Price, PriceBook
+
+
+def book(*prices: Price, version: int = 1, effective_ms: int = 0, currency: str = "USD") -> PriceBook:
+    return PriceBook(version=version, currency=currency, effective_ms=effective_ms, prices=prices)
+
+
+def test_the_most_exact_price_wins() -> None:
+    books = PriceBooks(
+        [
+            book(
+                Price(model="*", output_pico=1),
+                Price(model="llama-*", output_pico=2),
+                Price(model="llama-70*", output_pico=3),
+                Price(model="llama-70b", output_pico=4),
+                Price(model="llama-70b", operation=2, output_pico=5),
+                Price(model="llama-70b", service_class=3, output_pico=6),
+                Price(model="llama-70b", operation=2, service_class=3, output_pico=7),
+            )
+        ]
+    )
+    cases = {
+        ("other", 1, 1): 1,
+        ("llama-8b", 1, 1): 2,
+        ("llama-70b-chat", 1, 1): 3,
+        ("llama-70b", 1, 1): 4,
+        ("llama-70b", 2, 1): 5,
+        ("llama-70b", 1, 3): 6,
+        ("llama-70b", 2, 3): 7,
+    }
+    for (model, operation, service_class), pico in cases.items():
+        rate = books.rate("USD", 5, model, operation, service_class)
+        assert rate is not None
+        assert rate.token_pico[1] == pico
+    assert books.rate("EUR", 5, "other", 1, 1) is None
+
+
+def test_a_version_rates_from_its_time_on() -> None:
+    books = PriceBooks([book(Price(model="m", output_pico=1), effective_ms=1_000)])
+    books.add(book(Price(model="m", output_pico=2), version=2, effective_ms=2_000))
+    found = [books.rate("USD", ended_ms, "m", 1, 1) for ended_ms in (999, 1_000, 1_999, 2_000)]
+    assert [rate and rate.version for rate in found] == [None, 1, 1, 2]
+    assert not books.constant_within("USD", 1_500, 2_500)
+    assert books.constant_within("USD", 1_000, 2_000)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (book(Price(model="m"), version=3), "the next one of USD is 2"),
+        (book(Price(model="m"), version=2, effective_ms=0), "append-only"),
+        (book(Price(model=""), version=2, effective_ms=5), "model"),
+        (book(Price(model="a*b"), version=2, effective_ms=5), "ends in"),
+        (book(Price(model="m"), Price(model="m"), version=2, effective_ms=5), "the same model"),
+        (book(Price(model="m", output_pico=10**16), version=2, effective_ms=5), "output_pico"),
+        (book(Price(model="m", unit_pico={"characters": 10**16}), version=2, effective_ms=5), "characters"),
+        (book(Price(model="m"), version=1, currency=""), "currency"),
+    ],
+)
+def test_a_wrong_book_is_refused_whole(wrong: PriceBook, names: str) -> None:
+    books = PriceBooks([book(Price(model="m", output_pico=1))])
+    with pytest.raises(PriceBookRefused, match=r".") as refused:
+        books.add(wrong)
+    assert names in str(refused.value)
+    assert [kept.version for kept in books.all()] == [1]
+
+
+def test_all_problems_are_named_at_once() -> None:
+    assert len(book_problems(PriceBook(version=0, currency="", prices=[Price(model="")]))) == 3
