@@ -98,7 +98,7 @@ class Delivery:
         self.acknowledged = max(self.acknowledged, freed)
 
     def is_overdue(self, bound_s: float, now: float) -> bool:
-        """Whether the ledger has left uncovered for too long what Kafka acknowledged; the bound doubles each time, up to 32-fold."""
+        """Whether the ledger has left uncovered for too long what Kafka acknowledged. The bound doubles each time."""
         return self.uncovered_since is not None and now - self.uncovered_since >= bound_s * 2**self.resend_round
 
     def on_overdue(self) -> None:

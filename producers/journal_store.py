@@ -9,11 +9,15 @@ So a commit is a handful of statements whatever the number of events. That matte
 statement gives up the interpreter's lock and has to win it back from callers that are busy.
 
 All writes and all checkpoints go through the writing connection, from one thread.
+
+Freeing needs room as well, for the log of what is deleted. So a few megabytes are set aside in a file of their own, and given up
+when the disk is full and something is to be freed: a full disk never keeps itself full.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +37,8 @@ EVENT_ENVELOPE_BYTES = 4
 _ROWS_MAX = 200
 _FREED_ROWS_MAX = 1_000
 _CHECKPOINT_PAGES = 1_000
+# As large as the log may grow before a checkpoint, with pages of 4 KiB, and then some.
+_RESERVE_BYTES = 5 << 20
 _Statement = tuple[str, tuple[Any, ...]]
 _SCHEMA = """
 CREATE TABLE marks (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -92,6 +98,7 @@ class JournalStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._reader_lock = threading.Lock()
+        self._reserve_path = path.with_name(path.name + ".reserve")
         try:
             self._writer = self._connect()
             try:
@@ -103,6 +110,7 @@ class JournalStore:
                 raise
         except sqlite3.Error as error:
             raise self._translate(error, JournalUnreadable) from error
+        self._set_aside()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -137,6 +145,16 @@ class JournalStore:
     def free(self, partition: int, covered_sequence: int) -> FreedPage:
         """Let go of segments whose last sequence is covered, a page of them; remember how far the numbering has gone."""
         try:
+            page = self._free(partition, covered_sequence)
+        except JournalFull:
+            self._reserve_path.unlink(missing_ok=True)
+            return self._free(partition, covered_sequence)
+        if page.is_last:
+            self._set_aside()
+        return page
+
+    def _free(self, partition: int, covered_sequence: int) -> FreedPage:
+        try:
             count, last, event_bytes = self._writer.execute(
                 "SELECT COUNT(*), MAX(last_sequence), COALESCE(SUM(LENGTH(events)), 0) FROM (SELECT last_sequence, events "
                 "FROM segments WHERE partition = ? AND last_sequence <= ? ORDER BY first_sequence LIMIT ?)",
@@ -153,6 +171,18 @@ class JournalStore:
             ]
         )
         return FreedPage(event_bytes, last, is_last=count < _FREED_ROWS_MAX)
+
+    def _set_aside(self) -> None:
+        """Set room aside where there is plenty; on a disk that is nearly full the events go first."""
+        if self._reserve_path.exists():
+            return
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(self._reserve_path.parent).free < 3 * _RESERVE_BYTES:
+                return
+            try:
+                self._reserve_path.write_bytes(bytes(_RESERVE_BYTES))
+            except OSError:
+                self._reserve_path.unlink(missing_ok=True)
 
     def set_mark(self, name: str, value: str) -> None:
         self._transaction([("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))])

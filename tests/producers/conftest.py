@@ -1,0 +1,25 @@
+"""Topics and a stand-in for the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.producers.support import LedgerStandIn, Topics
+
+
+@pytest.fixture
+def topics(bootstrap: str, unique_name: Callable[[str], str]) -> Topics:
+    """usage.events and usage.progress, on each broker in turn."""
+    topics = Topics(bootstrap, unique_name("usage.events"), unique_name("usage.progress"))
+    topics.create()
+    return topics
+
+
+@pytest.fixture
+def ledger(topics: Topics) -> Iterator[LedgerStandIn]:
+    """What stands in for the ledger on those topics."""
+    ledger = LedgerStandIn(topics)
+    yield ledger
+    ledger.close()

@@ -1,0 +1,173 @@
+"""What the tests of producers share: events, meters, topics, and a stand-in for the ledger that counts what arrives."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from billing.v1.account_pb2 import LedgerPosition, Progress
+from billing.v1.usage_pb2 import (
+    COUNT_SOURCE_BACKEND,
+    OPERATION_CHAT,
+    OUTCOME_COMPLETED,
+    SERVICE_CLASS_STANDARD,
+    UsageBatch,
+    UsageEvent,
+)
+from producers.follower import TopicFollower
+from producers.journal import Journal
+from producers.meter import MeterSettings, UsageMeter
+from producers.publisher import PublisherSettings
+
+PARTITIONS = 4
+
+
+def usage_event(number: int, *, tenant_id: str = "", output_tokens: int = 20) -> UsageEvent:
+    return UsageEvent(
+        request_id=f"request-{number:08}",
+        tenant_id=tenant_id or f"tenant-{number % 10}",
+        model="small",
+        operation=OPERATION_CHAT,
+        service_class=SERVICE_CLASS_STANDARD,
+        outcome=OUTCOME_COMPLETED,
+        count_source=COUNT_SOURCE_BACKEND,
+        started_ms=1_760_000_000_000 + number,
+        ended_ms=1_760_000_001_000 + number,
+        uncached_input_tokens=100,
+        output_tokens=output_tokens,
+    )
+
+
+def open_meter(folder: Path, **settings: int | str) -> UsageMeter:
+    return UsageMeter(MeterSettings(journal_path=folder / "usage.journal", **{"partitions": PARTITIONS, **settings}))  # type: ignore[arg-type]
+
+
+def journaled(journal: Journal) -> dict[int, dict[int, UsageEvent]]:
+    """All that the journal holds: partition, sequence, event."""
+    held: dict[int, dict[int, UsageEvent]] = {}
+    for partition in range(journal.settings.partitions):
+        after = 0
+        while (page := journal.read(partition, after, 1_000, 1_000_000)).events:
+            for sequence, event in enumerate(page.events, start=page.first_sequence):
+                held.setdefault(partition, {})[sequence] = UsageEvent.FromString(event)
+            after = page.first_sequence + len(page.events) - 1
+    return held
+
+
+def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """For what happens in another process: there is no event to wait for."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.02)
+
+
+class Topics:
+    """Two topics of a test, under names of its own."""
+
+    def __init__(self, bootstrap: str, events: str, progress: str) -> None:
+        self.bootstrap = bootstrap
+        self.events = events
+        self.progress = progress
+
+    def create(self) -> None:
+        admin = AdminClient({"bootstrap.servers": self.bootstrap})
+        created = admin.create_topics(
+            [
+                NewTopic(self.events, num_partitions=PARTITIONS, replication_factor=1),
+                NewTopic(
+                    self.progress, num_partitions=PARTITIONS, replication_factor=1, config={"cleanup.policy": "compact"}
+                ),
+            ]
+        )
+        for future in created.values():
+            future.result(15)
+
+    def publisher_settings(self, **settings: float) -> PublisherSettings:
+        return PublisherSettings(
+            bootstrap=self.bootstrap,
+            partitions=PARTITIONS,
+            topic=self.events,
+            progress_topic=self.progress,
+            **{"linger_ms": 5, **settings},  # type: ignore[arg-type]
+        )
+
+
+class LedgerStandIn:
+    """Reads usage.events, remembers each event as often as it came, and says on usage.progress what it covers when told to."""
+
+    def __init__(self, topics: Topics, generation: bytes = b"generation-1") -> None:
+        self._topics = topics
+        self.generation = generation
+        self.requests: Counter[str] = Counter()
+        self.batches: list[tuple[int, UsageBatch]] = []
+        self.numbers: dict[tuple[str, int], dict[int, str]] = {}
+        self._lock = threading.Lock()
+        self._follower = TopicFollower(topics.bootstrap, topics.events, self._take)
+        self._follower.start()
+
+    def _take(self, key: bytes, value: bytes, partition: int) -> None:
+        batch = UsageBatch.FromString(value)
+        with self._lock:
+            self.batches.append((partition, batch))
+            numbers = self.numbers.setdefault((batch.producer_id, partition), {})
+            for sequence, event in enumerate(batch.events, start=batch.first_sequence):
+                self.requests[event.request_id] += 1
+                # The same number always names the same event.
+                assert numbers.setdefault(sequence, event.request_id) == event.request_id
+
+    def covered(self, producer_id: str, partition: int) -> int:
+        with self._lock:
+            numbers = self.numbers.get((producer_id, partition), {})
+        covered = 0
+        while covered + 1 in numbers:
+            covered += 1
+        return covered
+
+    def cover(self, producer_id: str, covered: dict[int, int] | None = None) -> None:
+        """Say that the ledger covers what has arrived, or what is given."""
+        producer = Producer({"bootstrap.servers": self._topics.bootstrap, "allow.auto.create.topics": False})
+        for partition in range(PARTITIONS):
+            sequence = self.covered(producer_id, partition) if covered is None else covered.get(partition, 0)
+            progress = Progress(
+                partition=partition,
+                producer_id=producer_id,
+                covered_sequence=sequence,
+                position=LedgerPosition(generation=self.generation, sequence=sequence),
+            )
+            producer.produce(
+                self._topics.progress,
+                key=f"producer/{producer_id}/{partition}",
+                value=progress.SerializeToString(),
+                partition=partition,
+            )
+        assert producer.flush(15) == 0
+
+    def close(self) -> None:
+        self._follower.close()
+
+
+def read_batches(topics: Topics, until: Callable[[list[UsageBatch]], bool], timeout_s: float = 30.0) -> list[UsageBatch]:
+    """All batches in the topic, from its beginning, until there is enough."""
+    consumer = Consumer(
+        {"bootstrap.servers": topics.bootstrap, "group.id": "test", "enable.auto.commit": False, "fetch.queue.backoff.ms": 5}
+    )
+    consumer.assign([TopicPartition(topics.events, partition, 0) for partition in range(PARTITIONS)])
+    batches: list[UsageBatch] = []
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not until(batches):
+            assert time.monotonic() < deadline, f"only {len(batches)} batches within {timeout_s:g} s"
+            for message in consumer.consume(500, timeout=0.2):
+                value = message.value()
+                if message.error() is None and isinstance(value, bytes):
+                    batches.append(UsageBatch.FromString(value))
+    finally:
+        consumer.close()
+    return batches
