@@ -2,7 +2,7 @@
 
 import typer
 
-from taximeter.commands import configuration
+from taximeter.commands import accounts, configuration, feeding, parts, reading
 
 __all__ = ["app", "main"]
 
@@ -15,7 +15,31 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
-app.add_typer(config_app, name="config")
+tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
+key_app = typer.Typer(no_args_is_help=True, help="API keys.")
+credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
+prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
+
+app.command("gateway")(parts.gateway)
+app.command("model-server", hidden=True)(parts.model_server)
+app.command("replay")(feeding.replay)
+app.command("import")(feeding.import_)
+app.command("balance")(reading.balance)
+app.command("usage")(reading.usage)
+app.command("statement")(reading.statement)
+app.command("alerts")(reading.alerts)
+for group, name in (
+    (tenant_app, "tenant"),
+    (key_app, "key"),
+    (credit_app, "credit"),
+    (prices_app, "prices"),
+    (config_app, "config"),
+):
+    app.add_typer(group, name=name)
+tenant_app.command("create")(accounts.create_tenant)
+key_app.command("create")(accounts.create_key)
+credit_app.command("grant")(accounts.grant_credit)
+prices_app.command("apply")(accounts.apply_prices)
 config_app.command("show")(configuration.show)
 
 

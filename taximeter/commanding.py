@@ -1,0 +1,190 @@
+"""Commands that people give: made, sent to the ledger, and followed until it says what became of them.
+
+Promise: `give` returns when every partition that a command concerns has applied it and the database shows so; it raises
+`TaximeterError` with the ledger's own words when one refused it, and `NotReadyError` when no word came in time. Then
+the command may still be applied, and giving it again under the same ID is harmless.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from billing.amounts import to_amount
+from billing.limits import SCHEMA_VERSION
+from billing.v1.account_pb2 import (
+    BILLING_MODE_POSTPAID,
+    BILLING_MODE_PREPAID,
+    KEY_SCOPE_METER,
+    ApiKey,
+    KeyScope,
+    Plan,
+)
+from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, PriceBook, TenantUpsert
+from producers.commands import CommandSender, CommandSettings, tenant_of
+from sinks.errors import EngineUnavailable
+from taximeter.compose import kafka_security, topic_names
+from taximeter.config import Config, read_secret
+from taximeter.errors import NotReadyError, TaximeterError
+from taximeter.times import now_ms
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sinks.engine import Reader
+
+__all__ = ["Commander", "NewKey", "PlanTerms"]
+
+_LOOK_S: Final = 0.1
+_KEY_PREFIX: Final = "tm-"
+_SECRET_BYTES: Final = 32
+_COMMANDS_SQL: Final = """
+SELECT command_id, ledger_partition, applied, refusal FROM commands FINAL
+WHERE command_id IN {ids:Array(String)} ORDER BY command_id, ledger_partition, applied
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTerms:
+    """What a tenant's plan says; zero is no limit."""
+
+    prepaid: bool = True
+    prompt_tokens_max: int = 0
+    output_tokens_default: int = 0
+    burst_tokens_floor: int = 1_000_000
+    burst_factor: int = 10
+    duplicate_flood_events: int = 1_000
+    credit_limit_pico: int = 0
+
+    def to_plan(self) -> Plan:
+        return Plan(
+            plan_id="prepaid" if self.prepaid else "postpaid",
+            billing_mode=BILLING_MODE_PREPAID if self.prepaid else BILLING_MODE_POSTPAID,
+            prompt_tokens_max=self.prompt_tokens_max,
+            output_tokens_default=self.output_tokens_default,
+            burst_tokens_floor=self.burst_tokens_floor,
+            burst_factor=self.burst_factor,
+            duplicate_flood_events=self.duplicate_flood_events,
+            credit_limit=to_amount(self.credit_limit_pico),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key and its secret, which is nowhere else."""
+
+    key_id: str
+    secret: str
+    command: Command
+
+    def __repr__(self) -> str:
+        return f"NewKey({self.key_id!r})"
+
+
+class Commander:
+    """Gives commands in the name of `issuer`."""
+
+    def __init__(self, config: Config, issuer: str) -> None:
+        self._partitions = config.ledger.partitions
+        self._pepper_of = config.gateway
+        self._issuer = issuer
+        self._sender = CommandSender(
+            CommandSettings(
+                bootstrap=config.kafka.bootstrap,
+                partitions=config.ledger.partitions,
+                topic=topic_names(config).commands,
+                security=kafka_security(config.kafka),
+            ),
+            read_secret(config.ledger, "command_key", needed_for="signing a command"),
+        )
+
+    def tenant(self, tenant_id: str, name: str, currency: str, plan: PlanTerms | None, *, command_id: str = "") -> Command:
+        """Create a tenant, or change its plan."""
+        upsert = TenantUpsert(tenant_id=tenant_id, display_name=name, currency=currency)
+        if plan is not None:
+            upsert.plan.CopyFrom(plan.to_plan())
+        return self._command(command_id, "", tenant_upsert=upsert)
+
+    def credit(self, tenant_id: str, amount_pico: int, currency: str, reason: str, *, command_id: str = "") -> Command:
+        """Grant prepaid credit."""
+        grant = CreditGrant(tenant_id=tenant_id, amount=to_amount(amount_pico), currency=currency)
+        return self._command(command_id, reason, credit_grant=grant)
+
+    def key(
+        self,
+        tenant_id: str,
+        project_id: str = "",
+        user_id: str = "",
+        scopes: Sequence[KeyScope.ValueType] = (KEY_SCOPE_METER,),
+        expires_ms: int = 0,
+    ) -> NewKey:
+        """A new key; its secret is in the answer and nowhere else."""
+        from serving.gateway.credentials import hash_secret
+
+        pepper = read_secret(self._pepper_of, "key_pepper", needed_for="making a key")
+        key_id = f"key-{secrets.token_hex(8)}"
+        secret = _KEY_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+        key = ApiKey(
+            key_id=key_id,
+            tenant_id=tenant_id,
+            project_id=project_id,
+            user_id=user_id,
+            secret_hash=hash_secret(pepper, secret),
+            scopes=scopes,
+            created_ms=now_ms(),
+            expires_ms=expires_ms,
+        )
+        return NewKey(key_id, secret, self._command("", "", key_upsert=KeyUpsert(key=key)))
+
+    def prices(self, book: PriceBook, *, command_id: str = "") -> Command:
+        """A version of the price book, for every partition."""
+        return self._command(command_id, "", price_book=book)
+
+    def send(self, commands: Sequence[Command]) -> None:
+        """Send, without waiting for what becomes of them."""
+        for command in commands:
+            self._sender.send(command)
+
+    def give(self, commands: Sequence[Command], reader: Reader, timeout_s: float = 30.0) -> None:
+        """Send, and wait until the ledger has applied all of them."""
+        self.send(commands)
+        wanted = {command.command_id: self._partitions if tenant_of(command) is None else 1 for command in commands}
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            missing = self._missing(reader, wanted)
+            if not missing:
+                return
+            if time.monotonic() >= deadline_s:
+                raise NotReadyError(
+                    f"{len(missing)} of {len(wanted)} commands were sent, but the database does not show them after "
+                    f"{timeout_s:g} s ({', '.join(missing[:3])}): see `taximeter doctor`; they may still be applied"
+                )
+            time.sleep(_LOOK_S)
+
+    def _missing(self, reader: Reader, wanted: Mapping[str, int]) -> list[str]:
+        try:
+            rows = reader.query(_COMMANDS_SQL, {"ids": list(wanted)}).rows
+        except EngineUnavailable:
+            return list(wanted)
+        answers: dict[str, dict[int, tuple[bool, str]]] = {}
+        for command_id, partition, applied, refusal in rows:
+            assert isinstance(partition, int)
+            # Of several rows of one partition, one that was applied stands: the others are repeats.
+            answers.setdefault(str(command_id), {})[partition] = (bool(applied), str(refusal))
+        for command_id, partitions in answers.items():
+            for partition, (applied, refusal) in partitions.items():
+                if not applied:
+                    raise TaximeterError(f"the ledger refused command {command_id} in partition {partition}: {refusal}")
+        return [command_id for command_id, count in wanted.items() if len(answers.get(command_id, {})) < count]
+
+    def _command(self, command_id: str, reason: str, **action: object) -> Command:
+        return Command(
+            schema_version=SCHEMA_VERSION,
+            command_id=command_id or f"cli-{secrets.token_hex(12)}",
+            issued_ms=now_ms(),
+            issuer=self._issuer,
+            reason=reason,
+            **action,  # type: ignore[arg-type]  # one of the actions, each by its own type
+        )

@@ -1,0 +1,182 @@
+"""`replay` and `import`: usage from files, through a journal, into the ledger."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+
+from billing.v1.usage_pb2 import UsageEvent
+from taximeter.commands.common import Context, JsonOption, command
+from taximeter.compose import meter_settings, publisher_settings
+from taximeter.config import Config
+from taximeter.errors import EXIT_WRONG, MisuseError, TaximeterError
+from taximeter.feeding import Fed, Feed
+from taximeter.times import now_ms, parse_time_ms, show_time, yesterday_ms
+from taximeter.traces import read_trace
+from taximeter.usage_lines import read_lines
+
+__all__ = ["import_", "replay"]
+
+_PROBLEMS_SHOWN: Final = 20
+StalledOption = Annotated[float, typer.Option(min=1, help="Give up when the ledger takes nothing for so many seconds.")]
+
+
+@command
+def replay(
+    context: Context,
+    file: Annotated[Path, typer.Argument(help="A CSV file with TIMESTAMP,ContextTokens,GeneratedTokens.")],
+    tenants: Annotated[int, typer.Option(min=1, max=100_000, help="Spread the requests over so many tenants.")] = 50,
+    start: Annotated[str | None, typer.Option(help="When the first request happens (default: 00:00 UTC of yesterday).")] = None,
+    speed: Annotated[float, typer.Option(min=0, help="1: as in the trace; 10: ten times; 0: as fast as possible.")] = 0,
+    model: Annotated[str, typer.Option(help="The model's name on the events.")] = "trace",
+    through: Annotated[
+        Literal["journal", "gateway"],
+        typer.Option(help="As usage events, or as requests to the gateway's model of that name."),
+    ] = "journal",
+    concurrency: Annotated[int, typer.Option(min=1, max=512, help="Requests at the same time, through the gateway.")] = 16,
+    stalled_s: StalledOption = 60.0,
+    json: JsonOption = False,
+) -> None:
+    """Replay a trace. The same file, tenants and start are the same events: a second run is all duplicates."""
+    trace = read_trace(file)
+    now = now_ms()
+    start_ms = yesterday_ms(now) if start is None else parse_time_ms("--start", start, now=now)
+    config = context.config()
+    folder = context.data_dir.path / "replays" / f"{trace.digest}-{start_ms}-{tenants}-{_slug(model)}"
+    result: dict[str, object] = {
+        "requests": len(trace.rows),
+        "context_tokens": trace.context_tokens,
+        "generated_tokens": trace.generated_tokens,
+        "tenants": tenants,
+        "start": show_time(start_ms),
+    }
+    if through == "gateway":
+        from taximeter.gateway_replay import replay_through_gateway
+
+        result |= replay_through_gateway(
+            config, context.output, trace, folder, tenants=tenants, start_ms=start_ms, model=model, concurrency=concurrency
+        )
+    else:
+        fed = _feed(
+            context,
+            config,
+            folder,
+            lambda skip: trace.events(tenants=tenants, start_ms=start_ms, model=model, skip=skip),
+            total=len(trace.rows),
+            stalled_s=stalled_s,
+            due_s=None if speed == 0 else lambda event: (event.ended_ms - start_ms) / 1_000 / speed,
+        )
+        result |= fed_values(fed)
+    _tell(context, result, json=json)
+
+
+@command
+def import_(
+    context: Context,
+    file: Annotated[Path, typer.Argument(help="JSON lines of usage, each with its request_id.")],
+    rejects: Annotated[
+        Path | None,
+        typer.Option(help="Import the good lines, and put the bad ones here as they are, with their reasons beside."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Import nothing if one line is bad (without --rejects: so).")
+    ] = False,
+    stalled_s: StalledOption = 60.0,
+    json: JsonOption = False,
+) -> None:
+    """Import usage. The same line again is a duplicate; a bad line is named, and never lost."""
+    if strict and rejects is not None:
+        raise MisuseError("--strict and --rejects exclude each other: import all or nothing, or put the bad lines aside")
+    good, problems = 0, []
+    digest = hashlib.sha256()
+    for line in read_lines(file):
+        digest.update(line.raw)
+        if line.event is None:
+            problems.append((line.raw, line.problem))
+        else:
+            good += 1
+    if problems and rejects is None:
+        shown = [problem for _, problem in problems[:_PROBLEMS_SHOWN]]
+        more = f"\nand {len(problems) - len(shown):,} more" if len(problems) > len(shown) else ""
+        raise TaximeterError(
+            f"{file}: {len(problems):,} of {good + len(problems):,} lines are bad, and nothing was imported: mend them, "
+            f"or set them aside with --rejects FILE\n" + "\n".join(shown) + more
+        )
+    if problems and rejects is not None:
+        _set_aside(rejects, problems)
+    config = context.config()
+    folder = context.data_dir.path / "imports" / digest.hexdigest()[:16]
+    fed = _feed(context, config, folder, lambda skip: _good_events(file, skip), total=good, stalled_s=stalled_s, due_s=None)
+    _tell(context, {"events": good, "rejected": len(problems), **fed_values(fed)}, json=json)
+    if problems:
+        context.output.note(f"{len(problems):,} bad lines are in {rejects}, with their reasons in {rejects}.reasons")
+        raise typer.Exit(EXIT_WRONG)
+
+
+def _feed(
+    context: Context,
+    config: Config,
+    folder: Path,
+    events: Callable[[int], Iterable[UsageEvent]],
+    *,
+    total: int,
+    stalled_s: float,
+    due_s: Callable[[UsageEvent], float] | None,
+) -> Fed:
+    feed = Feed(folder, meter_settings(config, folder / "journal.sqlite"), publisher_settings(config))
+    try:
+        skipped = feed.place()
+        if skipped:
+            context.output.note(f"going on behind the first {skipped:,} events, which are in the journal already")
+        with context.output.progress("recorded in the journal", total) as advance:
+            advance(skipped)
+            return feed.run(events, due_s=due_s, stalled_s=stalled_s, on_recorded=advance)
+    finally:
+        feed.close()
+
+
+def _good_events(file: Path, skip: int) -> Iterable[UsageEvent]:
+    return islice((line.event for line in read_lines(file) if line.event is not None), skip, None)
+
+
+def _set_aside(rejects: Path, problems: list[tuple[bytes, str]]) -> None:
+    """Before anything is imported, on disk: the lines as they were, and why each was refused."""
+    if rejects.exists():
+        raise MisuseError(f"--rejects {rejects} is there already: name a new file, so that nothing is overwritten")
+    reasons = rejects.with_name(f"{rejects.name}.reasons")
+    for path, lines in (
+        (rejects, [raw if raw.endswith(b"\n") else raw + b"\n" for raw, _ in problems]),
+        (reasons, [f"{problem}\n".encode() for _, problem in problems]),
+    ):
+        with path.open("wb") as output:
+            output.writelines(lines)
+            output.flush()
+            os.fsync(output.fileno())
+
+
+def fed_values(fed: Fed) -> dict[str, object]:
+    """A run for programs."""
+    rate = fed.recorded / fed.covered_s if fed.covered_s > 0 else 0.0
+    return {
+        "recorded": fed.recorded,
+        "already_in_journal": fed.skipped,
+        "recorded_s": round(fed.recorded_s, 3),
+        "in_ledger_s": round(fed.covered_s, 3),
+        "events_per_s": round(rate),
+    }
+
+
+def _tell(context: Context, result: dict[str, object], *, json: bool) -> None:
+    if json:
+        context.output.json(result)
+    else:
+        context.output.pairs("In the ledger", {name.replace("_", " "): value for name, value in result.items()})
+
+
+def _slug(name: str) -> str:
+    kept = "".join(character if character.isalnum() or character in "-_." else "_" for character in name)
+    return f"{kept[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -1,0 +1,129 @@
+"""Usage from a file into the ledger, through a journal of its own, so that a kill in the middle costs nothing.
+
+Promise: after `run` has returned, the ledger has every event. A run that was killed leaves its journal and its place
+behind; the same call again goes on from there. What the place did not know yet is recorded a second time and is a
+duplicate in the ledger, which charges nothing. A run that has ended removes its place, so that the next one sends
+everything again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from producers.errors import JournalFull
+from producers.meter import MeterSettings, Receipt, UsageMeter
+from producers.publisher import Publisher, PublisherSettings
+from taximeter.errors import NotReadyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from billing.v1.usage_pb2 import UsageEvent
+
+__all__ = ["Fed", "Feed"]
+
+_PLACE_EVERY: Final = 1_000
+_FULL_PAUSE_S: Final = 0.05
+_LOOK_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What a run did."""
+
+    recorded: int
+    skipped: int
+    recorded_s: float
+    covered_s: float
+
+
+class Feed:
+    """One file's way into the ledger; `folder` is its own."""
+
+    def __init__(self, folder: Path, meter: MeterSettings, publisher: PublisherSettings) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._place_path = folder / "place.json"
+        self._meter = UsageMeter(meter)
+        self._publisher = Publisher(self._meter.journal, publisher)
+        self._timeout_s = 30.0
+
+    def place(self) -> int:
+        """How many events of the file are known to be durable from a run that was cut off."""
+        try:
+            return int(json.loads(self._place_path.read_text())["events"])
+        except FileNotFoundError:
+            return 0
+
+    def run(
+        self,
+        events: Callable[[int], Iterable[UsageEvent]],
+        *,
+        due_s: Callable[[UsageEvent], float] | None,
+        stalled_s: float,
+        on_recorded: Callable[[int], None] = lambda _: None,
+        on_covered: Callable[[int], None] = lambda _: None,
+    ) -> Fed:
+        """Record `events(skip)`, each when it is due, and wait until the ledger has them all.
+
+        NotReadyError when the ledger has taken nothing for `stalled_s`: the journal keeps everything for the next call.
+        """
+        skipped = self.place()
+        began_s = time.monotonic()
+        self._publisher.start()
+        recorded = 0
+        receipt: Receipt | None = None
+        for event in events(skipped):
+            if due_s is not None and (pause_s := began_s + due_s(event) - time.monotonic()) > 0:
+                time.sleep(pause_s)
+            receipt = self._record(event, stalled_s)
+            recorded += 1
+            if recorded % _PLACE_EVERY == 0:
+                self._note(receipt, skipped + recorded)
+                on_recorded(_PLACE_EVERY)
+        if receipt is not None:
+            self._note(receipt, skipped + recorded)
+            on_recorded(recorded % _PLACE_EVERY)
+        recorded_s = time.monotonic() - began_s
+        self._await_covered(stalled_s, on_covered)
+        self._place_path.unlink(missing_ok=True)
+        return Fed(recorded, skipped, recorded_s, time.monotonic() - began_s)
+
+    def close(self) -> None:
+        """Let go of the journal; what the ledger does not have stays in it."""
+        self._publisher.close(self._timeout_s)
+        self._meter.close(self._timeout_s)
+
+    def _record(self, event: UsageEvent, stalled_s: float) -> Receipt:
+        deadline_s = time.monotonic() + stalled_s
+        while True:
+            try:
+                return self._meter.record(event)
+            except JournalFull:
+                if time.monotonic() >= deadline_s:
+                    raise
+                time.sleep(_FULL_PAUSE_S)
+
+    def _note(self, receipt: Receipt, events: int) -> None:
+        receipt.durable(self._timeout_s)
+        fresh = self._place_path.with_suffix(".new")
+        fresh.write_text(json.dumps({"events": events}))
+        fresh.replace(self._place_path)
+
+    def _await_covered(self, stalled_s: float, on_covered: Callable[[int], None]) -> None:
+        last = self._publisher.metrics()["uncovered"]
+        moved_s = time.monotonic()
+        while last:
+            time.sleep(_LOOK_S)
+            left = self._publisher.metrics()["uncovered"]
+            if left < last:
+                on_covered(last - left)
+                last, moved_s = left, time.monotonic()
+            elif time.monotonic() - moved_s > stalled_s:
+                raise NotReadyError(
+                    f"the ledger has taken nothing for {stalled_s:g} s and {left:,} events wait in the journal: "
+                    "see `taximeter doctor`, then run the same command again; it goes on from here"
+                )
