@@ -162,6 +162,14 @@ class LedgerHost:
             "%s: at sequence %d, offset %d; %d records replayed", self.where, self.state.sequence, end, self.replayed_records
         )
 
+    async def resume(self) -> bool:
+        """Own the partition again after `drain`, if the log ends where this host left it; False: recover a new one."""
+        if self._stopped is not None or self.in_flight or not self.state.founded:
+            return False
+        _, end = await self._reader.bounds(self._settings.ledger_topic, self.partition)
+        self._owned = end == self._next_offset
+        return self._owned
+
     async def _find_place(self, follow: Chain, first: int, end: int) -> int:
         """The offset to read on from. The local store must stand on a record that the log has."""
         if not follow.generation:

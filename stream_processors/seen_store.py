@@ -1,7 +1,7 @@
 """Exact memory of what was charged, larger than RAM: `billing.state.SeenKeys` on sorted runs.
 
 Promise: `find` answers exactly, for every key that was remembered and has not expired; nothing reaches disk before the record
-that it belongs to was acknowledged. Costs are measured in benchmarks/seen_store.py: about 1 µs a key for find, remember and keeping,
+that it belongs to was acknowledged. Costs are measured in benchmarks/seen_store.py: about 1 µs a key for all of it,
 26 bytes of disk and 2.5 bytes of RAM a key, beside a fixed part of about 50 MB at most.
 
 A key's way:

@@ -1,0 +1,309 @@
+"""The publisher agent: what the ledger says, put where others look for it.
+
+It reads `usage.ledger` by the chain's rule and writes accounts and a tick (how fresh they are), keys, how far each producer is
+covered, alerts, and what was rejected. An app of its own with a group of its own: in the worker's process by default, apart
+where somebody wants that.
+
+Promise: everything of a batch is acknowledged before the publisher's own position (Progress, reader "publisher") is written,
+and from there it resumes. What is repeated after a crash is harmless: states carry versions, alerts and rejections stable IDs.
+When a ledger was founded again on a state, its founding record states every account, key and mark, and they are published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import faust
+from faust.types import TP
+
+from billing import chain
+from billing.chain import Chain
+from billing.v1.account_pb2 import AccountUpdate, LedgerPosition, LedgerTick, Progress
+from billing.v1.ledger_pb2 import (
+    DROP_REASON_CONFLICT,
+    DROP_REASON_INVALID,
+    DROP_REASON_TOO_FAR_IN_FUTURE,
+    DROP_REASON_TOO_OLD,
+    LedgerRecord,
+)
+from billing.v1.rejected_pb2 import RejectedInput
+from billing.v1.usage_pb2 import RawUsageBatch, UsageEvent
+from stream_processors.errors import HostStopped, RefusedToStart
+from stream_processors.faust_apps import Failure, make_app, raw_agent
+from stream_processors.kafka_ports import KafkaLogReader, KafkaLogWriter
+from stream_processors.settings import TopicNames, WorkerSettings
+
+__all__ = ["READER_NAME", "PublisherApp", "messages_of"]
+
+logger = logging.getLogger(__name__)
+
+READER_NAME = "publisher"
+_FLUSH_INTERVAL_S = 0.05
+_BATCH_MESSAGES_MAX = 10_000
+_SHOWN_DROPS = frozenset(
+    (DROP_REASON_CONFLICT, DROP_REASON_INVALID, DROP_REASON_TOO_FAR_IN_FUTURE, DROP_REASON_TOO_OLD)
+)
+
+# Waits until (partition, sequence) is on local disk: where the broker may forget, producers are told nothing before that.
+Gate = Callable[[int, int], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is published together: states, of which the last is enough, and notices, of which each counts."""
+
+    states: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    notices: list[tuple[str, str, bytes]] = field(default_factory=list)
+    place: Progress | None = None
+    events: list[Any] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return len(self.states) + len(self.notices)
+
+
+def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
+    """Add to `batch` what `record` has to say."""
+    version = LedgerPosition(generation=record.generation, sequence=record.sequence)
+    partition = record.partition
+    for account in record.accounts:
+        batch.states[topics.accounts, account.tenant_id] = AccountUpdate(account=account).SerializeToString()
+    tick = LedgerTick(partition=partition, version=version, log_time_ms=record.log_time_ms)
+    batch.states[topics.accounts, f"tick/{partition}"] = AccountUpdate(tick=tick).SerializeToString()
+    for key in record.keys:
+        batch.states[topics.keys, key.key_id] = key.SerializeToString()
+    for mark in record.producers:
+        progress = Progress(
+            partition=partition, producer_id=mark.producer_id, covered_sequence=mark.covered_sequence, position=version
+        )
+        batch.states[topics.progress, f"producer/{mark.producer_id}/{partition}"] = progress.SerializeToString()
+    batch.notices.extend((topics.alerts, alert.tenant_id, alert.SerializeToString()) for alert in record.alerts)
+    batch.notices.extend(
+        (topics.rejected, f"{version.generation.hex()}/{version.sequence}/{rejected.index}", rejected.SerializeToString())
+        for rejected in _rejected_of(record, topics, version)
+    )
+
+
+def _rejected_of(record: LedgerRecord, topics: TopicNames, version: LedgerPosition) -> list[RejectedInput]:
+    source = record.WhichOneof("source")
+    if source == "rejected":
+        rejected = record.rejected
+        return [
+            RejectedInput(
+                topic=rejected.topic,
+                partition=record.partition,
+                offset=rejected.offset,
+                index=-1,
+                reason=rejected.reason,
+                payload=rejected.payload,
+                payload_bytes=rejected.payload_bytes,
+                position=version,
+            )
+        ]
+    shown = [dropped for dropped in record.usage.dropped if dropped.reason in _SHOWN_DROPS] if source == "usage" else []
+    if not shown:
+        return []
+    raws = RawUsageBatch.FromString(record.usage.batch).events
+    offset = next((position.offset for position in record.inputs if position.topic == topics.events), -1)
+    found = []
+    for dropped in shown:
+        raw = raws[dropped.index]
+        event = UsageEvent.FromString(raw)
+        found.append(
+            RejectedInput(
+                topic=topics.events,
+                partition=record.partition,
+                offset=offset,
+                index=dropped.index,
+                drop_reason=dropped.reason,
+                reason=dropped.detail,
+                payload=raw,
+                payload_bytes=len(raw),
+                position=version,
+                tenant_id=event.tenant_id,
+                request_id=event.request_id,
+            )
+        )
+    return found
+
+
+class PublisherApp:
+    """The publisher of this process. Make it on the running event loop."""
+
+    def __init__(self, settings: WorkerSettings, failure: Failure, seal_key: bytes, gate: Gate | None = None) -> None:
+        self.settings = settings
+        self.failure = failure
+        self.published_records = 0
+        self._seal_key = seal_key
+        self._gate = gate
+        self._reader = KafkaLogReader(settings.kafka)
+        self._writer = KafkaLogWriter(settings.kafka, linger_ms=5.0)
+        self._chains: dict[int, Chain] = {}
+        self._resume: dict[int, int] = {}
+        self._batches: dict[int, Batch] = {}
+        self._flushing: dict[int, asyncio.Lock] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.app: faust.App = make_app(settings, f"{settings.group}-publisher", self._positions)
+        raw_agent(self.app, settings.topics.ledger, "usage-ledger", self._agent)
+        self.app.on_partitions_revoked.connect(self._on_revoked)
+        self.app.on_rebalance_complete.connect(self._on_rebalanced)
+
+    async def start(self) -> None:
+        """Join the group."""
+        await self.app.start()
+        self._task = asyncio.create_task(self._flush_often())
+
+    async def stop(self) -> None:
+        """Publish what was read, and leave the group."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self.failure.reason is None:
+            await self._settle()
+        self._chains.clear()
+        await self.app.stop()
+        await self._writer.close(self.settings.drain_timeout_s)
+
+    async def _settle(self) -> None:
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout_s):
+                for partition in list(self._chains):
+                    await self._flush(partition)
+        except TimeoutError:
+            logger.warning("the publisher did not settle in %g s; it repeats that later", self.settings.drain_timeout_s)
+
+    # --- Faust's hooks ---
+
+    async def _on_revoked(self, _app: Any, /, *_: Any, **__: Any) -> None:
+        await self._settle()
+        self._chains.clear()
+        self._batches.clear()
+
+    async def _on_rebalanced(self, _app: Any, /, *_: Any, **__: Any) -> None:
+        try:
+            ledger = self.settings.topics.ledger
+            for partition in sorted(tp.partition for tp in self.app.consumer.assignment() if tp.topic == ledger):
+                await self._take_over(partition)
+        except Exception as error:  # noqa: BLE001  Faust would go on; this process must not
+            logger.error("the publisher's takeover failed: %s", error)
+            self.failure.set(error)
+
+    async def _take_over(self, partition: int) -> None:
+        ledger = self.settings.topics.ledger
+        place = await self._last_place(partition)
+        first, end = await self._reader.bounds(ledger, partition)
+        follow = Chain(partition, self._seal_key)
+        start = first
+        if place is not None and first <= place.ledger_offset < end:
+            async for chunk in self._reader.read(ledger, partition, place.ledger_offset, place.ledger_offset + 1):
+                if chunk and chain.record_hash(chunk[0][1]) == place.record_hash:
+                    follow.generation, follow.sequence = place.position.generation, place.position.sequence
+                    follow.record_hash = place.record_hash
+                    start = place.ledger_offset + 1
+        if start == first > 0 and not follow.generation:
+            raise RefusedToStart(
+                f"{ledger}[{partition}]: the log starts at offset {first} and the publisher has no position in it; restore "
+                f"{self.settings.topics.progress}, or the log's beginning, from a backup"
+            )
+        self._chains[partition] = follow
+        self._resume[partition] = start
+        self._batches[partition] = Batch()
+        self._flushing.setdefault(partition, asyncio.Lock())
+
+    async def _last_place(self, partition: int) -> Progress | None:
+        """What this reader last wrote about its own position."""
+        topic = self.settings.topics.progress
+        place = None
+        first, end = await self._reader.bounds(topic, partition)
+        async for chunk in self._reader.read(topic, partition, first, end):
+            for _, value in chunk:
+                progress = Progress.FromString(value)
+                if progress.reader == READER_NAME:
+                    place = progress
+        return place
+
+    def _positions(self) -> Mapping[TP, int]:
+        ledger = self.settings.topics.ledger
+        return {TP(ledger, partition): self._resume[partition] for partition in self._chains}
+
+    # --- work ---
+
+    async def _agent(self, stream: Any) -> None:
+        async for event in stream.noack().events():
+            message = event.message
+            partition = message.partition
+            if partition not in self._chains or message.offset < self._resume[partition]:
+                continue
+            try:
+                await self._take(partition, message.offset, bytes(message.value or b""), event)
+            except Exception as error:
+                self.failure.set(error)
+                raise
+
+    async def _take(self, partition: int, offset: int, stored: bytes, event: Any) -> None:
+        record = self._chains[partition].accept(stored)
+        batch = self._batches[partition]
+        batch.events.append(event)
+        self._resume[partition] = offset + 1
+        if record is None:
+            return
+        messages_of(record, self.settings.topics, batch)
+        batch.place = Progress(
+            partition=partition,
+            reader=READER_NAME,
+            position=LedgerPosition(generation=record.generation, sequence=record.sequence),
+            record_hash=self._chains[partition].record_hash,
+            ledger_offset=offset,
+        )
+        self.published_records += 1
+        if batch.size >= _BATCH_MESSAGES_MAX:
+            await self._flush(partition)
+
+    async def _flush_often(self) -> None:
+        while True:
+            await asyncio.sleep(_FLUSH_INTERVAL_S)
+            try:
+                for partition in list(self._chains):
+                    await self._flush(partition)
+            except Exception as error:  # noqa: BLE001  nobody waits for this task
+                self.failure.set(error)
+                return
+
+    async def _flush(self, partition: int) -> None:
+        async with self._flushing[partition]:
+            batch = self._batches.get(partition)
+            if batch is None or batch.place is None:
+                return
+            self._batches[partition] = Batch()
+            if self._gate is not None:
+                await self._gate(partition, batch.place.position.sequence)
+            sends = [(topic, key, value) for (topic, key), value in batch.states.items()] + batch.notices
+            await self._send_all(partition, sends)
+            progress = (self.settings.topics.progress, f"reader/{READER_NAME}/{partition}", batch.place.SerializeToString())
+            await self._send_all(partition, [progress])
+            for event in batch.events:
+                event.ack()
+
+    async def _send_all(self, partition: int, sends: list[tuple[str, str, bytes]]) -> None:
+        if not sends:
+            return
+        all_done = asyncio.get_running_loop().create_future()
+        left = len(sends)
+
+        def on_done(_: int, problem: str) -> None:
+            nonlocal left
+            left -= 1
+            if all_done.done():
+                return
+            if problem:
+                all_done.set_exception(HostStopped(f"the publisher could not write ({problem}); starting over"))
+            elif left == 0:
+                all_done.set_result(None)
+
+        for topic, key, value in sends:
+            self._writer.write(topic, partition, value, on_done, key.encode())
+        await all_done

@@ -1,0 +1,201 @@
+"""A ledger on a real broker, and what a test does with it: send usage, run workers, read the log and compare with what was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from confluent_kafka import Producer
+
+from billing import replay
+from billing.chain import Chain
+from billing.founding import LedgerSettings
+from billing.identity import partition_of
+from billing.state import LedgerState, MemorySeenKeys
+from billing.v1.ledger_pb2 import LedgerRecord
+from billing.v1.usage_pb2 import (
+    COUNT_SOURCE_BACKEND,
+    OPERATION_GENERATE,
+    OUTCOME_COMPLETED,
+    SERVICE_CLASS_STANDARD,
+    UsageBatch,
+    UsageEvent,
+)
+from stream_processors.kafka_ports import KafkaLogReader
+from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings
+from stream_processors.topics import ApplySettings, Change, apply
+from taximeter.embedded.process import Child
+from tests.stream_processors.worker_main import SEAL_KEY
+
+ROOT = Path(__file__).parents[2]
+DEDUPE_KEY = b"dedupe!!" * 4
+
+
+def event(tenant_id: str, request_id: str = "", *, input_tokens: int = 100, output_tokens: int = 10) -> UsageEvent:
+    now_ms = int(time.time() * 1000)
+    return UsageEvent(
+        request_id=request_id or str(uuid.uuid4()),
+        tenant_id=tenant_id,
+        project_id="default",
+        model="model-a",
+        operation=OPERATION_GENERATE,
+        service_class=SERVICE_CLASS_STANDARD,
+        outcome=OUTCOME_COMPLETED,
+        count_source=COUNT_SOURCE_BACKEND,
+        started_ms=now_ms - 500,
+        ended_ms=now_ms,
+        uncached_input_tokens=input_tokens,
+        output_tokens=output_tokens,
+    )
+
+
+@dataclass
+class PartitionLog:
+    """What a reader makes of one partition: the accepted records and the state that they lead to."""
+
+    records: list[LedgerRecord]
+    ignored: int
+    state: LedgerState
+    charged: Counter[str]
+
+
+@dataclass
+class Ledger:
+    """One ledger under its own prefix of topic names."""
+
+    bootstrap: str
+    folder: Path
+    partitions: int = 2
+    prefix: str = field(default_factory=lambda: f"t{uuid.uuid4().hex[:8]}.")
+    sent: dict[str, UsageEvent] = field(default_factory=dict)
+    workers: list[Child] = field(default_factory=list)
+
+    @property
+    def names(self) -> TopicNames:
+        return TopicNames(self.prefix)
+
+    def apply_settings(self, state_folder: Path | None = None) -> ApplySettings:
+        return ApplySettings(
+            kafka=KafkaSettings(self.bootstrap),
+            topics=TopicSettings(partitions=self.partitions),
+            ledger=LedgerSettings(partitions=self.partitions, dedupe_key=DEDUPE_KEY),
+            seal_key=SEAL_KEY,
+            names=self.names,
+            state_folder=state_folder,
+        )
+
+    def found(self, state_folder: Path | None = None) -> list[Change]:
+        return asyncio.run(apply(self.apply_settings(state_folder)))
+
+    def worker(self, name: str = "one", *, folder: Path | None = None, **more: object) -> Child:
+        arguments = {
+            "bootstrap": self.bootstrap,
+            "prefix": self.prefix,
+            "folder": str(folder or self.folder / name),
+            **more,
+        }
+        child = Child(
+            f"worker {name}",
+            [sys.executable, "-m", "tests.stream_processors.worker_main", json.dumps(arguments)],
+            log_path=self.folder / f"{name}.log",
+            cwd=ROOT,
+        )
+        child.start()
+        self.workers.append(child)
+        return child
+
+    def stop(self) -> None:
+        for child in self.workers:
+            child.kill9()
+
+    def send(self, events: Sequence[UsageEvent], *, partition: int | None = None) -> None:
+        """One batch for each partition that these events' tenants live in, or all into the partition given."""
+        groups: dict[int, list[UsageEvent]] = {}
+        for one in events:
+            groups.setdefault(partition_of(one.tenant_id, self.partitions) if partition is None else partition, []).append(one)
+            self.sent.setdefault(one.request_id, one)
+        for number, group in groups.items():
+            self.send_bytes(UsageBatch(schema_version=1, events=group).SerializeToString(), number)
+
+    def send_bytes(self, value: bytes, partition: int, topic: str | None = None) -> None:
+        producer = Producer({"bootstrap.servers": self.bootstrap, "enable.idempotence": True})
+        producer.produce(topic or self.names.events, value=value, partition=partition)
+        assert producer.flush(20) == 0
+
+    def read(self, topic: str, partition: int) -> list[bytes]:
+        """Every value in one partition of a topic."""
+
+        async def all_values() -> list[bytes]:
+            reader = KafkaLogReader(KafkaSettings(self.bootstrap))
+            first, end = await reader.bounds(topic, partition)
+            return [value async for chunk in reader.read(topic, partition, first, end) for _, value in chunk]
+
+        return asyncio.run(all_values())
+
+    def log(self, partition: int) -> PartitionLog:
+        chain = Chain(partition, SEAL_KEY)
+        state = LedgerState(MemorySeenKeys())
+        records = []
+        charged: Counter[str] = Counter()
+        for stored in self.read(self.names.ledger, partition):
+            record = chain.accept(stored)
+            if record is None:
+                continue
+            replay.apply(state, record, stored)
+            records.append(record)
+            charged.update(charged_in(record))
+        return PartitionLog(records, chain.ignored, state, charged)
+
+    def logs(self) -> list[PartitionLog]:
+        return [self.log(partition) for partition in range(self.partitions)]
+
+    def charged(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for log in self.logs():
+            total += log.charged
+        return total
+
+    def assert_exact(self) -> None:
+        """Every event that was sent is charged once, per tenant and class of token."""
+        logs = self.logs()
+        charged: Counter[str] = Counter()
+        tokens: Counter[tuple[str, str]] = Counter()
+        for log in logs:
+            charged += log.charged
+            windows = {total.key.SerializeToString(deterministic=True): total for r in log.records for total in r.totals}
+            for total in windows.values():
+                tokens[total.key.tenant_id, "input"] += total.uncached_input_tokens
+                tokens[total.key.tenant_id, "output"] += total.output_tokens
+        assert charged == Counter(dict.fromkeys(self.sent, 1))
+        expected: Counter[tuple[str, str]] = Counter()
+        for one in self.sent.values():
+            expected[one.tenant_id, "input"] += one.uncached_input_tokens
+            expected[one.tenant_id, "output"] += one.output_tokens
+        assert tokens == expected
+
+    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                tails = "\n".join(child.log_tail(40) for child in self.workers[-2:])
+                raise AssertionError(f"{what} did not come in {timeout_s:g} s\n{tails}")
+            time.sleep(0.2)
+
+    def wait_charged(self, timeout_s: float = 60.0) -> None:
+        self.wait(lambda: len(self.charged()) >= len(self.sent), f"{len(self.sent)} charges", timeout_s)
+
+
+def charged_in(record: LedgerRecord) -> list[str]:
+    """The request IDs that a record charges."""
+    if record.WhichOneof("source") != "usage":
+        return []
+    dropped = {entry.index for entry in record.usage.dropped}
+    batch = UsageBatch.FromString(record.usage.batch)
+    return [one.request_id for index, one in enumerate(batch.events) if index not in dropped]
