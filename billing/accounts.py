@@ -36,6 +36,7 @@ class AccountState:
     raised_ms: dict[int, int] = field(default_factory=dict)
     # The contract form as last stated, filled again at each statement: building it anew costs ten times as much.
     _account: Account | None = field(default=None, repr=False, compare=False)
+    _stated_plan: Plan | None = field(default=None, repr=False, compare=False)
 
     @property
     def balance_pico(self) -> int:
@@ -45,8 +46,9 @@ class AccountState:
     def to_account(self, generation: bytes, sequence: int, log_time_ms: int) -> Account:
         """The absolute state, with the record that states it. Valid until the next call."""
         account = self._account
-        if account is None or account.plan != self.plan:
+        if account is None or self._stated_plan is not self.plan:
             account = self._account = Account(tenant_id=self.tenant_id, plan=self.plan)
+            self._stated_plan = self.plan
         account.status = self.status  # type: ignore[assignment]
         account.currency = self.currency
         account.display_name = self.display_name

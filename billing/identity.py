@@ -6,6 +6,7 @@ crafted pair collides with another; the time is not part of it, so a retry with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -39,17 +40,31 @@ def partition_of(tenant_id: str, partitions: int) -> int:
     return (murmur2(tenant_id.encode()) & 0x7FFFFFFF) % partitions
 
 
-def tenant_prefix(tenant_id: str) -> bytes:
-    """The tenant's part of a dedupe key's input: its length in four bytes, then itself."""
-    encoded = tenant_id.encode()
-    return len(encoded).to_bytes(4, "little") + encoded
-
-
 def dedupe_key(key: bytes, tenant_id: str, request_id: str) -> bytes:
     """The 16 bytes under which (tenant, request) is remembered in a ledger whose founding record holds `key`."""
-    return blake2b(tenant_prefix(tenant_id) + request_id.encode(), digest_size=DEDUPE_KEY_BYTES, key=key).digest()
+    return identities(key, (tenant_id,), (request_id,), (b"",))[0][0]
 
 
-def fingerprint(event: bytes) -> bytes:
-    """8 bytes that tell one payload from another: of the event's bytes as they came."""
-    return blake2b(event, digest_size=FINGERPRINT_BYTES).digest()
+def identities(
+    key: bytes, tenant_ids: Sequence[str], request_ids: Sequence[str], events: Sequence[bytes]
+) -> tuple[list[bytes], list[bytes]]:
+    """For each event its dedupe key, 16 bytes, and the fingerprint of its bytes as they came, 8 bytes.
+
+    Both come of one keyed BLAKE2b: over the tenant's length in four bytes, the tenant and the request ID; then on over the
+    event. A copy of a hash that has taken in key and tenant costs two thirds of a new one (benchmarks/ledger.py).
+    """
+    of_tenant = {tenant_id: _tenant_hash(key, tenant_id) for tenant_id in set(tenant_ids)}
+    digests: list[bytes] = []
+    fingerprints: list[bytes] = []
+    for tenant_id, request_id, event in zip(tenant_ids, request_ids, events, strict=True):
+        identity = of_tenant[tenant_id].copy()
+        identity.update(request_id.encode())
+        digests.append(identity.digest())
+        identity.update(event)
+        fingerprints.append(identity.digest()[:FINGERPRINT_BYTES])
+    return digests, fingerprints
+
+
+def _tenant_hash(key: bytes, tenant_id: str) -> blake2b:
+    encoded = tenant_id.encode()
+    return blake2b(len(encoded).to_bytes(4, "little") + encoded, digest_size=DEDUPE_KEY_BYTES, key=key)

@@ -26,7 +26,7 @@ from billing.usage_step import Forward, apply_usage
 from billing.v1.account_pb2 import LedgerPosition
 from billing.v1.command_pb2 import SignedCommand
 from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, Rejected, Tick
-from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
+from billing.v1.usage_pb2 import UsageBatch
 from billing.windows import window_key
 
 
@@ -127,7 +127,6 @@ def _usage(state: LedgerState, source: UsageInput, record: LedgerRecord) -> list
         return []
     try:
         batch = UsageBatch.FromString(source.value)
-        raw = RawUsageBatch.FromString(source.value)
     except DecodeError:
         _reject(record, source, "batch: cannot be decoded; send a serialized billing.v1.UsageBatch")
         return []
@@ -142,7 +141,7 @@ def _usage(state: LedgerState, source: UsageInput, record: LedgerRecord) -> list
     if len(batch.events) > BATCH_EVENTS_MAX:
         _reject(record, source, f"events: {len(batch.events)} in one batch; send at most {BATCH_EVENTS_MAX}")
         return []
-    return apply_usage(state, source.value, batch, raw, record)
+    return apply_usage(state, source.value, batch, record)
 
 
 def _command(state: LedgerState, source: CommandInput, record: LedgerRecord, command_key: bytes) -> None:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from operator import attrgetter, gt
 
 from billing.abuse import Evidence, Rules
 from billing.accounts import AccountState
 from billing.amounts import to_amount
-from billing.identity import DEDUPE_KEY_BYTES, FINGERPRINT_BYTES, partition_of, tenant_prefix
+from billing.identity import identities, partition_of
 from billing.limits import PLAIN_EVENT_BYTES_MAX, QUANTITY_MAX, SCHEMA_VERSION, TIME_MS_MAX
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
@@ -73,7 +72,8 @@ class Forward:
 class _Batch:
     """One batch on its way into the state: its columns, and what came of it."""
 
-    def __init__(self, state: LedgerState, batch: UsageBatch, raws: Sequence[bytes], log_time_ms: int) -> None:
+    def __init__(self, state: LedgerState, value: bytes, batch: UsageBatch, log_time_ms: int) -> None:
+        raws = list(RawUsageBatch.FromString(value).events)
         self.state = state
         self.events = batch.events
         self.forwarded = batch.forwarded
@@ -90,9 +90,9 @@ class _Batch:
         self.started_ms: tuple[int, ...] = columns[7]
         self.ended_ms: tuple[int, ...] = columns[8]
         self.tokens: tuple[tuple[int, ...], ...] = columns[9:]
-        self.maybe_units = {index for index, raw in enumerate(raws) if _UNITS_TAG in raw}
-        self.fingerprints = [blake2b(raw, digest_size=FINGERPRINT_BYTES).digest() for raw in raws]
-        self.digests = self._digests()
+        # One look over the whole message first: most have no units at all.
+        self.maybe_units = {index for index, raw in enumerate(raws) if _UNITS_TAG in raw} if _UNITS_TAG in value else set()
+        self.digests, self.fingerprints = identities(state.settings.dedupe_key, self.tenant_ids, self.request_ids, raws)
         self.evidence: defaultdict[str, Evidence] = defaultdict(Evidence)
         self.dropped: list[Dropped] = []
         self.forwards: dict[int, list[bytes]] = {}
@@ -100,14 +100,6 @@ class _Batch:
         self.versions = [0] * len(raws)
         self.duplicates = 0
         self.conflicts = 0
-
-    def _digests(self) -> list[bytes]:
-        key = self.state.settings.dedupe_key
-        prefixes = {tenant_id: tenant_prefix(tenant_id) for tenant_id in set(self.tenant_ids)}
-        return [
-            blake2b(prefixes[tenant_id] + request_id.encode(), digest_size=DEDUPE_KEY_BYTES, key=key).digest()
-            for tenant_id, request_id in zip(self.tenant_ids, self.request_ids, strict=True)
-        ]
 
     def account(self, tenant_id: str) -> AccountState:
         account = self.state.accounts.get(tenant_id)
@@ -403,10 +395,10 @@ class _Batch:
         record.alerts.extend(rules.alerts)
 
 
-def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, raw: RawUsageBatch, record: LedgerRecord) -> list[Forward]:
+def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, record: LedgerRecord) -> list[Forward]:
     """Apply a decoded batch (its bytes: `value`) to `state`, state its effect in `record`, return what must be sent on."""
     record.usage.batch = value
-    work = _Batch(state, batch, list(raw.events), record.log_time_ms)
+    work = _Batch(state, value, batch, record.log_time_ms)
     admitted = work.admit()
     if admitted:
         work.charge(admitted, record)
