@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 __all__ = ["TIMEOUT_S", "consumer_of", "create_topic", "produce", "read_to_end"]
 
@@ -15,9 +16,22 @@ TIMEOUT_S = 20.0
 def create_topic(
     bootstrap: str, name: str, partitions: int = 1, replicas: int = 1, config: Mapping[str, str] | None = None
 ) -> None:
+    """Create it, and return when each partition's leader answers; Apache Kafka says that it is created a moment earlier."""
     # The client is held until its future is done: one that is collected before cancels what it was asked.
     admin = AdminClient({"bootstrap.servers": bootstrap})
     admin.create_topics([NewTopic(name, partitions, replicas, config=dict(config or {}))])[name].result(TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    for partition in range(partitions):
+        asked = {TopicPartition(name, partition): OffsetSpec.latest()}
+        while True:
+            try:
+                [answer] = admin.list_offsets(asked, request_timeout=TIMEOUT_S).values()
+                answer.result(TIMEOUT_S)
+                break
+            except KafkaException:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
 
 def produce(bootstrap: str, topic: str, partition: int, values: Sequence[bytes]) -> list[int]:
