@@ -128,13 +128,13 @@ class GatewayServer:
         """Recover the journal, read keys and accounts, serve. With `wait_ready` it returns when keys are known."""
         settings = self._settings
         limits = settings.limits
-        self._meter = await asyncio.to_thread(UsageMeter, settings.meter)
-        self.recovered = await asyncio.to_thread(self._meter.recover)
+        self.meter = await asyncio.to_thread(UsageMeter, settings.meter)
+        self.recovered = await asyncio.to_thread(self.meter.recover)
         if settings.publisher is not None:
-            self._publisher = Publisher(self._meter.journal, settings.publisher)
+            self._publisher = Publisher(self.meter.journal, settings.publisher)
             self._publisher.start()
         parts = MeterParts(
-            self._meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s
+            self.meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s
         )
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
@@ -208,7 +208,7 @@ class GatewayServer:
             await asyncio.to_thread(follower.close)
         if self._publisher is not None:
             await asyncio.to_thread(self._publisher.close, limits.durable_timeout_s)
-        await asyncio.to_thread(self._meter.close, limits.durable_timeout_s)
+        await asyncio.to_thread(self.meter.close, limits.durable_timeout_s)
         self._tokens.close()
 
 

@@ -1,0 +1,26 @@
+"""A gateway as a process of its own, for tests that kill it: `python -m tests.serving.gateway_process FOLDER UPSTREAM`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from serving.gateway import GatewayServer, new_event_loop, vllm
+from tests.serving.gateway_support import gateway_settings, known_directory
+
+
+async def serve(folder: Path, upstream: str) -> None:
+    """Serve until killed; the port stands in FOLDER/gateway-port."""
+    models = {"trace": vllm("trace"), "trace-unary": vllm("trace-unary", decoupled=False)}
+    server = GatewayServer(gateway_settings(folder, upstream, tokenizers={}, models=models), known_directory())
+    await server.start()
+    partial = folder / "gateway-port.partial"
+    partial.write_text(str(server.port))
+    partial.replace(folder / "gateway-port")
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(serve(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,528 @@
+"""An unmodified tritonclient through the gateway to a real language model: the same answers, and a bill to the token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import tritonclient.grpc as triton
+import tritonclient.grpc.aio as triton_aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException
+
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, KEY_SCOPE_READ
+from billing.v1.usage_pb2 import (
+    COUNT_SOURCE_BACKEND,
+    COUNT_SOURCE_ESTIMATE,
+    COUNT_SOURCE_TOKENIZER,
+    OUTCOME_BACKEND_ERROR,
+    OUTCOME_CANCELLED,
+    OUTCOME_COMPLETED,
+    OUTCOME_DEADLINE_EXCEEDED,
+    OUTCOME_REJECTED,
+    REFUSAL_REASON_BALANCE,
+    REFUSAL_REASON_MODEL,
+    REFUSAL_REASON_PROMPT_TOO_LARGE,
+    REFUSAL_REASON_RATE,
+    REFUSAL_REASON_SUSPENDED,
+)
+from producers.meter import MeterSettings
+from serving.gateway import GatewayServer, LimitSettings, generic
+from serving.gateway.directory import Directory
+from serving.gateway.policy import POLICIES, Access
+from serving.tokenizers import Framing, load_tokenizer
+from tests.serving.gateway_support import (
+    HEADERS,
+    PARTITIONS,
+    SECRET,
+    account,
+    answers,
+    api_key,
+    billed,
+    gateway_settings,
+    journalled,
+    known_directory,
+    model_server_process,
+    now_ms,
+    production,
+    profiles,
+    put_account,
+    put_key,
+    running,
+    settled,
+    sync_answers,
+    tensor,
+    text_inputs,
+    texts,
+    told,
+    trace_inputs,
+    without_usage,
+)
+
+PROMPTS = ("The capital of France is", "从前有一座山，", "def fibonacci(n):\n", "Grüße 👋🏽 aus")
+
+
+@pytest.fixture(scope="module")
+def production_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model-server")
+
+
+@pytest.fixture(scope="module")
+def back_end(production_folder: Path) -> Iterator[str]:
+    with model_server_process(production_folder, models="smollm2,trace") as address:
+        yield address
+
+
+@pytest.fixture
+def directory() -> Directory:
+    return known_directory()
+
+
+@pytest.fixture
+async def server(tmp_path: Path, back_end: str, directory: Directory) -> AsyncIterator[GatewayServer]:
+    async with running(gateway_settings(tmp_path, back_end), directory) as started:
+        yield started
+
+
+@pytest.fixture
+async def client(server: GatewayServer) -> AsyncIterator[Any]:
+    async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as made:
+        yield made
+
+
+@pytest.fixture
+async def direct(back_end: str) -> AsyncIterator[Any]:
+    async with triton_aio.InferenceServerClient(back_end) as made:
+        yield made
+
+
+def generate(prompt: str, *, request_id: str = "", **options: Any) -> dict[str, Any]:
+    return {"model_name": "smollm2", "inputs": text_inputs(prompt, stream=True, **options), "request_id": request_id}
+
+
+# -- the same answers, and the bill ------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+async def test_streams_are_those_of_the_back_end_and_the_bill_is_what_was_told(
+    server: GatewayServer, client: Any, direct: Any, production_folder: Path
+) -> None:
+    for prompt in PROMPTS:
+        entry = generate(prompt, request_id="mine")
+        through = await answers(client, entry)
+        plain = await answers(direct, entry)
+        assert [without_usage(response) for response, _ in through] == [response for response, _ in plain]
+        usages = [usage for response, _ in through if (usage := told(response)) is not None]
+        assert len(usages) == 1
+        assert told(through[-1][0]) == usages[0]
+        event = journalled(server.meter)[-1]
+        assert billed(event) == usages[0][:3]
+        assert usages[0][3] == "backend"
+        produced = production(production_folder, event.request_id)
+        assert (produced["input_tokens"], produced["output_tokens"]) == billed(event)[1:]
+    assert len(journalled(server.meter)) == len(PROMPTS)
+
+
+@pytest.mark.model
+async def test_a_unary_answer_is_that_of_the_back_end(server: GatewayServer, client: Any, direct: Any) -> None:
+    inputs = text_inputs(PROMPTS[0], stream=False, return_num_output_tokens=True)
+    result = await client.infer("smollm2-unary", inputs, headers=HEADERS, request_id="mine")
+    plain = await direct.infer("smollm2-unary", inputs, request_id="mine")
+    assert without_usage(result.get_response()) == plain.get_response()
+    (event,) = journalled(server.meter)
+    usage = told(result.get_response())
+    assert usage is not None
+    assert usage[:3] == billed(event)
+    assert usage[2] == result.as_numpy("num_output_tokens")[0]
+    assert event.outcome == OUTCOME_COMPLETED
+    assert event.count_source == COUNT_SOURCE_BACKEND
+    assert (event.tenant_id, event.project_id, event.user_id, event.api_key_id) == (
+        "tenant-a",
+        "project",
+        "user",
+        "key-a",
+    )
+    assert (event.server_id, event.region, event.client_request_id) == ("gateway-1", "here", "mine")
+    assert event.request_id != "mine"
+    assert event.time_to_first_token_ms > 0
+    assert event.started_ms <= event.ended_ms <= now_ms()
+
+
+@pytest.mark.model
+async def test_the_sync_client_works_too(server: GatewayServer) -> None:
+    address = f"127.0.0.1:{server.port}"
+
+    def work() -> Any:
+        with triton.InferenceServerClient(address) as sync_client:
+            inputs = text_inputs(PROMPTS[0], stream=False)
+            return sync_client.infer(
+                "smollm2-unary", inputs, headers={"x-api-key": SECRET}, compression_algorithm="gzip", client_timeout=60
+            )
+
+    result = await asyncio.to_thread(work)
+    found = await sync_answers(address, generate(PROMPTS[0]), empty_final=False)
+    events = journalled(server.meter)
+    assert [billed(event) for event in events] == [
+        usage[:3] for response in (result.get_response(), found[-1][0]) if (usage := told(response)) is not None
+    ]
+
+
+@pytest.mark.parametrize("back_end_empty", [False, True])
+@pytest.mark.parametrize("client_asks", [False, True])
+async def test_the_client_sees_an_empty_final_response_only_if_it_asked(
+    server: GatewayServer, back_end: str, back_end_empty: bool, client_asks: bool
+) -> None:
+    inputs = trace_inputs(5, 7, chunk_tokens=2, empty_final=back_end_empty)
+    entry = {"model_name": "trace", "inputs": inputs, "request_id": "mine"}
+    through = await sync_answers(f"127.0.0.1:{server.port}", entry, empty_final=client_asks)
+    plain = await sync_answers(back_end, entry, empty_final=client_asks)
+    assert [without_usage(response) for response, _ in through] == [response for response, _ in plain]
+    assert len(through) == (5 if client_asks and back_end_empty else 4)
+    assert [told(response) is not None for response, _ in through] == [False] * (len(through) - 1) + [True]
+    assert billed(journalled(server.meter)[0])[1:] == (5, 7)
+
+
+@pytest.mark.model
+async def test_without_counts_the_models_own_tokenizer_counts(
+    tmp_path: Path, back_end: str, production_folder: Path
+) -> None:
+    model = generic("smollm2", tokenizer="smollm2")
+    settings = gateway_settings(tmp_path, back_end, models=profiles() | {"smollm2": model})
+    async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        found = await answers(client, generate(PROMPTS[2]))
+        (event,) = journalled(server.meter)
+        assert event.count_source == COUNT_SOURCE_TOKENIZER
+        tokenizer = load_tokenizer(settings.tokenizers["smollm2"])
+        assert event.tokenizer == tokenizer.fingerprint
+        assert event.output_tokens == tokenizer.count(texts(found), Framing.OUTPUT)
+        assert event.uncached_input_tokens == production(production_folder, event.request_id)["input_tokens"]
+        usage = told(found[-1][0])
+        assert usage is not None
+        assert usage[:3] == billed(event)
+
+
+@pytest.mark.model
+async def test_interleaved_requests_on_one_stream_keep_their_ids_and_bills(server: GatewayServer, client: Any) -> None:
+    entries = [generate(prompt, request_id=f"r{index}", max_tokens=4) for index, prompt in enumerate(PROMPTS)]
+    found = await answers(client, *entries)
+    by_client_id = {event.client_request_id: billed(event) for event in journalled(server.meter)}
+    usages = {response.id: usage[:3] for response, _ in found if (usage := told(response)) is not None}
+    assert usages == by_client_id
+    assert len(usages) == len(PROMPTS)
+
+
+async def test_a_client_that_uses_its_id_again_is_charged_again(server: GatewayServer, client: Any) -> None:
+    for _ in range(2):
+        await client.infer("trace-unary", trace_inputs(5, 7, stream=False), headers=HEADERS, request_id="same")
+    first, second = journalled(server.meter)
+    assert first.client_request_id == second.client_request_id == "same"
+    assert first.request_id != second.request_id
+    assert billed(first)[1:] == billed(second)[1:] == (5, 7)
+
+
+async def test_models_that_are_not_decoupled_answer_in_order(client: Any) -> None:
+    entries = [
+        {
+            "model_name": "trace-unary",
+            "inputs": trace_inputs(1, 1, stream=False, chunk_delay_ms=delay_ms),
+            "request_id": str(index),
+        }
+        for index, delay_ms in enumerate((200, 0, 100, 0))
+    ]
+    assert [response.id for response, _ in await answers(client, *entries)] == ["0", "1", "2", "3"]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headers", [None, {"authorization": "Bearer wrong"}, {"x-api-key": ""}])
+async def test_without_a_valid_key_nothing_goes_through(
+    server: GatewayServer, client: Any, headers: dict[str, str] | None
+) -> None:
+    with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+        await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=headers)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, 1)}, headers=headers)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert journalled(server.meter) == []
+    assert server.metrics()["refused_key"] == 2
+
+
+async def test_no_balance_or_no_account_is_refused_and_recorded(
+    server: GatewayServer, client: Any, directory: Directory
+) -> None:
+    async def refusal(match: str) -> int:
+        with pytest.raises(InferenceServerException, match=match):
+            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+        event = journalled(server.meter)[-1]
+        assert event.outcome == OUTCOME_REJECTED
+        return event.refusal_reason
+
+    put_account(directory, account(balance_pico=0, sequence=2))
+    assert await refusal("RESOURCE_EXHAUSTED.*balance") == REFUSAL_REASON_BALANCE
+    put_account(directory, account(status=ACCOUNT_STATUS_SUSPENDED, sequence=3))
+    assert await refusal("PERMISSION_DENIED.*not active") == REFUSAL_REASON_SUSPENDED
+    directory.on_account(b"tenant-a", b"", 0)
+    assert await refusal("PERMISSION_DENIED.*does not exist") == REFUSAL_REASON_SUSPENDED
+    put_account(directory, account(sequence=4))
+    await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+
+
+async def test_stale_state_is_unavailable(tmp_path: Path, back_end: str) -> None:
+    directory = Directory(PARTITIONS)
+    put_key(directory, api_key())
+    put_account(directory, account(log_time_ms=now_ms() - 120_000))
+    async with (
+        running(gateway_settings(tmp_path, back_end), directory) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        with pytest.raises(InferenceServerException, match="UNAVAILABLE.*older than 60000 ms"):
+            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+
+
+async def test_an_unknown_model_is_not_found_and_recorded(server: GatewayServer, client: Any) -> None:
+    with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+        await client.infer("no-such-model", trace_inputs(1, 1, stream=False), headers=HEADERS)
+    ((_, error),) = await answers(client, {"model_name": "no-such-model", "inputs": trace_inputs(1, 1)})
+    assert "is not served" in str(error)
+    assert [event.refusal_reason for event in journalled(server.meter)] == [REFUSAL_REASON_MODEL] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "source"),
+    [("word " * 300, COUNT_SOURCE_TOKENIZER), ("word " * 40_000, COUNT_SOURCE_ESTIMATE)],
+    ids=["tokens", "bytes"],
+)
+async def test_an_oversized_prompt_is_refused_before_the_back_end_sees_it(
+    server: GatewayServer, client: Any, direct: Any, prompt: str, source: int
+) -> None:
+    before = await direct.get_inference_statistics("smollm2-unary")
+    with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED.*prompt: .*at most 200"):
+        await client.infer("smollm2-unary", text_inputs(prompt, stream=False), headers=HEADERS)
+    assert await direct.get_inference_statistics("smollm2-unary") == before
+    (event,) = journalled(server.meter)
+    assert (event.outcome, event.refusal_reason) == (OUTCOME_REJECTED, REFUSAL_REASON_PROMPT_TOO_LARGE)
+    assert event.uncached_input_tokens >= 300
+    assert event.count_source == source
+    assert bool(event.tokenizer) == (source == COUNT_SOURCE_TOKENIZER)
+
+
+@pytest.mark.model
+async def test_a_prompt_that_bytes_do_not_settle_is_counted(server: GatewayServer, client: Any) -> None:
+    # 199 tokens of five bytes each: over the limit by bytes, under it by tokens.
+    await client.infer("smollm2-unary", text_inputs(" word" * 199, stream=False, max_tokens=1), headers=HEADERS)
+    assert journalled(server.meter)[0].uncached_input_tokens == 199
+
+
+async def test_malformed_tensors_are_invalid_arguments(server: GatewayServer, client: Any) -> None:
+    broken = triton.InferInput("text_input", [2], "BYTES")
+    broken._raw_content = b"\xff\xff\xff\xff"
+    with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT.*text_input"):
+        await client.infer("smollm2-unary", [broken], headers=HEADERS)
+    assert server.meter.metrics()["open_requests"] == 0
+
+
+async def test_concurrency_is_bounded_per_tenant(tmp_path: Path, back_end: str) -> None:
+    settings = gateway_settings(tmp_path, back_end, limits=LimitSettings(tenant_requests_max=1))
+    async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        slow = {"model_name": "trace", "inputs": trace_inputs(1, 1, chunk_delay_ms=500), "request_id": "slow"}
+        found = await answers(client, slow, {**slow, "request_id": "refused"})
+        (refused,) = [error for _, error in found if error is not None]
+        assert "concurrent requests: 1 of this tenant" in str(refused)
+        reasons = {event.client_request_id: event.refusal_reason for event in await settled(server, 2)}
+        assert reasons == {"slow": 0, "refused": REFUSAL_REASON_RATE}
+        assert told((await answers(client, slow))[-1][0]) is not None
+
+
+async def test_a_full_journal_refuses_before_the_inference(tmp_path: Path, back_end: str, direct: Any) -> None:
+    meter = MeterSettings(tmp_path / "journal.sqlite", PARTITIONS, journal_bytes_max=2_000)
+    before = await direct.get_inference_statistics("trace-unary")
+    done = 0
+    async with (
+        running(gateway_settings(tmp_path, back_end, meter=meter)) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED.*usage cannot be recorded"):
+            for done in range(100):  # noqa: B007 - how many were done is looked at
+                await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+        assert len(journalled(server.meter)) == done > 0
+    after = await direct.get_inference_statistics("trace-unary")
+    counts = [statistics.model_stats[0].inference_count for statistics in (before, after)]
+    assert counts[1] - counts[0] == done
+
+
+# -- what ends a request early -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+async def test_a_cancel_mid_stream_is_billed_for_what_was_produced(
+    server: GatewayServer, client: Any, production_folder: Path
+) -> None:
+    stream = client.stream_infer(one(generate(PROMPTS[0], max_tokens=100, ignore_eos=True)), headers=HEADERS)
+    received = 0
+    async for result, _ in stream:
+        received += bool(result)
+        if received == 3:
+            stream.cancel()
+            break
+    (event,) = await settled(server)
+    assert event.outcome == OUTCOME_CANCELLED
+    produced = await asyncio.to_thread(production, production_folder, event.request_id)
+    assert produced["outcome"] == "cancelled"
+    assert event.uncached_input_tokens == produced["input_tokens"]
+    # The back end stops within a token or two of the cancel, and nobody can tell the gateway about those.
+    assert received <= event.output_tokens <= produced["output_tokens"] <= event.output_tokens + 2
+
+
+async def test_a_cancel_reaches_exactly_one_request(
+    server: GatewayServer, client: Any, production_folder: Path
+) -> None:
+    slow = {"model_name": "trace", "inputs": trace_inputs(3, 20, chunk_tokens=1, chunk_delay_ms=20)}
+    cancelled = client.stream_infer(one({**slow, "request_id": "same"}), headers=HEADERS)
+    other = asyncio.create_task(answers(client, {**slow, "request_id": "same"}))
+    async for _ in cancelled:
+        cancelled.cancel()
+        break
+    found = await other
+    events = {event.outcome: event for event in await settled(server, 2)}
+    assert told(found[-1][0])[:3] == billed(events[OUTCOME_COMPLETED])  # type: ignore[index]
+    assert events[OUTCOME_CANCELLED].output_tokens < events[OUTCOME_COMPLETED].output_tokens == 20
+    produced = await asyncio.to_thread(production, production_folder, events[OUTCOME_CANCELLED].request_id)
+    assert produced["outcome"] == "cancelled"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_deadline_is_billed_as_a_cancel(
+    server: GatewayServer, client: Any, stream: bool, production_folder: Path
+) -> None:
+    inputs = trace_inputs(3, 100, stream=stream, chunk_tokens=1, chunk_delay_ms=100 if stream else 1_000)
+    if stream:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answers(client, {"model_name": "trace", "inputs": inputs}, stream_timeout=0.45)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    else:
+        with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
+            await client.infer("trace-unary", inputs, headers=HEADERS, client_timeout=0.3)
+    (event,) = await settled(server)
+    assert event.outcome == OUTCOME_DEADLINE_EXCEEDED
+    produced = await asyncio.to_thread(production, production_folder, event.request_id)
+    assert produced["outcome"] == "cancelled"
+    if stream:
+        assert event.uncached_input_tokens == 3
+        assert 1 <= event.output_tokens <= produced["output_tokens"]
+
+
+@pytest.mark.model
+async def test_a_back_ends_refusal_costs_nothing(server: GatewayServer, client: Any) -> None:
+    with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):
+        await client.infer("smollm2-unary", [tensor("text_input", "hi"), tensor("sampling_parameters", "{")], headers=HEADERS)
+    with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
+        await client.infer("smollm2", text_inputs("hi", stream=False), headers=HEADERS)
+    assert [event.outcome for event in await settled(server, 2)] == [OUTCOME_BACKEND_ERROR] * 2
+
+
+async def test_no_back_end_is_unavailable_and_recorded(tmp_path: Path, free_port: Any) -> None:
+    async with (
+        running(gateway_settings(tmp_path, f"127.0.0.1:{free_port()}")) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        with pytest.raises(InferenceServerException, match="UNAVAILABLE"):
+            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, 1)})
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert [event.outcome for event in await settled(server, 2)] == [OUTCOME_BACKEND_ERROR] * 2
+
+
+async def test_a_stop_bills_what_it_cuts_off(tmp_path: Path, back_end: str) -> None:
+    settings = gateway_settings(tmp_path, back_end, limits=LimitSettings(shutdown_grace_s=0.1))
+    async with running(settings) as server:
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            entry = {"model_name": "trace", "inputs": trace_inputs(3, 1_000, chunk_tokens=1, chunk_delay_ms=20)}
+            stream = client.stream_infer(one(entry), headers=HEADERS)
+            await anext(aiter(stream))
+            await server.stop()
+    async with running(settings) as again:
+        (event,) = journalled(again.meter)
+        assert again.recovered == 0
+    assert event.uncached_input_tokens == 3
+    assert 1 <= event.output_tokens < 1_000
+
+
+# -- the other RPCs ----------------------------------------------------------------------------------------------------
+
+
+async def test_every_rpc_follows_its_policy(server: GatewayServer, back_end: str, directory: Directory) -> None:
+    put_key(directory, api_key(key_id="reader", secret="reader", scopes=[KEY_SCOPE_READ]))
+
+    async def status(address: str, service: str, method: str, key: str | None) -> grpc.StatusCode:
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = channel.unary_unary(f"/{service}/{method}")(
+                b"", metadata=() if key is None else (("x-api-key", key),), timeout=10
+            )
+            return await call.code()
+
+    address = f"127.0.0.1:{server.port}"
+    for (service, method), policy in POLICIES.items():
+        without, wrong, reader = [await status(address, service, method, key) for key in (None, "wrong", "reader")]
+        if policy.access is Access.DENIED:
+            assert without is wrong is reader is policy.status, method
+        elif policy.access is Access.OPEN:
+            assert without is wrong is reader is grpc.StatusCode.OK, method
+        else:
+            assert without is wrong is grpc.StatusCode.UNAUTHENTICATED, method
+            if policy.access is Access.METERED:
+                assert reader is grpc.StatusCode.PERMISSION_DENIED, method
+            else:
+                assert reader is await status(back_end, service, method, None), method
+
+
+async def test_metadata_passes_as_it_is_and_control_is_denied_by_name(client: Any, direct: Any) -> None:
+    assert await client.get_server_metadata(headers=HEADERS) == await direct.get_server_metadata()
+    assert await client.get_model_config("smollm2", headers=HEADERS) == await direct.get_model_config("smollm2")
+    assert await client.is_model_ready("smollm2", headers=HEADERS)
+    for work, policy in (
+        (client.load_model("smollm2", headers=HEADERS), "repository-control"),
+        (client.register_system_shared_memory("r", "k", 1, headers=HEADERS), "shared-memory"),
+        (client.update_log_settings({}, headers=HEADERS), "server-settings"),
+    ):
+        with pytest.raises(InferenceServerException, match=f"PERMISSION_DENIED.*denied by policy {policy}"):
+            await work
+
+
+async def test_health(server: GatewayServer) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        server.gateway.ready = False
+        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_key_that_is_revoked_mid_stream_starts_nothing_more(
+    server: GatewayServer, directory: Directory
+) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        call = stub.ModelStreamInfer(metadata=(("x-api-key", SECRET),), timeout=20)
+        request = service_pb2.ModelInferRequest(model_name="trace", id="first")
+        for made in trace_inputs(1, 1):
+            request.inputs.append(made._get_tensor())
+            request.raw_input_contents.append(made._get_content())
+        await call.write(request)
+        assert (await call.read()).infer_response.id == "first"
+        directory.on_key(b"key-a", b"", 0)
+        await call.write(request)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert len(journalled(server.meter)) == 1
+
+
+async def one(entry: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield entry

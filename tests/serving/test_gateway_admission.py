@@ -1,0 +1,155 @@
+"""Who gets through: the policy table against the descriptors, credentials, and each rule of admission."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from tritonclient.grpc import service_pb2
+
+from billing.v1.account_pb2 import (
+    ACCOUNT_STATUS_ACTIVE,
+    ACCOUNT_STATUS_CLOSED,
+    ACCOUNT_STATUS_SUSPENDED,
+    BILLING_MODE_POSTPAID,
+    BILLING_MODE_PREPAID,
+    KEY_SCOPE_METER,
+    KEY_SCOPE_READ,
+)
+from billing.v1.usage_pb2 import REFUSAL_REASON_BALANCE, REFUSAL_REASON_PROMPT_TOO_LARGE, REFUSAL_REASON_SUSPENDED
+from serving.gateway import admission
+from serving.gateway.credentials import find_secret, hash_secret
+from serving.gateway.directory import AccountView, KeyView
+from serving.gateway.policy import POLICIES, Access
+from serving.gateway.settings import AdmissionSettings
+
+KEY = KeyView("key-a", "tenant-a", "", "", frozenset({KEY_SCOPE_METER}), 0, False)
+ACCOUNT = AccountView("tenant-a", ACCOUNT_STATUS_ACTIVE, BILLING_MODE_PREPAID, "USD", 1, 0, 0)
+NOW_MS = 1_000_000
+SETTINGS = AdmissionSettings(state_age_max_ms=1_000)
+
+
+def test_every_rpc_has_a_policy_and_no_other() -> None:
+    described = {
+        (service.full_name, method.name)
+        for file in (service_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    assert set(POLICIES) == described
+
+
+def test_a_denial_says_why_and_everything_else_but_liveness_needs_a_scope() -> None:
+    for (_, method), policy in POLICIES.items():
+        if policy.access is Access.DENIED:
+            assert policy.message
+        elif policy.access is Access.OPEN:
+            assert method in {"ServerLive", "ServerReady", "Check"}
+        else:
+            assert policy.scopes, method
+
+
+@pytest.mark.parametrize(
+    ("metadata", "secret"),
+    [
+        ([("authorization", "Bearer abc")], "abc"),
+        ([("authorization", "bearer  abc ")], "abc"),
+        ([("x-api-key", "abc")], "abc"),
+        ([("authorization", "Basic abc"), ("x-api-key", "def")], "def"),
+        ([("authorization", "Bearer ")], None),
+        ([("x-api-key", "a" * 513)], None),
+        ([("authorization", b"Bearer abc")], None),
+        ([], None),
+    ],
+)
+def test_secrets_in_metadata(metadata: list[tuple[str, str | bytes]], secret: str | None) -> None:
+    assert find_secret(metadata) == secret
+
+
+def test_the_hash_of_a_secret_depends_on_the_pepper() -> None:
+    assert hash_secret(b"p" * 16, "abc") == hash_secret(b"p" * 16, "abc")
+    assert hash_secret(b"p" * 16, "abc") != hash_secret(b"q" * 16, "abc")
+
+
+@pytest.mark.parametrize(
+    ("key", "status"),
+    [
+        (None, grpc.StatusCode.UNAUTHENTICATED),
+        (replace(KEY, revoked=True), grpc.StatusCode.UNAUTHENTICATED),
+        (replace(KEY, expires_ms=NOW_MS), grpc.StatusCode.UNAUTHENTICATED),
+        (replace(KEY, scopes=frozenset({KEY_SCOPE_READ})), grpc.StatusCode.PERMISSION_DENIED),
+    ],
+)
+def test_keys_that_do_not_open(key: KeyView | None, status: grpc.StatusCode) -> None:
+    refusal = admission.key_refusal(key, {KEY_SCOPE_METER}, NOW_MS)
+    assert refusal is not None
+    assert refusal.status is status
+    assert not refusal.recorded
+
+
+def test_keys_that_open() -> None:
+    assert admission.key_refusal(KEY, {KEY_SCOPE_METER}, NOW_MS) is None
+    assert admission.key_refusal(replace(KEY, expires_ms=NOW_MS + 1), {KEY_SCOPE_METER}, NOW_MS) is None
+
+
+@pytest.mark.parametrize(
+    ("account", "status", "reason"),
+    [
+        (None, grpc.StatusCode.PERMISSION_DENIED, REFUSAL_REASON_SUSPENDED),
+        (
+            replace(ACCOUNT, status=ACCOUNT_STATUS_SUSPENDED),
+            grpc.StatusCode.PERMISSION_DENIED,
+            REFUSAL_REASON_SUSPENDED,
+        ),
+        (replace(ACCOUNT, status=ACCOUNT_STATUS_CLOSED), grpc.StatusCode.PERMISSION_DENIED, REFUSAL_REASON_SUSPENDED),
+        (replace(ACCOUNT, balance_pico=0), grpc.StatusCode.RESOURCE_EXHAUSTED, REFUSAL_REASON_BALANCE),
+        (replace(ACCOUNT, balance_pico=-5), grpc.StatusCode.RESOURCE_EXHAUSTED, REFUSAL_REASON_BALANCE),
+        (
+            replace(ACCOUNT, billing_mode=BILLING_MODE_POSTPAID, balance_pico=-10, credit_limit_pico=10),
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            REFUSAL_REASON_BALANCE,
+        ),
+    ],
+)
+def test_accounts_that_may_not_start(account: AccountView | None, status: grpc.StatusCode, reason: int) -> None:
+    refusal = admission.account_refusal(account, NOW_MS, NOW_MS, SETTINGS)
+    assert refusal is not None
+    assert (refusal.status, refusal.reason, refusal.recorded) == (status, reason, True)
+    assert ": " in refusal.message
+
+
+@pytest.mark.parametrize(
+    "account",
+    [
+        ACCOUNT,
+        replace(ACCOUNT, billing_mode=BILLING_MODE_POSTPAID, balance_pico=-(10**30)),
+        replace(ACCOUNT, billing_mode=BILLING_MODE_POSTPAID, balance_pico=-9, credit_limit_pico=10),
+    ],
+)
+def test_accounts_that_may_start(account: AccountView) -> None:
+    assert admission.account_refusal(account, NOW_MS, NOW_MS, SETTINGS) is None
+
+
+def test_stale_state_fails_closed_unless_told_otherwise() -> None:
+    assert admission.account_refusal(ACCOUNT, NOW_MS - 1_000, NOW_MS, SETTINGS) is None
+    refusal = admission.account_refusal(ACCOUNT, NOW_MS - 1_001, NOW_MS, SETTINGS)
+    assert refusal is not None
+    assert refusal.status is grpc.StatusCode.UNAVAILABLE
+    assert not refusal.recorded
+    assert admission.account_refusal(ACCOUNT, 0, NOW_MS, replace(SETTINGS, fail_open=True)) is None
+    spent = replace(ACCOUNT, balance_pico=0)
+    assert admission.account_refusal(spent, 0, NOW_MS, replace(SETTINGS, fail_open=True)) is not None
+
+
+@pytest.mark.parametrize(("plan", "profile", "gateway", "limit"), [(1, 2, 3, 1), (0, 2, 3, 2), (0, 0, 3, 3), (0, 0, 0, 0)])
+def test_the_nearest_prompt_limit_holds(plan: int, profile: int, gateway: int, limit: int) -> None:
+    assert admission.prompt_limit(plan, profile, gateway) == limit
+
+
+def test_a_prompt_refusal_says_how_it_was_counted() -> None:
+    exact = admission.prompt_refusal(11, 10, exact=True)
+    assert exact.reason == REFUSAL_REASON_PROMPT_TOO_LARGE
+    assert "11 tokens: at most 10" in exact.message
+    assert "up to 11 tokens by its bytes" in admission.prompt_refusal(11, 10, exact=False).message

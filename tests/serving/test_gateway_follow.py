@@ -1,0 +1,122 @@
+"""Keys and accounts that come over a real broker: a change is effective in a running gateway, and nothing before it is known."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tritonclient.grpc.aio as triton_aio
+from confluent_kafka import Producer
+from tritonclient.utils import InferenceServerException
+
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, LedgerPosition
+from serving.gateway import DirectorySettings, GatewayServer, GatewaySettings
+from taximeter.embedded.broker import TansuBroker
+from tests.serving.gateway_support import (
+    HEADERS,
+    PARTITIONS,
+    PEPPER,
+    account,
+    api_key,
+    gateway_settings,
+    model_server_process,
+    profiles,
+    trace_inputs,
+)
+from tests.services.brokers import create_topic
+
+
+@pytest.fixture(scope="module")
+def back_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with model_server_process(tmp_path_factory.mktemp("model-server"), models="trace") as address:
+        yield address
+
+
+class Topics:
+    """Writes keys and accounts as the ledger's publisher does."""
+
+    def __init__(self, bootstrap: str, unique_name: Callable[[str], str]) -> None:
+        self.keys, self.accounts = unique_name("keys"), unique_name("accounts")
+        for name in (self.keys, self.accounts):
+            create_topic(bootstrap, name, PARTITIONS)
+        self._producer = Producer({"bootstrap.servers": bootstrap})
+
+    def send(self, topic: str, key: str, value: Any) -> None:
+        self._producer.produce(topic, key=key.encode(), value=value.SerializeToString(), partition=0)
+        assert self._producer.flush(20) == 0
+
+
+@pytest.fixture
+def topics(tansu: TansuBroker, unique_name: Callable[[str], str]) -> Topics:
+    return Topics(tansu.bootstrap, unique_name)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, back_end: str, tansu: TansuBroker, topics: Topics) -> GatewaySettings:
+    directory = DirectorySettings(tansu.bootstrap, PEPPER, PARTITIONS, topics.accounts, topics.keys)
+    return gateway_settings(tmp_path, back_end, directory=directory, tokenizers={}, models=trace_models())
+
+
+def trace_models() -> dict[str, Any]:
+    return {name: profile for name, profile in profiles().items() if name.startswith("trace")}
+
+
+@pytest.fixture
+async def client(settings: GatewaySettings, topics: Topics) -> AsyncIterator[Any]:
+    topics.send(topics.keys, "key-a", api_key())
+    topics.send(topics.accounts, "tenant-a", account())
+    server = GatewayServer(settings)
+    try:
+        await server.start()
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as made:
+            yield made
+    finally:
+        await server.stop()
+
+
+async def infer(client: Any) -> None:
+    await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+
+
+async def refused(client: Any, status: str) -> None:
+    """Infer until it is refused; a change must be effective within two seconds, and a busy machine has some more."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await infer(client)
+            except InferenceServerException as error:
+                assert status in str(error.status())
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_what_was_there_at_the_start_is_known_and_changes_follow(client: Any, topics: Topics) -> None:
+    await infer(client)
+    topics.send(topics.accounts, "tenant-a", account(sequence=2, balance_pico=0))
+    await refused(client, "RESOURCE_EXHAUSTED")
+    topics.send(topics.accounts, "tenant-a", account(sequence=3, status=ACCOUNT_STATUS_SUSPENDED))
+    await refused(client, "PERMISSION_DENIED")
+
+
+async def test_a_revoked_key_stops_working(client: Any, topics: Topics) -> None:
+    await infer(client)
+    topics.send(topics.keys, "key-a", api_key(revoked=True, version=LedgerPosition(generation=b"g", sequence=2)))
+    await refused(client, "UNAUTHENTICATED")
+
+
+async def test_until_keys_are_read_a_gateway_is_unavailable(tmp_path: Path, back_end: str, free_port: Any) -> None:
+    directory = DirectorySettings(f"127.0.0.1:{free_port()}", PEPPER, PARTITIONS, ready_timeout_s=0.5)
+    server = GatewayServer(
+        gateway_settings(tmp_path, back_end, directory=directory, tokenizers={}, models=trace_models())
+    )
+    try:
+        with pytest.raises(TimeoutError, match="keys and accounts could not be read"):
+            await server.start()
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            with pytest.raises(InferenceServerException, match="UNAVAILABLE.*keys are still being read"):
+                await infer(client)
+    finally:
+        await server.stop()
