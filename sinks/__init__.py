@@ -1,1 +1,1 @@
-"""ClickHouse: schema, migrations, the writer that follows the ledger, and the queries. It never decides anything about money."""
+"""ClickHouse: schema, migrations, the writer that follows the ledger, and the queries. It decides nothing."""

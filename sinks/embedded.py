@@ -76,7 +76,7 @@ class LoopbackServer:
                     request = json.loads(self.rfile.read(int(length)))
                     sql, timeout_s = str(request["sql"]), float(request["timeout_s"])
                 except (ValueError, KeyError, TypeError) as error:
-                    self._answer(400, f"body: {error!r}; send {{\"sql\": ..., \"timeout_s\": ...}}".encode())
+                    self._answer(400, f'body: {error!r}; send {{"sql": ..., "timeout_s": ...}}'.encode())
                     return
                 if not 0 < timeout_s <= _TIMEOUT_MAX_S:
                     self._answer(400, f"timeout_s: {timeout_s}; between 0 and {_TIMEOUT_MAX_S:g}".encode())

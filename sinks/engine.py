@@ -26,6 +26,7 @@ __all__ = [
     "Table",
     "decimal_to_pico",
     "pico_to_decimal",
+    "row_count",
 ]
 
 # Decimal(38, 12) holds 38 digits.
@@ -51,7 +52,7 @@ class Kind(Enum):
     INT64S = auto()  # list[int]: Array(Int64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Table:
     """A table that the writer fills, and what each of its columns takes. A test holds it equal to the schema."""
 

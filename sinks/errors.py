@@ -6,7 +6,8 @@ SinkError
 ├── ParameterError         a query's parameters do not fit its text
 ├── SchemaError            the database's schema is not the one that this version knows
 └── LedgerError            the ledger cannot be followed from where this sink stands
-    └── LedgerGap          records between this sink's position and the log are missing from the log
+    ├── LedgerGap          records between this sink's position and the log are missing from the log
+    └── LedgerUnavailable  Kafka is away or slow; the same may work later
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ __all__ = [
     "EngineUnavailable",
     "LedgerError",
     "LedgerGap",
+    "LedgerUnavailable",
     "ParameterError",
     "SchemaError",
     "SinkError",
@@ -54,3 +56,7 @@ class LedgerGap(LedgerError):
         self.partition = partition
         self.position = position
         self.needed = needed
+
+
+class LedgerUnavailable(LedgerError):
+    """Kafka does not answer in time; the sink waits and tries again."""

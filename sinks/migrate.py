@@ -86,7 +86,5 @@ def migrate(engine: Engine, *, dry_run: bool = False) -> list[Migration]:
     for migration in migrations:
         for statement in migration.statements:
             engine.execute(statement)
-        engine.insert(
-            _APPLIED, {"number": [migration.number], "name": [migration.name], "checksum": [migration.checksum]}
-        )
+        engine.insert(_APPLIED, {"number": [migration.number], "name": [migration.name], "checksum": [migration.checksum]})
     return migrations

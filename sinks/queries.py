@@ -275,7 +275,7 @@ def usage(
             raise ParameterError(f"by {', '.join(by)}: that stands in the events only; name the tenant")
         source, time = "usage_events FINAL", "ended"
         counts = (
-            "count() AS event_count, countIf(outcome = 'rejected') AS refused_count, "
+            f"count() AS event_count, countIf(NOT ({_CHARGED})) AS refused_count, "
             f"countIf(price_version = 0 AND {_CHARGED}) AS unrated_count"
         )
         # What was refused or never delivered is kept out of the totals of quantities, here as there.
@@ -287,9 +287,7 @@ def usage(
         if start_ms % 60_000 or (end_ms % 60_000 and end_ms != _TIME_MS_MAX):
             raise ParameterError(f"start {start_ms} ms, end {end_ms} ms: totals are kept by the minute; give whole minutes")
         source, time = "usage_totals FINAL", "minute"
-        counts = (
-            "sum(events) AS event_count, sum(refused_events) AS refused_count, sum(unrated_events) AS unrated_count"
-        )
+        counts = "sum(events) AS event_count, sum(refused_events) AS refused_count, sum(unrated_events) AS unrated_count"
         token_sums, unit_sums = _TOKEN_SUMS, _UNIT_SUMS
         conditions += ["minute >= toDateTime({start:Int64}, 'UTC')", "minute < toDateTime({end:Int64}, 'UTC')"]
         parameters |= {"start": min(start_ms // 1000, 2**32 - 1), "end": min(-(-end_ms // 1000), 2**32 - 1)}
@@ -439,9 +437,7 @@ def events(
     ]
 
 
-def rejected(
-    reader: Reader, tenant_id: str | None = None, since_ms: int = 0, *, limit: int = ROWS_MAX
-) -> list[RejectedRow]:
+def rejected(reader: Reader, tenant_id: str | None = None, since_ms: int = 0, *, limit: int = ROWS_MAX) -> list[RejectedRow]:
     """What was not charged because it could not or must not be, newest first."""
     conditions, parameters = _tenant(tenant_id)
     conditions.append("rejected >= fromUnixTimestamp64Milli({since:Int64})")

@@ -1,7 +1,7 @@
 """ClickHouse in this process, on disk: chDB.
 
 Promise: a row that `insert` returned for survives kill -9 of the process, and a power cut as far as the disk keeps what it was
-told to sync. One folder belongs to one process at a time, kept by a lock file; everyone else asks that process (`sinks.embedded`).
+told to sync. One folder belongs to one process at a time, kept by a lock file; everyone else asks it (`sinks.embedded`).
 Reads run beside the writer on connections of their own, as many at a time as `readers`; who waits longer than the
 query's own time for one gets EngineUnavailable.
 """

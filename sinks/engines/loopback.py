@@ -29,7 +29,9 @@ class LoopbackEngine:
     def __init__(self, url: str, token: str) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname not in ("127.0.0.1", "localhost", "::1") or parts.port is None:
-            raise EngineError(f"loopback url: {url!r}; write http://127.0.0.1:PORT (the token would travel in the clear elsewhere)")
+            raise EngineError(
+                f"loopback url: {url!r}; write http://127.0.0.1:PORT (the token would travel in the clear elsewhere)"
+            )
         self._host = parts.hostname
         self._port = parts.port
         self._token = token

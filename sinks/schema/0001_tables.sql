@@ -51,8 +51,7 @@ CREATE TABLE IF NOT EXISTS usage_events
     sequence UInt64 COMMENT 'Where it stands in the ledger: number of the record' CODEC(DoubleDelta, ZSTD(1)),
     record_index UInt32 COMMENT 'Where it stands in the ledger: index in the record''s input batch' CODEC(ZSTD(1)),
     version UInt64 COMMENT 'Order of ledger positions: the highest version of a key is the row' CODEC(DoubleDelta, ZSTD(1)),
-    INDEX ended_range ended TYPE minmax GRANULARITY 1,
-    INDEX sequence_range sequence TYPE minmax GRANULARITY 1
+    INDEX ended_range ended TYPE minmax GRANULARITY 1
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (tenant_id, request_id)
@@ -71,7 +70,7 @@ CREATE TABLE IF NOT EXISTS usage_totals
     generation LowCardinality(String) COMMENT 'The ledger generation in which the window was opened and kept',
     opened_sequence UInt64 COMMENT 'The ledger record that opened it: late usage may open another one for the same minute, and sums add them',
     events UInt64 COMMENT 'Accepted events' CODEC(ZSTD(1)),
-    refused_events UInt64 COMMENT 'Of those, refused by a gateway' CODEC(ZSTD(1)),
+    refused_events UInt64 COMMENT 'Of those, at price 0 and in no quantity here: refused by a gateway, or nothing was delivered' CODEC(ZSTD(1)),
     unrated_events UInt64 COMMENT 'Of those, without a price' CODEC(ZSTD(1)),
     uncached_input_tokens UInt64 CODEC(ZSTD(1)),
     output_tokens UInt64 CODEC(ZSTD(1)),
@@ -152,6 +151,8 @@ CREATE TABLE IF NOT EXISTS rejected
     record_index Int32 COMMENT 'Which event of the batch; -1: the whole input message',
     tenant_id String COMMENT 'Empty where it could not be read',
     request_id String COMMENT 'Empty where it could not be read',
+    producer_id String COMMENT 'Who sent it',
+    producer_sequence UInt64 COMMENT 'Its number of this event; 0: does not number',
     reason LowCardinality(String) COMMENT 'conflict, invalid, too_old, too_far_in_future; undecodable: the whole message',
     detail String COMMENT 'Field, value, mend',
     would_have_cost Decimal(38, 12) COMMENT 'Of a conflict: never charged',
@@ -260,7 +261,7 @@ CREATE TABLE IF NOT EXISTS ledger_records
     source LowCardinality(String) COMMENT 'founding, usage, command, tick, rejected',
     log_time DateTime64(3, 'UTC') COMMENT 'Log time' CODEC(DoubleDelta, ZSTD(1)),
     ledger_offset Int64 COMMENT 'Where it stood in Kafka; -1: it was handed over' CODEC(DoubleDelta, ZSTD(1)),
-    record String COMMENT 'The stored bytes: a sealed billing.v1.LedgerRecord. Holds keyed hashes of API secrets: grant it to auditors only' CODEC(ZSTD(3))
+    record String COMMENT 'The stored bytes: a sealed billing.v1.LedgerRecord. Holds keyed hashes of API secrets: grant it to auditors only' CODEC(ZSTD(1))
 )
 ENGINE = ReplacingMergeTree
 ORDER BY (ledger_partition, generation_ordinal, sequence)

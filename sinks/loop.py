@@ -1,0 +1,280 @@
+"""The sink: reads usage.ledger, writes ClickHouse, and says on usage.progress how far it is.
+
+Two threads: one reads, checks and makes columns, the other writes; between them stands one batch, so what the sink holds is
+bounded by three batches. ClickHouse away: the writing thread waits and repeats, the reading one stops at its bound.
+Kafka away: the reading thread waits. A record that cannot be read, a log that does not fit the database, a refused insert: the
+sink ends with the error; it never skips.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from billing.limits import RECORD_BYTES_MAX
+from sinks.columns import NO_OFFSET, Accepted
+from sinks.engine import Engine
+from sinks.errors import EngineUnavailable, LedgerError, LedgerUnavailable
+from sinks.follow import Follower, generation_of
+from sinks.locate import locate
+from sinks.progress import ProgressPublisher
+from sinks.settings import SinkSettings
+from sinks.status import SinkStatus
+from sinks.writer import Position, Prepared, Writer
+
+__all__ = ["run_sink"]
+
+_LOG = logging.getLogger(__name__)
+
+_POLL_MESSAGES = 64
+_IDLE_POLL_S = 0.05
+_METADATA_TIMEOUT_S = 10.0
+# The log is not what it was: look for our place in it again.
+_MOVED = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE, KafkaError.UNKNOWN_TOPIC_ID})
+
+T = TypeVar("T")
+
+
+class _Stopped(Exception):
+    """The sink was told to stop while it waited."""
+
+
+def run_sink(
+    settings: SinkSettings,
+    engine: Engine,
+    stop: threading.Event | None = None,
+    status: SinkStatus | None = None,
+) -> None:
+    """Follow the ledger until `stop` is set; without one, until SIGTERM or SIGINT. The engine stays the caller's.
+
+    Raises LedgerError (LedgerGap among them), UnreadableRecord, EngineError: what stopped it, and what to do.
+    """
+    if stop is None:
+        stop = threading.Event()
+        _stop_on_signals(stop)
+    sink = _Sink(settings, engine, stop, status or SinkStatus())
+    try:
+        sink.run()
+    except _Stopped:
+        _LOG.info("sink stopped")
+    finally:
+        sink.close()
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
+        _LOG.info("signal %d: the sink finishes the batch that is being written", number)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+
+
+class _Sink:
+    def __init__(self, settings: SinkSettings, engine: Engine, stop: threading.Event, status: SinkStatus) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._status = status
+        self._writer = Writer(engine, usage_topic=settings.usage_topic)
+        self._consumer = Consumer(
+            {
+                "bootstrap.servers": settings.bootstrap,
+                # Demanded by the client; partitions are assigned by hand and nothing is committed.
+                "group.id": "taximeter-sink",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "error",
+                "enable.partition.eof": True,
+                # The default of one second starves a consumer that is faster than the network.
+                "fetch.queue.backoff.ms": 5,
+                "fetch.wait.max.ms": 50,
+                "fetch.message.max.bytes": RECORD_BYTES_MAX,
+                "queued.max.messages.kbytes": max(2 * settings.batch_bytes // 1024, 16_384),
+                **settings.security,
+            },
+            logger=_LOG,
+        )
+        self._progress = ProgressPublisher(settings)
+        self._followers: dict[int, Follower] = {}
+        self._offsets: dict[int, int] = {}
+        # Generations that were seen in the log and found not to be ours, by partition.
+        self._foreign: dict[int, set[bytes]] = {}
+        self._ready: queue.Queue[Prepared] = queue.Queue(maxsize=1)
+        self._failure: BaseException | None = None
+        self._storing = threading.Thread(target=self._store_all, name="sink-writer", daemon=True)
+
+    def run(self) -> None:
+        positions = self._persist("reading the position", self._writer.positions)
+        self._begin(positions)
+        self._assign()
+        self._storing.start()
+        batch: list[Accepted] = []
+        size, started_s = 0, 0.0
+        while True:
+            self._check()
+            left_s = started_s + self._settings.linger_ms / 1000 - time.monotonic() if batch else _IDLE_POLL_S
+            for accepted in self._poll(max(left_s, 0.0)):
+                if not batch:
+                    started_s = time.monotonic()
+                batch.append(accepted)
+                size += len(accepted.stored)
+            full = size >= self._settings.batch_bytes
+            due = bool(batch) and time.monotonic() - started_s >= self._settings.linger_ms / 1000
+            # While the writer is busy a batch may grow to its bound; then it waits here, and Kafka keeps.
+            if full or (due and self._ready.empty()):
+                self._hand_over(self._writer.prepare(batch))
+                batch, size = [], 0
+
+    def close(self) -> None:
+        """Let the batch that is being written end; what was read beyond it is read again next time."""
+        self._stop.set()
+        if self._storing.is_alive():
+            self._storing.join()
+        self._consumer.close()
+        self._progress.close()
+
+    # -- reading --------------------------------------------------------------------------------------------------------
+
+    def _begin(self, positions: dict[int, Position]) -> None:
+        settings = self._settings
+        partitions = settings.partitions
+        if partitions is None:
+            partitions = self._persist("asking Kafka for the ledger's partitions", self._all_partitions)
+        for partition in partitions:
+            position = positions.get(partition)
+            self._followers[partition] = Follower(partition, position, settings.seal_key, accept_gap=settings.accept_gap)
+            self._offsets[partition] = position.ledger_offset if position is not None else NO_OFFSET
+            self._foreign[partition] = set()
+            self._status.at(partition, position)
+
+    def _all_partitions(self) -> tuple[int, ...]:
+        topic = self._settings.ledger_topic
+        found = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
+        if found.error is not None:
+            raise LedgerUnavailable(f"{topic}: {found.error.str()}; `taximeter topics apply` makes the topics")
+        return tuple(sorted(found.partitions))
+
+    def _assign(self) -> None:
+        """Find our place in each partition's log, and read from there."""
+        places = []
+        for partition, follower in sorted(self._followers.items()):
+            offset = self._persist(
+                "finding the place in the ledger",
+                lambda follower=follower: locate(  # type: ignore[misc]
+                    self._consumer, self._settings.ledger_topic, follower, self._offsets[follower.partition]
+                ),
+            )
+            places.append(TopicPartition(self._settings.ledger_topic, partition, offset))
+        self._consumer.assign(places)
+
+    def _poll(self, timeout_s: float) -> list[Accepted]:
+        accepted: list[Accepted] = []
+        for message in self._consumer.consume(_POLL_MESSAGES, timeout=timeout_s):
+            error = message.error()
+            if error is not None:
+                self._on_error(error)
+                if error.code() in _MOVED:
+                    break
+                continue
+            entry = self._accept(message)
+            if entry is not None:
+                accepted.append(entry)
+        return accepted
+
+    def _accept(self, message: Message) -> Accepted | None:
+        partition, offset, stored = message.partition(), message.offset(), message.value()
+        assert partition is not None
+        assert offset is not None
+        follower = self._followers[partition]
+        if stored is None:
+            raise LedgerError(
+                f"{self._settings.ledger_topic}[{partition}] offset {offset}: a record without a value; "
+                "the topic must not be compacted"
+            )
+        entry = follower.accept(stored, offset)
+        if entry is not None:
+            self._offsets[partition] = offset
+            return entry
+        self._status.ignored(partition, follower.ignored)
+        self._look_at_foreign(follower, stored)
+        return None
+
+    def _look_at_foreign(self, follower: Follower, stored: bytes) -> None:
+        """A record of a generation that we don't know: either a zombie's, or the log was made anew under our feet."""
+        generation = generation_of(stored)
+        known = self._foreign[follower.partition]
+        if generation != follower.generation and generation not in known:
+            known.add(generation)
+            _LOG.warning("partition %d: records of generation %s: looking for our place", follower.partition, generation.hex())
+            self._assign()
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() == KafkaError._PARTITION_EOF:
+            return
+        if error.code() in _MOVED:
+            _LOG.warning("the ledger's log has moved (%s): looking for our place", error.str())
+            self._assign()
+        elif error.fatal():
+            raise KafkaException(error)
+        else:
+            # The client tries again by itself.
+            self._status.waiting(f"Kafka: {error.str()}")
+
+    # -- writing --------------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, prepared: Prepared) -> None:
+        while True:
+            self._check()
+            try:
+                self._ready.put(prepared, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def _store_all(self) -> None:
+        try:
+            while not self._stop.is_set():
+                try:
+                    prepared = self._ready.get(timeout=0.1)
+                except queue.Empty:
+                    self._progress.serve()
+                    continue
+                positions = self._persist("writing", lambda prepared=prepared: self._writer.store(prepared))  # type: ignore[misc]
+                for partition, position in positions.items():
+                    self._status.at(partition, position)
+                    self._progress.publish(position)
+        except _Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - the reading thread raises it
+            self._failure = error
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._stop.is_set():
+            raise _Stopped
+
+    def _persist(self, doing: str, call: Callable[[], T]) -> T:
+        """`call()`, again and again while what it needs is away."""
+        wait_ms = 100
+        while True:
+            try:
+                result = call()
+            except (EngineUnavailable, LedgerUnavailable, KafkaException) as error:
+                self._status.waiting(f"{doing}: {error}")
+                _LOG.warning("%s: %s; again in %d ms", doing, error, wait_ms)
+            else:
+                self._status.waiting("")
+                return result
+            if self._stop.wait(wait_ms / 1000 * random.uniform(0.5, 1.0)):  # noqa: S311 - spreads retries, guards nothing
+                raise _Stopped
+            wait_ms = min(2 * wait_ms, self._settings.retry_ms_max)

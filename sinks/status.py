@@ -1,0 +1,63 @@
+"""What a running sink says about itself, for metrics and for people; written by its threads, read by others."""
+
+from __future__ import annotations
+
+import threading
+
+from sinks.writer import Position
+
+__all__ = ["SinkStatus"]
+
+
+class SinkStatus:
+    """Positions, what was ignored, and what it waits for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._positions: dict[int, Position] = {}
+        self._ignored: dict[int, int] = {}
+        self._waiting = ""
+        self._changed = threading.Condition(self._lock)
+
+    def at(self, partition: int, position: Position | None) -> None:
+        with self._changed:
+            if position is not None:
+                self._positions[partition] = position
+            self._changed.notify_all()
+
+    def ignored(self, partition: int, records: int) -> None:
+        with self._lock:
+            self._ignored[partition] = records
+
+    def waiting(self, reason: str) -> None:
+        """Empty: not any more."""
+        with self._changed:
+            self._waiting = reason
+            self._changed.notify_all()
+
+    def wait_for(self, sequences: dict[int, int], timeout_s: float) -> bool:
+        """Whether every partition named came to its sequence within the time."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: all(
+                    (position := self._positions.get(partition)) is not None and position.sequence >= sequence
+                    for partition, sequence in sequences.items()
+                ),
+                timeout_s,
+            )
+
+    def snapshot(self) -> dict[str, object]:
+        """As JSON would have it."""
+        with self._lock:
+            return {
+                "positions": {
+                    str(partition): {
+                        "generation": position.generation.hex(),
+                        "sequence": position.sequence,
+                        "ledger_offset": position.ledger_offset,
+                    }
+                    for partition, position in sorted(self._positions.items())
+                },
+                "ignored_records": {str(partition): count for partition, count in sorted(self._ignored.items())},
+                "waiting_for": self._waiting,
+            }
