@@ -243,9 +243,7 @@ def _check_dtype(tensor: _Tensor, allowed: Sequence[str]) -> None:
 
 def _refuse_shared_memory(tensor: _Tensor) -> None:
     if has_shared_memory(tensor):
-        raise TensorError(
-            tensor.name, "data in shared memory", "send it in the request: shared memory cannot be read here"
-        )
+        raise TensorError(tensor.name, "data in shared memory", "send it in the request: shared memory cannot be read here")
 
 
 def _decode_bytes(tensor: _Tensor, raw: bytes | None) -> list[bytes]:

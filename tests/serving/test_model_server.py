@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -149,9 +148,7 @@ def test_describes_itself(client: triton.InferenceServerClient, served: Served) 
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as refused:
-            service_pb2_grpc.GRPCInferenceServiceStub(channel).RepositoryIndex(
-                service_pb2.RepositoryIndexRequest(), timeout=5
-            )
+            service_pb2_grpc.GRPCInferenceServiceStub(channel).RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=5)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -213,9 +210,7 @@ SAMPLES = {
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("chat", [False, True])
-def test_our_tokenizer_counts_what_the_model_saw(
-    client: triton.InferenceServerClient, name: str, chat: bool
-) -> None:
+def test_our_tokenizer_counts_what_the_model_saw(client: triton.InferenceServerClient, name: str, chat: bool) -> None:
     text = SAMPLES[name].strip() if chat else SAMPLES[name]
     tensors = [*inputs(text, max_tokens=1, temperature=0), tensor("chat_template", chat)]
     answer = ask_stream(client, "smollm2", f"count-{name}-{chat}", tensors)
@@ -395,18 +390,17 @@ def test_two_streamed_requests_run_side_by_side(served: Served) -> None:
 def test_command_serves_and_stops_cleanly_on_sigterm(tmp_path: Path) -> None:
     port_file = tmp_path / "port"
     command = [sys.executable, "-m", "serving.model_server", "--port", "0", "--port-file", str(port_file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        assert "model server on 127.0.0.1:" in process.stdout.readline()
-        with triton.InferenceServerClient(f"127.0.0.1:{port_file.read_text().strip()}") as client:
-            answer = ask_stream(client, "smollm2", "x", inputs(PROMPT, max_tokens=2, temperature=0))
-            assert sum(answer.output_tokens) == 2
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert "model server on 127.0.0.1:" in process.stdout.readline()
+            with triton.InferenceServerClient(f"127.0.0.1:{port_file.read_text().strip()}") as client:
+                answer = ask_stream(client, "smollm2", "x", inputs(PROMPT, max_tokens=2, temperature=0))
+                assert sum(answer.output_tokens) == 2
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 def test_command_says_why_it_cannot_start(tmp_path: Path) -> None:
