@@ -2,7 +2,7 @@
 
 import typer
 
-from taximeter.commands import accounts, configuration, feeding, parts, reading
+from taximeter.commands import accounts, configuration, feeding, operations, parts, reading, running
 
 __all__ = ["app", "main"]
 
@@ -18,10 +18,16 @@ config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
 tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
 key_app = typer.Typer(no_args_is_help=True, help="API keys.")
 credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
+topics_app = typer.Typer(no_args_is_help=True, help="Kafka's topics.")
 prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
 
+app.command("up")(running.up)
+app.command("worker")(parts.worker)
+app.command("sink")(parts.sink)
 app.command("gateway")(parts.gateway)
+app.command("prepare", hidden=True)(operations.prepare)
 app.command("model-server", hidden=True)(parts.model_server)
+app.command("migrate")(operations.migrate)
 app.command("replay")(feeding.replay)
 app.command("import")(feeding.import_)
 app.command("balance")(reading.balance)
@@ -33,6 +39,7 @@ for group, name in (
     (key_app, "key"),
     (credit_app, "credit"),
     (prices_app, "prices"),
+    (topics_app, "topics"),
     (config_app, "config"),
 ):
     app.add_typer(group, name=name)
@@ -40,6 +47,7 @@ tenant_app.command("create")(accounts.create_tenant)
 key_app.command("create")(accounts.create_key)
 credit_app.command("grant")(accounts.grant_credit)
 prices_app.command("apply")(accounts.apply_prices)
+topics_app.command("apply")(operations.apply_topics)
 config_app.command("show")(configuration.show)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from billing.founding import DEDUPE_KEY_BYTES, LedgerSettings
+from billing.step import LedgerKeys
 from producers.meter import MeterSettings
 from producers.publisher import PublisherSettings
+from sinks.settings import SinkSettings
+from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings, WorkerSettings
 from taximeter.config import Config, KafkaConfig, read_secret
 from taximeter.errors import ConfigError
 
@@ -16,17 +21,24 @@ if TYPE_CHECKING:
 
     from serving.gateway.settings import GatewaySettings
     from serving.model_server.settings import ServerSettings
-    from sinks.engine import Reader
-from stream_processors.settings import TopicNames
+    from sinks.engine import Engine, Reader
+    from stream_processors.topics import ApplySettings
 
 __all__ = [
+    "apply_settings",
     "gateway_settings",
     "kafka_security",
+    "kafka_settings",
+    "ledger_keys",
     "meter_settings",
     "model_server_settings",
+    "open_engine",
     "open_reader",
     "publisher_settings",
+    "sink_reader_name",
+    "sink_settings",
     "topic_names",
+    "worker_settings",
 ]
 
 
@@ -89,11 +101,125 @@ def open_reader(config: Config) -> Iterator[Reader]:
         token = read_secret(clickhouse, "loopback_token", needed_for="asking the sink").decode()
         reader = LoopbackEngine(f"http://127.0.0.1:{clickhouse.loopback_port}", token)
     else:
-        raise ConfigError("clickhouse.engine")
+        reader = _server_engine(config)
     try:
         yield reader
     finally:
         reader.close()
+
+
+@contextmanager
+def open_engine(config: Config) -> Iterator[Engine]:
+    """What rows are written to: chDB, which then belongs to this process, or the server."""
+    engine: Engine
+    if config.clickhouse.engine == "chdb":
+        from sinks.engines.chdb import ChdbEngine
+
+        config.clickhouse.chdb_path.mkdir(parents=True, exist_ok=True)
+        engine = ChdbEngine(config.clickhouse.chdb_path, config.clickhouse.database)
+    else:
+        engine = _server_engine(config)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _server_engine(config: Config) -> Engine:
+    from sinks.engines.server import ServerEngine, ServerSettings
+
+    clickhouse = config.clickhouse
+    password = b""
+    if clickhouse.password is not None or clickhouse.password_file is not None:
+        password = read_secret(clickhouse, "password", needed_for="ClickHouse")
+    return ServerEngine(
+        ServerSettings(
+            host=clickhouse.host,
+            port=clickhouse.port,
+            database=clickhouse.database,
+            user=clickhouse.user,
+            password=password.decode(),
+            secure=clickhouse.tls,
+            ca_file="" if clickhouse.ca_file is None else str(clickhouse.ca_file),
+        )
+    )
+
+
+def kafka_settings(config: Config) -> KafkaSettings:
+    """For those who read and write the ledger."""
+    return KafkaSettings(
+        bootstrap=config.kafka.bootstrap,
+        security=kafka_security(config.kafka),
+        request_timeout_ms=int(config.kafka.request_timeout_s * 1_000),
+    )
+
+
+def ledger_keys(config: Config) -> LedgerKeys:
+    """The keys with which a worker seals records and checks commands."""
+    return LedgerKeys(
+        seal_key=read_secret(config.ledger, "seal_key", needed_for="the ledger"),
+        command_key=read_secret(config.ledger, "command_key", needed_for="the ledger"),
+    )
+
+
+def worker_settings(config: Config) -> WorkerSettings:
+    """One ledger worker. Where the sink is embedded, so is the broker, and it keeps nothing: hold records for the sink."""
+    return WorkerSettings(
+        kafka=kafka_settings(config),
+        state_folder=config.ledger.state_dir,
+        keys=ledger_keys(config),
+        topics=topic_names(config),
+        group=config.ledger.consumer_group,
+        keep_unconfirmed_for=sink_reader_name(config) if config.clickhouse.engine == "chdb" else "",
+        session_timeout_s=config.ledger.session_timeout_s,
+    )
+
+
+def sink_settings(config: Config) -> SinkSettings:
+    """The sink's side of Kafka."""
+    names = topic_names(config)
+    return SinkSettings(
+        bootstrap=config.kafka.bootstrap,
+        ledger_topic=names.ledger,
+        progress_topic=names.progress,
+        usage_topic=names.events,
+        seal_key=read_secret(config.ledger, "seal_key", needed_for="the sink"),
+        name=sink_reader_name(config),
+        security=kafka_security(config.kafka),
+    )
+
+
+def sink_reader_name(config: Config) -> str:
+    """As the sink calls itself on `usage.progress`."""
+    return f"sink/{config.clickhouse.sink_name}"
+
+
+def apply_settings(config: Config, *, embedded: bool) -> ApplySettings:
+    """What `topics apply` makes; `embedded`: on the local state, where the broker may have forgotten the ledger."""
+    from stream_processors.topics import ApplySettings
+
+    ledger, day_ms, minute_ms = config.ledger, 86_400_000, 60_000
+    return ApplySettings(
+        kafka=kafka_settings(config),
+        topics=TopicSettings(
+            partitions=ledger.partitions,
+            replication=config.kafka.replication_factor,
+            ledger_retention_ms=config.kafka.ledger_retention_days * day_ms,
+        ),
+        ledger=LedgerSettings(
+            partitions=ledger.partitions,
+            dedupe_key=secrets.token_bytes(DEDUPE_KEY_BYTES),
+            dedupe_horizon_ms=ledger.dedupe_horizon_days * day_ms,
+            window_lateness_ms=ledger.window_lateness_minutes * minute_ms,
+            future_alert_ms=ledger.future_alert_minutes * minute_ms,
+            future_reject_ms=ledger.future_reject_minutes * minute_ms,
+            alert_cooldown_ms=ledger.alert_cooldown_minutes * minute_ms,
+            default_currency=ledger.currency,
+        ),
+        seal_key=read_secret(ledger, "seal_key", needed_for="founding a ledger"),
+        names=topic_names(config),
+        state_folder=ledger.state_dir if embedded else None,
+    )
 
 
 def gateway_settings(config: Config) -> GatewaySettings:

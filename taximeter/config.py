@@ -58,9 +58,10 @@ class KafkaConfig(_Section):
 
     bootstrap: str = "127.0.0.1:9092"
     topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)] = ""
-    replication_factor: Annotated[int, Field(ge=1, le=9)] = 1
+    # 0: the broker's default.
+    replication_factor: Annotated[int, Field(ge=0, le=9)] = 0
     # Days that usage.ledger keeps records; at least the dedupe horizon, and some to replay behind it.
-    ledger_retention_days: Annotated[int, Field(ge=1)] = 45
+    ledger_retention_days: Annotated[int, Field(ge=1)] = 400
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
     sasl_username: str = ""
@@ -84,12 +85,15 @@ class LedgerConfig(_Section):
     partitions: Annotated[int, Field(ge=1, le=1024)] = 4
     state_dir: Path = Path(".taximeter/ledger")
     consumer_group: Annotated[str, Field(min_length=1, max_length=100)] = "taximeter-ledger"
+    session_timeout_s: Annotated[float, Field(ge=4, le=300)] = 10.0
+    # What a tenant is billed in that nobody has created.
+    currency: Annotated[str, Field(min_length=1, max_length=8)] = "USD"
     seal_key: SecretStr | None = None
     seal_key_file: Path | None = None
     command_key: SecretStr | None = None
     command_key_file: Path | None = None
     dedupe_horizon_days: Annotated[int, Field(ge=1, le=400)] = 35
-    window_lateness_minutes: Annotated[int, Field(ge=1, le=10_080)] = 120
+    window_lateness_minutes: Annotated[int, Field(ge=1, le=10_080)] = 10
     future_alert_minutes: Annotated[int, Field(ge=1)] = 5
     future_reject_minutes: Annotated[int, Field(ge=1)] = 1_440
     alert_cooldown_minutes: Annotated[int, Field(ge=0)] = 10

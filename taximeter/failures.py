@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from confluent_kafka import KafkaError, KafkaException
 
+from billing.chain import UnreadableRecord
 from producers.errors import ProducerError
+from sinks.errors import SinkError
+from stream_processors.errors import WorkerError
 from taximeter.embedded.process import ChildError
 
 __all__ = ["explain"]
@@ -14,7 +17,7 @@ def explain(error: BaseException) -> str | None:
     """One sentence, or None: then it is a bug and keeps its traceback."""
     if isinstance(error, KafkaException):
         return _kafka(error)
-    if isinstance(error, ProducerError | ChildError):
+    if isinstance(error, ProducerError | SinkError | WorkerError | UnreadableRecord | ChildError):
         return str(error)
     return None
 

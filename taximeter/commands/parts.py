@@ -1,6 +1,7 @@
 """One part each, in the foreground, until SIGTERM or Ctrl-C: what containers run, and what `up` starts."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -10,10 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
+from sinks.embedded import LoopbackServer
+from sinks.engines.chdb import ChdbEngine
+from sinks.loop import run_sink
+from sinks.migrate import pending
+from sinks.status import SinkStatus
 from taximeter import compose
 from taximeter.commands.common import Context, command
+from taximeter.config import read_secret
+from taximeter.errors import TaximeterError
 
-__all__ = ["gateway", "model_server"]
+__all__ = ["gateway", "model_server", "sink", "worker"]
 
 LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 
@@ -27,6 +35,36 @@ def gateway(context: Context, log_level: LogLevelOption = "info") -> None:
     settings = compose.gateway_settings(context.config())
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(until_told(run_gateway(settings)))
+
+
+@command
+def worker(
+    context: Context,
+    ready_file: Annotated[Path | None, typer.Option(help="Made when the worker has joined its group.")] = None,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Run a ledger worker: usage and commands in, ledger records out; start as many as there are partitions."""
+    from stream_processors.worker import run_worker
+
+    log_to_stderr(log_level)
+    settings = compose.worker_settings(context.config())
+    asyncio.run(run_worker(settings, ready=lambda _: mark_ready(ready_file)))
+
+
+@command
+def sink(context: Context, log_level: LogLevelOption = "info") -> None:
+    """Run the sink: the ledger into ClickHouse. With chDB it owns the database and answers everybody's queries."""
+    log_to_stderr(log_level)
+    config = context.config()
+    settings, status = compose.sink_settings(config), SinkStatus()
+    with compose.open_engine(config) as engine, contextlib.ExitStack() as stack:
+        if pending(engine):
+            raise TaximeterError("the database is not at this version's schema: run `taximeter migrate`")
+        if isinstance(engine, ChdbEngine):
+            token = read_secret(config.clickhouse, "loopback_token", needed_for="answering queries").decode()
+            port = config.clickhouse.loopback_port
+            stack.enter_context(contextlib.closing(LoopbackServer(engine, token, port, status=status.snapshot).start()))
+        run_sink(settings, engine, status=status)
 
 
 @command

@@ -21,7 +21,7 @@ from taximeter.config_text import to_toml
 from taximeter.embedded.broker import TansuBroker, TansuSettings
 from taximeter.embedded.process import Child, accepts_connections, free_port
 from taximeter.embedded.state import DataDir, RunState
-from taximeter.embedded.supervisor import Part, Runnable, Supervisor
+from taximeter.embedded.supervisor import Launchable, Part, Supervisor
 from taximeter.secret_files import ensure_secrets
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _PORTS: Final = ("broker_port", "gateway_port", "model_server_port", "loopback_p
 _PROBE_TIMEOUT_S: Final = 1.0
 _PREPARE_TIMEOUT_S: Final = 120.0
 # The gateway first, so that nobody is admitted whose usage would wait; what feeds the ledger before what reads it.
-_STOP_ORDER: Final = ("gateway", "model-server", "worker", "publisher", "sink")
+_STOP_ORDER: Final = ("gateway", "model-server", "worker", "sink")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +55,11 @@ class Installation:
         broker = TansuBroker(
             TansuSettings(log_path=self.data_dir.logs / "broker.log", port=embedded.broker_port, host=embedded.host)
         )
-        parts: dict[str, Runnable] = {}
+        parts: dict[str, Launchable] = {}
         for number in range(1, embedded.workers + 1):
             name = "worker" if embedded.workers == 1 else f"worker-{number}"
             ready_path = self.data_dir.path / "run" / f"{name}.ready"
-            parts[name] = self._part(name, ["worker", "--number", str(number)], ready_path.exists)
-        parts["publisher"] = self._part("publisher", ["publisher"], lambda: True)
+            parts[name] = self._part(name, ["worker", "--ready-file", str(ready_path)], ready_path.exists, ready_path)
         parts["sink"] = self._part("sink", ["sink"], self._sink_answers)
         if embedded.model_server:
             parts["model-server"] = self._part(
@@ -88,9 +87,10 @@ class Installation:
     def run_state(self, pids: Mapping[str, int]) -> RunState:
         return RunState(os.getpid(), self.data_dir.config_path, self.ports, dict(pids))
 
-    def _part(self, name: str, arguments: list[str], ready: Callable[[], bool]) -> Part:
+    def _part(self, name: str, arguments: list[str], ready: Callable[[], bool], ready_file: Path | None = None) -> Part:
         embedded = self.config.embedded
-        return Part(self._child(name, arguments), ready, embedded.ready_timeout_s, embedded.stop_timeout_s)
+        child = self._child(name, arguments)
+        return Part(child, ready, embedded.ready_timeout_s, embedded.stop_timeout_s, ready_file)
 
     def _child(self, name: str, arguments: list[str]) -> Child:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
@@ -122,7 +122,11 @@ def _overrides(
 ) -> dict[str, dict[str, Any]]:
     host = base.embedded.host
     overrides: dict[str, dict[str, Any]] = {
-        "kafka": {"bootstrap": f"{host}:{ports['broker_port']}", "security_protocol": "PLAINTEXT"},
+        "kafka": {
+            "bootstrap": f"{host}:{ports['broker_port']}",
+            "security_protocol": "PLAINTEXT",
+            "replication_factor": 1,
+        },
         "ledger": {
             "state_dir": data_dir.path / "ledger",
             "seal_key": None,

@@ -1,4 +1,4 @@
-"""Several processes as one: started in order, each when the one before is ready; watched; stopped in the reverse order.
+"""Several processes as one: started, watched, stopped in order.
 
 Promise: while `watch` runs, a part that ends is started again, after a pause that doubles each time up to a bound and
 starts over once the part has lived long enough. A part that other parts stand on (`foundation`) takes them down with
@@ -18,9 +18,10 @@ from taximeter.embedded.process import Child, ChildError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
     from threading import Event
 
-__all__ = ["Part", "Runnable", "Supervisor"]
+__all__ = ["Launchable", "Part", "Runnable", "Supervisor"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +39,18 @@ class Runnable(Protocol):
     def alive(self) -> bool: ...
     @property
     def pid(self) -> int: ...
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Start, and return when it is ready; ChildError when it does not become so in time."""
+        ...
+
     def stop(self) -> None: ...
+
+
+class Launchable(Runnable, Protocol):
+    """A Runnable whose start has two halves, so that several become ready side by side."""
+
+    def launch(self) -> None: ...
+    def await_ready(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -50,6 +61,8 @@ class Part:
     ready: Callable[[], bool]
     ready_timeout_s: float
     grace_s: float
+    # Where the part says by a file that it is ready: an old one is removed before each start.
+    ready_file: Path | None = None
 
     @property
     def alive(self) -> bool:
@@ -60,7 +73,15 @@ class Part:
         return self.child.pid
 
     def start(self) -> None:
+        self.launch()
+        self.await_ready()
+
+    def launch(self) -> None:
+        if self.ready_file is not None:
+            self.ready_file.unlink(missing_ok=True)
         self.child.start()
+
+    def await_ready(self) -> None:
         self.child.wait_until(self.ready, self.ready_timeout_s)
 
     def stop(self) -> None:
@@ -77,11 +98,11 @@ class _Health:
 
 @dataclass(slots=True)
 class Supervisor:
-    """`foundation` (the broker) first, then `prepare` (topics, ledger), then `parts` in order."""
+    """`foundation` (the broker) first, then `prepare` (topics, ledger), then all `parts` side by side."""
 
     foundation: Runnable
     prepare: Callable[[], None]
-    parts: Mapping[str, Runnable]
+    parts: Mapping[str, Launchable]
     stop_order: Sequence[str]
     # Parts that are stopped with the foundation, because what they have open does not survive it.
     standing_on_foundation: frozenset[str]
@@ -97,8 +118,7 @@ class Supervisor:
         try:
             self.foundation.start()
             self.prepare()
-            for name in self.parts:
-                self._start(name)
+            self._start_all(list(self.parts))
         except BaseException:
             self.stop()
             raise
@@ -131,9 +151,15 @@ class Supervisor:
         """How often each part was started again."""
         return {name: health.restarts for name, health in self._health.items() if health.restarts}
 
-    def _start(self, name: str) -> None:
+    def _start_all(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.parts[name].launch()
+        for name in names:
+            self.parts[name].await_ready()
+            self._note_start(name)
+
+    def _note_start(self, name: str) -> None:
         health = self._health.setdefault(name, _Health())
-        self.parts[name].start()
         health.started_s = time.monotonic()
         health.due_s = None
 
@@ -151,12 +177,13 @@ class Supervisor:
             return
         health.restarts += 1
         try:
-            self._start(name)
+            self.parts[name].start()
         except ChildError as error:
             _log.warning("%s did not come up: %s", name, error)
             health.started_s = time.monotonic()
             health.due_s = None
             return
+        self._note_start(name)
         self.tell(f"{name} runs again")
         self.on_change()
 
@@ -171,9 +198,7 @@ class Supervisor:
             try:
                 self.foundation.start()
                 self.prepare()
-                for name in self.parts:
-                    if name in self.standing_on_foundation:
-                        self._start(name)
+                self._start_all([name for name in self.parts if name in self.standing_on_foundation])
             except ChildError as error:
                 _log.warning("the broker did not come up: %s", error)
                 for name in self.stop_order:
