@@ -44,6 +44,8 @@ class KafkaLogReader:
                 "enable.partition.eof": True,
                 "auto.offset.reset": "error",
                 "fetch.queue.backoff.ms": 5,
+                # At the end of the log the broker is to say so at once.
+                "fetch.wait.max.ms": 10,
                 "fetch.message.max.bytes": MESSAGE_BYTES_MAX,
                 "queued.max.messages.kbytes": 65_536,
                 "isolation.level": "read_uncommitted",

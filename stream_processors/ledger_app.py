@@ -106,13 +106,20 @@ class LedgerApp:
             assigned = {tp.partition for tp in self.app.consumer.assignment() if tp.topic in self._inputs}
             for partition in [partition for partition in self.hosts if partition not in assigned]:
                 self._close(partition)
-            for partition in sorted(assigned):
-                if partition not in self.hosts or not await self.hosts[partition].resume():
-                    self._close(partition)
-                    await self._take_over(partition)
-        except Exception as error:  # noqa: BLE001  Faust would go on; this process must not
-            logger.error("the takeover failed: %s", error)
-            self.failure.set(error)
+            # Together: most of a takeover is waiting for the broker.
+            async with asyncio.TaskGroup() as group:
+                for partition in assigned:
+                    group.create_task(self._own(partition))
+        except* Exception as errors:  # noqa: BLE001  Faust would go on; this process must not
+            first = errors.exceptions[0]
+            logger.error("the takeover failed: %s", first)
+            self.failure.set(first)
+
+    async def _own(self, partition: int) -> None:
+        host = self.hosts.get(partition)
+        if host is None or not await host.resume():
+            self._close(partition)
+            await self._take_over(partition)
 
     async def _take_over(self, partition: int) -> None:
         began = time.monotonic()

@@ -207,7 +207,8 @@ class LocalStore:
             put(b"c" + command_id.encode(), _TOUCHED.pack(record.log_time_ms))
             if record.command.HasField("price_book"):
                 book = record.command.price_book
-                put(b"p" + _SEQUENCE.pack(book.version), book.SerializeToString())
+                # Each currency has its own line of versions, read back in its order.
+                put(b"p" + book.currency.encode() + _SEQUENCE.pack(book.version), book.SerializeToString())
         elif source == "tick" and record.tick.expired_through_day > self._expired_through_day:
             self._expired_through_day = record.tick.expired_through_day
             self._forget_commands(batch, record.log_time_ms)

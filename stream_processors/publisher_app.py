@@ -186,11 +186,14 @@ class PublisherApp:
     async def _on_rebalanced(self, _app: Any, /, *_: Any, **__: Any) -> None:
         try:
             ledger = self.settings.topics.ledger
-            for partition in sorted(tp.partition for tp in self.app.consumer.assignment() if tp.topic == ledger):
-                await self._take_over(partition)
-        except Exception as error:  # noqa: BLE001  Faust would go on; this process must not
-            logger.error("the publisher's takeover failed: %s", error)
-            self.failure.set(error)
+            async with asyncio.TaskGroup() as group:
+                for tp in self.app.consumer.assignment():
+                    if tp.topic == ledger:
+                        group.create_task(self._take_over(tp.partition))
+        except* Exception as errors:  # noqa: BLE001  Faust would go on; this process must not
+            first = errors.exceptions[0]
+            logger.error("the publisher's takeover failed: %s", first)
+            self.failure.set(first)
 
     async def _take_over(self, partition: int) -> None:
         ledger = self.settings.topics.ledger

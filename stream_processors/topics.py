@@ -97,7 +97,8 @@ async def plan(settings: ApplySettings) -> list[Change]:
     missing = list(range(settings.topics.partitions))
     if not any(change.kind == "create topic" and change.name == settings.names.ledger for change in changes):
         missing = await _unfounded(settings)
-    return changes + [Change("found ledger", f"{settings.names.ledger}[{partition}]", "founding record") for partition in missing]
+    ledger = settings.names.ledger
+    return changes + [Change("found ledger", f"{ledger}[{partition}]", "founding record") for partition in missing]
 
 
 async def apply(settings: ApplySettings) -> list[Change]:

@@ -46,10 +46,9 @@ async def run_worker(
     apps = [app for app in (ledger, publisher) if app is not None]
     tasks = [asyncio.ensure_future(stopping.wait()), asyncio.ensure_future(failure.wait())]
     try:
-        for app in apps:
-            await app.start()
-            # An app of Faust that crashed is stopped, and says so nowhere else.
-            tasks.append(asyncio.ensure_future(_crashed(app.app, failure, stopping)))
+        await asyncio.gather(*(app.start() for app in apps))
+        # An app of Faust that crashed is stopped, and says so nowhere else.
+        tasks += [asyncio.ensure_future(_crashed(app.app, failure, stopping)) for app in apps]
         if ledger is not None and settings.keep_unconfirmed_for:
             tasks.append(asyncio.ensure_future(_follow_confirmations(settings, partitions, ledger, failure)))
         if ready is not None:
@@ -59,6 +58,7 @@ async def run_worker(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # The publisher first: it may wait for what the ledger still applies.
         for app in reversed(apps):
             await app.stop()
     if failure.reason is not None:

@@ -36,6 +36,7 @@ def worker_settings(bootstrap: str, prefix: str, folder: Path, **more: Any) -> W
         **{
             "group": f"{prefix}ledger",
             "tick_interval_s": 0.5,
+            # The least that Apache Kafka allows by default; Tansu takes half of it to answer a join.
             "session_timeout_s": 6.0,
             "heartbeat_interval_s": 1.0,
             "drain_timeout_s": 4.0,
