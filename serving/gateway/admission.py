@@ -83,9 +83,7 @@ def key_refusal(key: KeyView | None, scopes: AbstractSet[int], now_ms: int) -> R
     return None
 
 
-def account_refusal(
-    account: AccountView | None, log_time_ms: int, now_ms: int, settings: AdmissionSettings
-) -> Refusal | None:
+def account_refusal(account: AccountView | None, log_time_ms: int, now_ms: int, settings: AdmissionSettings) -> Refusal | None:
     """Whether the tenant may start an inference; `log_time_ms` is the last sign of life of its ledger partition."""
     if now_ms - log_time_ms > settings.state_age_max_ms and not settings.fail_open:
         return Refusal(

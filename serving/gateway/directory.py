@@ -60,9 +60,7 @@ class _Version:
 
 
 def _key_view(key: ApiKey) -> KeyView:
-    return KeyView(
-        key.key_id, key.tenant_id, key.project_id, key.user_id, frozenset(key.scopes), key.expires_ms, key.revoked
-    )
+    return KeyView(key.key_id, key.tenant_id, key.project_id, key.user_id, frozenset(key.scopes), key.expires_ms, key.revoked)
 
 
 def _account_view(account: Account) -> AccountView:

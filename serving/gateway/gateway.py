@@ -123,9 +123,7 @@ class Gateway:
         return Caller(
             secret_hash=None if secret is None else hash_secret(self.settings.directory.pepper, secret),
             metadata=tuple(
-                (key, value)
-                for key, value in metadata
-                if key not in _NOT_FORWARDED and not key.startswith(("grpc-", ":"))
+                (key, value) for key, value in metadata if key not in _NOT_FORWARDED and not key.startswith(("grpc-", ":"))
             ),
             deadline=None if left_s is None else time.monotonic() + left_s,
             wants_status=("triton_grpc_error", "true") in metadata,

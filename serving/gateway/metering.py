@@ -79,9 +79,7 @@ def tell_usage(response: kserve.ModelInferResponse, usage: Usage) -> None:
     kserve.set_parameter(response, "taximeter_count_source", source)
 
 
-def new_event(
-    parts: MeterParts, key: KeyView, request_id: str, model: str, operation: int, client_id: str
-) -> UsageEvent:
+def new_event(parts: MeterParts, key: KeyView, request_id: str, model: str, operation: int, client_id: str) -> UsageEvent:
     """A usage event that starts now, without quantities."""
     started_ms = now_ms()
     return UsageEvent(

@@ -67,9 +67,7 @@ VLLM_COUNTS = CountFlags()
 _TENSORRT_LLM_COUNTS = replace(VLLM_COUNTS, shape=(1, 1), prompt_in_output_count=True)
 
 
-def vllm(
-    model: str, *, tokenizer: str | None = None, decoupled: bool = True, prompt_tokens_max: int = 0
-) -> ModelProfile:
+def vllm(model: str, *, tokenizer: str | None = None, decoupled: bool = True, prompt_tokens_max: int = 0) -> ModelProfile:
     """Triton's vLLM back end, and servers that took over its tensors."""
     return ModelProfile(
         model,

@@ -133,9 +133,7 @@ class GatewayServer:
         if settings.publisher is not None:
             self._publisher = Publisher(self.meter.journal, settings.publisher)
             self._publisher.start()
-        parts = MeterParts(
-            self.meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s
-        )
+        parts = MeterParts(self.meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s)
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
         self._server = grpc.aio.server(

@@ -261,9 +261,7 @@ class _ClientStream:
             if done is not None and not done.done():
                 done.set_result(None)
 
-    async def _answer(
-        self, request: ModelInferRequest, write: Callable[[Sequence[StreamResponse]], Awaitable[None]]
-    ) -> None:
+    async def _answer(self, request: ModelInferRequest, write: Callable[[Sequence[StreamResponse]], Awaitable[None]]) -> None:
         gateway = self._gateway
         admitted = await gateway.begin(request, self._caller, self._policy, stream=True)
         try:

@@ -6,14 +6,19 @@ import asyncio
 import sys
 from pathlib import Path
 
-from serving.gateway import GatewayServer, new_event_loop, vllm
+from serving.gateway import GatewayServer, LimitSettings, new_event_loop, vllm
 from tests.serving.gateway_support import gateway_settings, known_directory
+
+REQUEST_CHUNKS_MAX = 4
 
 
 async def serve(folder: Path, upstream: str) -> None:
     """Serve until killed; the port stands in FOLDER/gateway-port."""
     models = {"trace": vllm("trace"), "trace-unary": vllm("trace-unary", decoupled=False)}
-    server = GatewayServer(gateway_settings(folder, upstream, tokenizers={}, models=models), known_directory())
+    # Few chunks may gather while the disk works, so that the test's bound is tight.
+    limits = LimitSettings(request_chunks_max=REQUEST_CHUNKS_MAX)
+    settings = gateway_settings(folder, upstream, tokenizers={}, models=models, limits=limits)
+    server = GatewayServer(settings, known_directory())
     await server.start()
     partial = folder / "gateway-port.partial"
     partial.write_text(str(server.port))

@@ -7,6 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -145,9 +146,13 @@ def journalled(meter: UsageMeter) -> list[UsageEvent]:
 
 async def settled(server: GatewayServer, events: int = 1) -> list[UsageEvent]:
     """The journal's events once there are so many and no request is open: a cut-off request is billed after its end."""
+    committed = threading.Event()
+    server.meter.journal.subscribe(committed)
     async with asyncio.timeout(20):
         while len(found := journalled(server.meter)) < events or server.meter.metrics()["open_requests"]:
-            await asyncio.sleep(0.01)
+            # The journal wakes whoever waits after each commit; one that came before is found by looking again.
+            await asyncio.to_thread(committed.wait, 0.1)
+            committed.clear()
     return found
 
 
@@ -254,14 +259,12 @@ async def scripted_back_end(script: Script, seen: list[Any] | None = None) -> As
                 yield response
 
     handler = grpc.stream_stream_rpc_method_handler(
-        stream,  # type: ignore[arg-type]  # the stubs know sync handlers only
+        stream,
         request_deserializer=service_pb2.ModelInferRequest.FromString,
         response_serializer=service_pb2.ModelStreamInferResponse.SerializeToString,
     )
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(kserve.SERVICE_NAME, {"ModelStreamInfer": handler}),)
-    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(kserve.SERVICE_NAME, {"ModelStreamInfer": handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

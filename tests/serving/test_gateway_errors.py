@@ -52,7 +52,7 @@ async def play(
         try:
             async with asyncio.timeout(20):
                 async for result, error in client.stream_infer(_each(entries), headers={**HEADERS, **(headers or {})}):
-                    found.append((None if result is None else result.get_response(), error))  # noqa: PERF401
+                    found.append((None if result is None else result.get_response(), error))
         except grpc.aio.AioRpcError as error:
             status = error.code()
         return found, await settled(server, len(entries)), status
