@@ -175,7 +175,7 @@ def test_streams_token_by_token(client: triton.InferenceServerClient, served: Se
 
 
 def test_unary_twin_answers_whole(client: triton.InferenceServerClient) -> None:
-    sampling = {"max_tokens": 6, "temperature": 0}
+    sampling: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
     result = client.infer("smollm2-unary", inputs(PROMPT, stream=False, **sampling), request_id="u")
     text = result.as_numpy("text_output")[0].decode()
     assert text.startswith(f"{PROMPT} Paris")

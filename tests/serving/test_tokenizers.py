@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SAMPLES = {
     "english": "The quick brown fox jumps over the lazy dog; it's 12,345 o'clock, isn't it? We'll see — maybe.",
     "chinese": "北京是中国的首都，人口约2189万。敏捷的棕色狐狸跳过了懒狗！",
-    "code": "def f(x: int) -> str:\n\tif x > 0:\n        return f'{x!r:>10}'  # 注释\n\n\n\nfor (i = 0; i < 10;) { a += 1; }\r\n",
+    "code": "def f(x: int) -> str:\n\tif x > 0:\n        return f'{x!r:>10}'  # 注释\n\n\nfor (i = 0; i < 9;) { a++; }\r\n",
     "emoji": "😀🏳️‍🌈👩‍👩‍👧‍👦 🇩🇪✈️ 👍🏽!!!",
     "mixed": "naïve café Straße Ελληνικά русский العربية हिन्दी ไทย 日本語 한국어 ½ ² ③ Ⅷ  \u00a0\u3000\t\n  end  ",
 }
