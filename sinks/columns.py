@@ -61,12 +61,12 @@ def version_of(generation_ordinal: int, sequence: int) -> int:
     return generation_ordinal << SEQUENCE_BITS | sequence
 
 
-_DROPS = EnumNames(DropReason, "DROP_REASON_")
-_RULES = EnumNames(AlertRule, "ALERT_RULE_")
-_SEVERITIES = EnumNames(Severity, "SEVERITY_")
-_STATUSES = EnumNames(AccountStatus, "ACCOUNT_STATUS_")
-_MODES = EnumNames(BillingMode, "BILLING_MODE_")
-_SCOPES = EnumNames(KeyScope, "KEY_SCOPE_")
+_DROPS = EnumNames(DropReason.items(), "DROP_REASON_")
+_RULES = EnumNames(AlertRule.items(), "ALERT_RULE_")
+_SEVERITIES = EnumNames(Severity.items(), "SEVERITY_")
+_STATUSES = EnumNames(AccountStatus.items(), "ACCOUNT_STATUS_")
+_MODES = EnumNames(BillingMode.items(), "BILLING_MODE_")
+_SCOPES = EnumNames(KeyScope.items(), "KEY_SCOPE_")
 
 _TOTAL_COUNTS = ("events", "refused_events", "unrated_events", *tables.TOKEN_COLUMNS)
 _KEEP_PAYLOAD = frozenset(set(DropReason.values()) - {DROP_REASON_DUPLICATE, DROP_REASON_FORWARDED})

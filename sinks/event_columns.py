@@ -8,13 +8,12 @@ the fields that are mostly absent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 from billing.v1.usage_pb2 import CountSource, Operation, Outcome, RefusalReason, ServiceClass, UsageBatch, UsageEvent
 from sinks.tables import TOKEN_COLUMNS
@@ -25,18 +24,18 @@ __all__ = ["EVENT_COLUMNS", "OPERATIONS", "SERVICE_CLASSES", "EnumNames", "Event
 class EnumNames(dict[int, str]):
     """An enum's numbers as people write them: OUTCOME_BACKEND_ERROR is backend_error. A number of a later version stays one."""
 
-    def __init__(self, enum: EnumTypeWrapper[Any], prefix: str) -> None:
-        super().__init__({number: name.removeprefix(prefix).lower() for name, number in enum.items()})
+    def __init__(self, enum: Iterable[tuple[str, int]], prefix: str) -> None:
+        super().__init__({number: name.removeprefix(prefix).lower() for name, number in enum})
 
     def __missing__(self, number: int) -> str:
         return f"unknown_{number}"
 
 
-OPERATIONS = EnumNames(Operation, "OPERATION_")
-SERVICE_CLASSES = EnumNames(ServiceClass, "SERVICE_CLASS_")
-_OUTCOMES = EnumNames(Outcome, "OUTCOME_")
-_COUNT_SOURCES = EnumNames(CountSource, "COUNT_SOURCE_")
-_REFUSALS = EnumNames(RefusalReason, "REFUSAL_REASON_")
+OPERATIONS = EnumNames(Operation.items(), "OPERATION_")
+SERVICE_CLASSES = EnumNames(ServiceClass.items(), "SERVICE_CLASS_")
+_OUTCOMES = EnumNames(Outcome.items(), "OUTCOME_")
+_COUNT_SOURCES = EnumNames(CountSource.items(), "COUNT_SOURCE_")
+_REFUSALS = EnumNames(RefusalReason.items(), "REFUSAL_REASON_")
 
 Read = Callable[[Sequence[UsageEvent]], list[Any]]
 
@@ -126,7 +125,7 @@ def _probe_class() -> Any:
             kind = FieldDescriptor.TYPE_INT32
         event.field.add(name=field.name, number=field.number, type=kind, label=FieldDescriptor.LABEL_REPEATED)
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)  # type: ignore[no-untyped-call]
+    pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("taximeter.sinks.BatchProbe"))
 
 

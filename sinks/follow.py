@@ -87,7 +87,7 @@ def gap(partition: int, position: str, predecessor: LedgerPosition) -> LedgerGap
     needed = describe(predecessor.generation, predecessor.sequence)
     return LedgerGap(
         f"usage.ledger[{partition}]: the log carries on from {needed}, this database stands at {position}; hand over the "
-        "records in between (the ledger worker's local copy has them, `taximeter up` does it), or restore the database from a backup",
+        "records in between (the ledger worker's local copy has them, `taximeter up` does it), or restore a backup",
         partition=partition,
         position=position,
         needed=needed,

@@ -36,20 +36,36 @@ class _Log:
 def locate(consumer: Consumer, topic: str, follower: Follower, ledger_offset: int, *, timeout_s: float = 30.0) -> int:
     """The offset to go on from. `ledger_offset`: where the database's record stood when it was read.
 
-    The consumer is assigned to this partition alone meanwhile. Raises LedgerError, and KafkaException while Kafka is away.
+    The consumer, which must tell the ends of partitions, is assigned to this one alone meanwhile. Raises LedgerError
+    (LedgerUnavailable: again later), and KafkaException while Kafka is away.
     """
-    partition = TopicPartition(topic, follower.partition)
-    first, end = consumer.get_watermark_offsets(partition, timeout=timeout_s)
-    log = _Log(topic, follower.partition, first, end)
+    log = _look(consumer, topic, follower.partition, timeout_s)
     if not follower.generation:
-        if first < end:
-            _check_begins(log, next(_read(consumer, log, first, timeout_s)))
-        return first
-    if first <= ledger_offset < end:
-        stored = next(_read(consumer, log, ledger_offset, timeout_s)).value()
-        if stored is not None and record_hash(stored) == follower.record_hash:
-            return ledger_offset + 1
+        for message in _read(consumer, log, log.first_offset, timeout_s):
+            _check_begins(log, message)
+            break
+        return log.first_offset
+    if log.first_offset <= ledger_offset < log.end_offset:
+        for message in _read(consumer, log, ledger_offset, timeout_s):
+            stored = message.value()
+            if stored is not None and record_hash(stored) == follower.record_hash:
+                return ledger_offset + 1
+            break
     return _search(consumer, log, follower, timeout_s)
+
+
+def _look(consumer: Consumer, topic: str, partition: int, timeout_s: float) -> _Log:
+    """Where the log begins and ends. The end is asked by reading, for a broker may answer short of its last batch."""
+    known = consumer.list_topics(topic, timeout=timeout_s).topics[topic]
+    if known.error is not None or partition not in known.partitions:
+        raise LedgerUnavailable(f"{topic}[{partition}] is not there; `taximeter topics apply` makes the topics")
+    first, end = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s)
+    if end > first:
+        for message in _messages(consumer, TopicPartition(topic, partition, end - 1), timeout_s):
+            offset = message.offset()
+            assert offset is not None
+            end = offset + (message.error() is None)
+    return _Log(topic, partition, first, end)
 
 
 def _check_begins(log: _Log, message: Message) -> None:
@@ -134,22 +150,34 @@ def _parse(message: Message) -> LedgerRecord | None:
 
 
 def _read(consumer: Consumer, log: _Log, offset: int, timeout_s: float) -> Iterator[Message]:
-    """The log's messages from `offset` to its end as it was. Raises LedgerUnavailable when none comes in time."""
-    consumer.assign([TopicPartition(log.topic, log.partition, offset)])
+    """The log's messages from `offset` to its end as it was when it was looked at."""
+    if offset >= log.end_offset:
+        return
+    for message in _messages(consumer, TopicPartition(log.topic, log.partition, offset), timeout_s):
+        position = message.offset()
+        if message.error() is not None or position is None or position >= log.end_offset:
+            return
+        yield message
+        if position + 1 >= log.end_offset:
+            return
+
+
+def _messages(consumer: Consumer, place: TopicPartition, timeout_s: float) -> Iterator[Message]:
+    """Messages from `place` to the end of its partition, that end as the last one. Raises when none comes in time."""
+    consumer.assign([place])
     deadline_s = time.monotonic() + timeout_s
     while True:
         message = consumer.poll(0.5)
         if message is None:
             if time.monotonic() > deadline_s:
-                raise LedgerUnavailable(f"{log}: nothing came from offset {offset} within {timeout_s:g} s; is the broker well?")
+                raise LedgerUnavailable(
+                    f"{place.topic}[{place.partition}]: nothing came within {timeout_s:g} s; is Kafka well?"
+                )
             continue
         error = message.error()
-        if error is not None:
-            if error.code() == KafkaError._PARTITION_EOF:
-                return
+        if error is not None and error.code() != KafkaError._PARTITION_EOF:
             raise KafkaException(error)
         deadline_s = time.monotonic() + timeout_s
         yield message
-        position = message.offset()
-        if position is not None and position + 1 >= log.end_offset:
+        if error is not None:
             return

@@ -38,6 +38,8 @@ _LOG = logging.getLogger(__name__)
 _POLL_MESSAGES = 64
 _IDLE_POLL_S = 0.05
 _METADATA_TIMEOUT_S = 10.0
+# Ticks come more often than this. After it, the sink asks whether the log still reaches to where it stands.
+_SILENCE_S = 5.0
 # The log is not what it was: look for our place in it again.
 _MOVED = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE, KafkaError.UNKNOWN_TOPIC_ID})
 
@@ -93,6 +95,7 @@ class _Sink:
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,
                 "auto.offset.reset": "error",
+                "allow.auto.create.topics": False,
                 "enable.partition.eof": True,
                 # The default of one second starves a consumer that is faster than the network.
                 "fetch.queue.backoff.ms": 5,
@@ -119,12 +122,17 @@ class _Sink:
         self._storing.start()
         batch: list[Accepted] = []
         size, started_s = 0, 0.0
+        heard_s = time.monotonic()
         while True:
             self._check()
+            if time.monotonic() - heard_s > _SILENCE_S:
+                self._look_at_silence()
+                heard_s = time.monotonic()
             left_s = started_s + self._settings.linger_ms / 1000 - time.monotonic() if batch else _IDLE_POLL_S
             for accepted in self._poll(max(left_s, 0.0)):
+                heard_s = time.monotonic()
                 if not batch:
-                    started_s = time.monotonic()
+                    started_s = heard_s
                 batch.append(accepted)
                 size += len(accepted.stored)
             full = size >= self._settings.batch_bytes
@@ -215,6 +223,24 @@ class _Sink:
         if generation != follower.generation and generation not in known:
             known.add(generation)
             _LOG.warning("partition %d: records of generation %s: looking for our place", follower.partition, generation.hex())
+            self._assign()
+
+    def _look_at_silence(self) -> None:
+        """A broker that forgot its log may answer a fetch behind the end with silence instead of an error."""
+        topic = self._settings.ledger_topic
+        try:
+            partitions = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic].partitions
+            ends = {
+                partition: self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=_METADATA_TIMEOUT_S)[
+                    1
+                ]
+                for partition in self._offsets
+                if partition in partitions
+            }
+        except KafkaException as error:
+            self._status.waiting(f"Kafka: {error}")
+            return
+        if any(ends.get(partition, 0) <= offset for partition, offset in self._offsets.items()):
             self._assign()
 
     def _on_error(self, error: KafkaError) -> None:

@@ -42,7 +42,7 @@ class Migration:
 
 def load_migrations(folder: Path = _FOLDER) -> list[Migration]:
     """Every migration in order. Raises SchemaError unless the numbers are 1, 2, 3, ..."""
-    migrations = []
+    migrations: list[Migration] = []
     for path in sorted(folder.glob("*.sql")):
         match = _FILE.fullmatch(path.name)
         if match is None or int(match[1]) != len(migrations) + 1:

@@ -1,7 +1,7 @@
 """What people and programs ask: balances, usage, statements, alerts, events. Typed rows, money in whole pico.
 
-Promise: balances and usage read accounts and totals, never raw events; events and statements read one tenant's. Every value goes
-in as a parameter. An answer is what the database holds; `freshness` says up to which log time that is.
+Promise: balances and usage read accounts and totals, never raw events; events and statements read one tenant's. Every value
+goes in as a parameter. An answer is what the database holds; `freshness` says up to which log time that is.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def totals(reader: Reader) -> Totals:
         unrated_events=sum(row.unrated_events for row in rows),
         duplicates=sum(_int(row[1]) for row in accounts),
         conflicts=sum(_int(row[2]) for row in accounts),
-        quantities=Quantities(*(sum(getattr(row.quantities, name) for row in rows) for name in TOKEN_COLUMNS), units=units),
+        quantities=_quantities([*(sum(getattr(row.quantities, name) for row in rows) for name in TOKEN_COLUMNS), units]),
         cost_pico={row.currency: row.cost_pico for row in rows},
         credit_pico={_text(row[0]): _pico(row[3]) for row in accounts},
         spend_pico={_text(row[0]): _pico(row[4]) for row in accounts},
@@ -522,6 +522,11 @@ def _pico(value: object) -> int:
 
 
 def _quantities(values: Sequence[object]) -> Quantities:
-    """Eight classes of tokens and a pair of unit names and quantities."""
-    names, quantities = cast("tuple[list[str], list[int]]", values[8])
-    return Quantities(*(_int(value) for value in values[:8]), units=dict(zip(names, quantities, strict=True)))
+    """Eight classes of tokens and the units: by name, or a pair of names and quantities."""
+    tokens = [_int(value) for value in values[:8]]
+    units = values[8]
+    if not isinstance(units, dict):
+        names, quantities = cast("tuple[list[str], list[int]]", units)
+        units = dict(zip(names, quantities, strict=True))
+    assert len(tokens) == len(TOKEN_COLUMNS)
+    return Quantities(**dict(zip(TOKEN_COLUMNS, tokens, strict=True)), units=units)

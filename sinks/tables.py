@@ -1,4 +1,4 @@
-"""The tables that the writer fills: which columns, and what each takes. `schema/` is the truth; a test holds this equal to it."""
+"""The tables that the writer fills: which columns, and what each takes. `schema/` is the truth; a test compares."""
 
 from __future__ import annotations
 
