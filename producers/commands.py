@@ -7,6 +7,7 @@ partition. A command about a tenant goes to the tenant's partition, a price book
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ from billing.v1.command_pb2 import Command
 from producers.errors import CommandNotSent
 
 __all__ = ["CommandSender", "CommandSettings", "tenant_of"]
+
+logger = logging.getLogger(__name__)
 
 _METADATA_TIMEOUT_S = 5.0
 
@@ -97,6 +100,7 @@ class CommandSender:
                 "allow.auto.create.topics": False,
                 "log.connection.close": False,
                 **self.settings.security,
+                "logger": logger,
             }
         )
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -45,7 +46,7 @@ class TopicFollower:
         self._stopping = threading.Event()
         self._disconnected = threading.Event()
         self._messages = self._failed = self._readings = 0
-        self._settings: dict[str, str | int | bool | Callable[[KafkaError], None]] = {
+        self._settings: dict[str, Any] = {
             "bootstrap.servers": bootstrap,
             # librdkafka wants one; without subscribe and commit it is never sent.
             "group.id": "taximeter-follower",
@@ -60,6 +61,7 @@ class TopicFollower:
             "log.connection.close": False,
             **(security or {}),
             "error_cb": self._on_error,
+            "logger": logger,
         }
         self._thread = threading.Thread(target=self._run, name=f"follower-{topic}", daemon=True)
 

@@ -10,8 +10,9 @@ statement gives up the interpreter's lock and has to win it back from callers th
 
 All writes and all checkpoints go through the writing connection, from one thread.
 
-Freeing needs room as well, for the log of what is deleted. So a few megabytes are set aside in a file of their own, and given up
-when the disk is full and something is to be freed: a full disk never keeps itself full.
+Freeing needs room as well, for the log of what is deleted. So a few megabytes are set aside in a file of their own, and given
+up when the disk is full and something is to be freed. Until they can be set aside again, the journal uses the pages that it
+has and does not grow: a full disk never keeps itself full.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _FREED_ROWS_MAX = 1_000
 _CHECKPOINT_PAGES = 1_000
 # As large as the log may grow before a checkpoint, with pages of 4 KiB, and then some.
 _RESERVE_BYTES = 5 << 20
+_PAGES_MAX = 0xFFFFFFFE
 _Statement = tuple[str, tuple[Any, ...]]
 _SCHEMA = """
 CREATE TABLE marks (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -110,7 +112,8 @@ class JournalStore:
                 raise
         except sqlite3.Error as error:
             raise self._translate(error, JournalUnreadable) from error
-        self._set_aside()
+        if not self._set_aside():
+            self._stop_growing()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -118,6 +121,8 @@ class JournalStore:
         )
         connection.execute("PRAGMA journal_mode = WAL").fetchone()
         connection.execute("PRAGMA synchronous = FULL")
+        # Some builds overwrite what is deleted: freeing would cost as much as writing, and need as much room on a full disk.
+        connection.execute("PRAGMA secure_delete = OFF")
         # macOS: without it, fsync leaves the data in the drive's cache.
         connection.execute("PRAGMA fullfsync = ON")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
@@ -140,7 +145,12 @@ class JournalStore:
             *_inserts("INSERT OR REPLACE INTO open_requests VALUES ", 3, opened),
             *_deletes(closed),
         ]
-        self._transaction(statements)
+        try:
+            self._transaction(statements)
+        except JournalFull:
+            # Someone may have made room since the journal stopped growing: then the next commit has it.
+            self._set_aside()
+            raise
 
     def free(self, partition: int, covered_sequence: int) -> FreedPage:
         """Let go of segments whose last sequence is covered, a page of them; remember how far the numbering has gone."""
@@ -148,6 +158,9 @@ class JournalStore:
             page = self._free(partition, covered_sequence)
         except JournalFull:
             self._reserve_path.unlink(missing_ok=True)
+            self._stop_growing()
+            # What the log holds moves into the file, and the log begins again in the room that it has.
+            self._checkpoint()
             return self._free(partition, covered_sequence)
         if page.is_last:
             self._set_aside()
@@ -172,17 +185,33 @@ class JournalStore:
         )
         return FreedPage(event_bytes, last, is_last=count < _FREED_ROWS_MAX)
 
-    def _set_aside(self) -> None:
-        """Set room aside where there is plenty; on a disk that is nearly full the events go first."""
-        if self._reserve_path.exists():
-            return
-        with contextlib.suppress(OSError):
-            if shutil.disk_usage(self._reserve_path.parent).free < 3 * _RESERVE_BYTES:
-                return
-            try:
-                self._reserve_path.write_bytes(bytes(_RESERVE_BYTES))
-            except OSError:
+    def _checkpoint(self) -> None:
+        try:
+            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.Error as error:
+            raise self._translate(error, JournalWriteFailed) from error
+
+    def _set_aside(self) -> bool:
+        """Set room aside, if there is as much again for events; whether it is."""
+        try:
+            if self._reserve_path.exists() and self._reserve_path.stat().st_size == _RESERVE_BYTES:
+                return True
+            if shutil.disk_usage(self._reserve_path.parent).free < 2 * _RESERVE_BYTES:
+                return False
+            self._reserve_path.write_bytes(bytes(_RESERVE_BYTES))
+            self._writer.execute(f"PRAGMA max_page_count = {_PAGES_MAX}").fetchone()
+        except (OSError, sqlite3.Error):
+            with contextlib.suppress(OSError):
                 self._reserve_path.unlink(missing_ok=True)
+            return False
+        return True
+
+    def _stop_growing(self) -> None:
+        try:
+            (pages,) = self._writer.execute("PRAGMA page_count").fetchone()
+            self._writer.execute(f"PRAGMA max_page_count = {pages}").fetchone()
+        except sqlite3.Error as error:
+            raise self._translate(error, JournalWriteFailed) from error
 
     def set_mark(self, name: str, value: str) -> None:
         self._transaction([("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))])
@@ -256,7 +285,9 @@ class JournalStore:
     def _translate(self, error: sqlite3.Error, kind: type[JournalError]) -> JournalError:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         if name == "SQLITE_FULL":
-            return JournalFull(f"journal_path={self.path}: the disk is full ({error}); free space on it, then record again")
+            return JournalFull(
+                f"journal_path={self.path}: the disk is full, or nearly ({error}); free space on it, then record again"
+            )
         return kind(f"journal_path={self.path}: {name}: {error}; look at the disk and the file's permissions")
 
 

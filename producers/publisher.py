@@ -211,6 +211,7 @@ class Publisher:
                 "log.connection.close": False,
                 **self.settings.security,
                 "error_cb": self._on_error,
+                "logger": logger,
             }
         )
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from taximeter.embedded.broker import TansuBroker
 from tests.producers.support import LedgerStandIn, Topics
 
 
@@ -13,6 +14,14 @@ from tests.producers.support import LedgerStandIn, Topics
 def topics(bootstrap: str, unique_name: Callable[[str], str]) -> Topics:
     """usage.events and usage.progress, on each broker in turn."""
     topics = Topics(bootstrap, unique_name("usage.events"), unique_name("usage.progress"))
+    topics.create()
+    return topics
+
+
+@pytest.fixture
+def tansu_topics(tansu: TansuBroker, unique_name: Callable[[str], str]) -> Topics:
+    """The same on the embedded broker alone."""
+    topics = Topics(tansu.bootstrap, unique_name("usage.events"), unique_name("usage.progress"))
     topics.create()
     return topics
 

@@ -68,6 +68,13 @@ def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 30.0) ->
         time.sleep(0.02)
 
 
+def create_topics(bootstrap: str, *topics: NewTopic) -> None:
+    # Held until the answers are there: they die with it.
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    for future in admin.create_topics(list(topics)).values():
+        future.result(15)
+
+
 class Topics:
     """Two topics of a test, under names of its own."""
 
@@ -77,17 +84,11 @@ class Topics:
         self.progress = progress
 
     def create(self) -> None:
-        admin = AdminClient({"bootstrap.servers": self.bootstrap})
-        created = admin.create_topics(
-            [
-                NewTopic(self.events, num_partitions=PARTITIONS, replication_factor=1),
-                NewTopic(
-                    self.progress, num_partitions=PARTITIONS, replication_factor=1, config={"cleanup.policy": "compact"}
-                ),
-            ]
+        create_topics(
+            self.bootstrap,
+            NewTopic(self.events, PARTITIONS, 1),
+            NewTopic(self.progress, PARTITIONS, 1, config={"cleanup.policy": "compact"}),
         )
-        for future in created.values():
-            future.result(15)
 
     def publisher_settings(self, **settings: float) -> PublisherSettings:
         return PublisherSettings(

@@ -29,9 +29,9 @@ from tests.services.kafka import KafkaCluster
 
 
 def record(meter: UsageMeter, first: int, count: int) -> None:
-    for number in range(first, first + count):
-        receipt = meter.record(usage_event(number))
-    receipt.durable(10)
+    receipts = {meter.record(usage_event(number)) for number in range(first, first + count)}
+    for receipt in receipts:
+        receipt.durable(10)
 
 
 def test_every_event_arrives_in_its_tenants_partition_under_its_number(
@@ -171,8 +171,7 @@ def test_large_events_fill_batches_by_bytes(tmp_path: Path, topics: Topics) -> N
     for number in range(300):
         event = usage_event(number, tenant_id="verbose")
         event.attributes.update({f"key-{index}": "x" * 240 for index in range(60)})
-        receipt = meter.record(event)
-    receipt.durable(10)
+        meter.record(event).durable(10)
     publisher = Publisher(meter.journal, topics.publisher_settings())
     publisher.start()
     batches = read_batches(topics, lambda batches: sum(len(batch.events) for batch in batches) == 300)
@@ -249,7 +248,7 @@ def test_kafka_away_costs_disk_and_nothing_else(tmp_path: Path, apache_kafka_lib
 
     cluster.nodes[0].process.kill9()
     record(meter, 100, 20_000)
-    assert not publisher.metrics()["unsent"] == 0
+    assert publisher.metrics()["unsent"] > 0
     assert publisher.metrics()["in_flight_bytes"] < 1_300_000
     cluster.start()
     ledger = LedgerStandIn(topics)

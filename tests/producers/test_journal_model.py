@@ -1,0 +1,173 @@
+"""The journal against a model, over any order of calls, restarts, crashes and refusals of the disk.
+
+The model is a list for each partition. After a crash, what was not confirmed may be there or not, group by group; what was
+confirmed is there, in its order, under its number.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import tempfile
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from producers.errors import JournalError
+from producers.journal import Journal, JournalSettings
+from producers.receipt import Receipt
+from tests.producers.support import journaled, usage_event, wait_until
+
+PARTITIONS = 2
+partitions = st.integers(0, PARTITIONS - 1)
+
+
+class JournalMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="journal-"))
+        self.lives = 0
+        self.number = 0
+        self.durable: dict[int, list[str]] = {partition: [] for partition in range(PARTITIONS)}
+        self.freed = dict.fromkeys(range(PARTITIONS), 0)
+        # Slot of this life: partition and what it becomes.
+        self.open: dict[int, tuple[int, str]] = {}
+        self.journal = self.begin()
+
+    def begin(self) -> Journal:
+        return Journal(self.folder / "journal", JournalSettings(PARTITIONS))
+
+    def event(self) -> tuple[str, bytes]:
+        self.number += 1
+        event = usage_event(self.number)
+        return event.request_id, event.SerializeToString()
+
+    @rule(partition=partitions, count=st.integers(1, 30))
+    def append(self, partition: int, count: int) -> None:
+        names, receipts = [], []
+        for _ in range(count):
+            name, event = self.event()
+            names.append(name)
+            receipts.append(self.journal.append(partition, event))
+        for receipt in receipts:
+            receipt.durable()
+        self.durable[partition] += names
+
+    @rule(partition=partitions)
+    def open_request(self, partition: int) -> None:
+        name, event = self.event()
+        slot, receipt = self.journal.open(partition, event)
+        receipt.durable()
+        self.open[slot] = (partition, name)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), times=st.integers(1, 5))
+    def update_request(self, data: st.DataObject, times: int) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.open)))
+        partition, _ = self.open[slot]
+        events = [self.event() for _ in range(times)]
+        for receipt in [self.journal.update(slot, partition, event) for _, event in events]:
+            receipt.durable()
+        self.open[slot] = (partition, events[-1][0])
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def close_request(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.open)))
+        partition, _ = self.open.pop(slot)
+        name, event = self.event()
+        self.journal.close_request(slot, partition, event).durable()
+        self.durable[partition].append(name)
+
+    @rule(partition=partitions)
+    def open_and_close_at_once(self, partition: int) -> None:
+        name, event = self.event()
+        slot, _ = self.journal.open(partition, event)
+        self.journal.update(slot, partition, event)
+        self.journal.close_request(slot, partition, event).durable()
+        self.durable[partition].append(name)
+
+    @rule(partition=partitions, part=st.floats(0, 1))
+    def free(self, partition: int, part: float) -> None:
+        highest = len(self.durable[partition])
+        covered = int(part * highest)
+        self.journal.free(partition, covered)
+        # Whole segments go: up to `covered`, and no further.
+        self.append(partition, 1)
+        wait_until(lambda: not self.journal._to_free, "freed")
+        freed = self.journal.freed_sequence(partition)
+        assert self.freed[partition] <= freed <= max(covered, self.freed[partition])
+        self.freed[partition] = freed
+
+    @rule(partition=partitions)
+    def the_disk_refuses(self, partition: int) -> None:
+        before = self.journal.metrics()["journal_bytes"]
+        # A table that is away is a write that fails after others of its transaction have succeeded.
+        surgeon = sqlite3.connect(self.folder / "journal", isolation_level=None, timeout=10)
+        surgeon.execute("ALTER TABLE open_requests RENAME TO away")
+        name, event = self.event()
+        appended = self.journal.append(partition, event)
+        slot, opened = self.journal.open(partition, event)
+        assert _is_refused(opened)
+        surgeon.execute("ALTER TABLE away RENAME TO open_requests")
+        surgeon.close()
+        # The writer may have taken the event alone, before the request came: then it is durable.
+        if _is_refused(appended):
+            assert self.journal.metrics()["journal_bytes"] == before
+        else:
+            self.durable[partition].append(name)
+        assert slot not in self.open
+
+    @rule()
+    def restart(self) -> None:
+        self.journal.close()
+        self.recover()
+
+    @rule()
+    def crash(self) -> None:
+        """The files as kill -9 leaves them: the log not moved into the file, the lock gone with its process."""
+        self.lives += 1
+        copy = self.folder.with_name(f"{self.folder.name}-{self.lives}")
+        shutil.copytree(self.folder, copy)
+        self.journal.close()
+        shutil.rmtree(self.folder)
+        self.folder = copy
+        self.recover()
+
+    def recover(self) -> None:
+        self.journal = self.begin()
+        left = self.journal.left_open()
+        assert {row.slot: row.partition for row in left} == {slot: partition for slot, (partition, _) in self.open.items()}
+        for row in left:
+            partition, name = self.open.pop(row.slot)
+            self.journal.close_request(row.slot, row.partition, row.event).durable()
+            self.durable[partition].append(name)
+        assert not self.journal.left_open()
+
+    @invariant()
+    def holds_what_was_confirmed_under_its_number(self) -> None:
+        held = journaled(self.journal)
+        for partition, names in self.durable.items():
+            assert self.journal.highest_sequence(partition) == len(names)
+            expected = {number: name for number, name in enumerate(names, start=1) if number > self.freed[partition]}
+            assert {number: event.request_id for number, event in held.get(partition, {}).items()} == expected
+        assert self.journal.metrics()["open_requests"] == len(self.open)
+        assert self.journal.metrics()["pending_bytes"] == 0
+
+    def teardown(self) -> None:
+        self.journal.close()
+        shutil.rmtree(self.folder)
+
+
+def _is_refused(receipt: Receipt) -> bool:
+    try:
+        receipt.durable()
+    except JournalError:
+        return True
+    return False
+
+
+JournalMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestJournalModel = JournalMachine.TestCase
