@@ -16,10 +16,14 @@ from serving.kserve import EMPTY_FINAL_PARAMETER, TensorError
 from serving.tokenizers import Framing
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
     from serving.gateway.profiles import ModelProfile
     from serving.kserve import ModelInferRequest, ModelInferResponse
 
 __all__ = ["AnswerCounter", "Counted", "PreparedRequest", "prepare"]
+
+_FOUR_BYTES = frozenset({"INT32", "UINT32"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,17 @@ def _refuse_shared_memory(request: ModelInferRequest) -> None:
             raise TensorError(tensor.name, "in shared memory", "send tensors in the request: the gateway must meter them")
 
 
-def _inject_flag(request: ModelInferRequest, flag: str, count: str, shape: tuple[int, ...]) -> bool:
+def _flag(request: ModelInferRequest, names: AbstractSet[str], name: str | None) -> bool:
+    """Whether the client set the flag. The set of names spares a walk over all inputs for each that is not there."""
+    return name is not None and name in names and bool(kserve.read_bool_input(request, name))
+
+
+def _inject_flag(request: ModelInferRequest, names: AbstractSet[str], flag: str, count: str, shape: tuple[int, ...]) -> bool:
     """Make the back end report a count; True if the client did not ask for it."""
-    asked = kserve.read_bool_input(request, flag)
+    asked = _flag(request, names, flag)
     if not asked:
-        kserve.strip_input(request, flag)
+        if flag in names:
+            kserve.strip_input(request, flag)
         kserve.add_bool_input(request, flag, True, shape=shape)
     # A client that lists the outputs that it wants gets those alone.
     return kserve.request_output(request, count) or not asked
@@ -60,20 +70,19 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
         if profile.tokenizer is not None:
             raise TensorError(profile.text_input, "missing", "send the prompt as a BYTES tensor of one element")
         prompt = ""
-    framing = profile.framing
-    if profile.chat_input is not None and kserve.read_bool_input(request, profile.chat_input):
-        framing = Framing.CHAT
-    streaming = profile.stream_input is not None and bool(kserve.read_bool_input(request, profile.stream_input))
-    excluded = profile.exclude_input is not None and bool(kserve.read_bool_input(request, profile.exclude_input))
+    names = {tensor.name for tensor in request.inputs}
+    framing = Framing.CHAT if _flag(request, names, profile.chat_input) else profile.framing
+    streaming = _flag(request, names, profile.stream_input)
+    excluded = _flag(request, names, profile.exclude_input)
     hidden: list[str] = []
     counts = profile.counts
     if counts is None:
         if kserve.request_output(request, profile.text_output):
             hidden.append(profile.text_output)
     else:
-        if _inject_flag(request, counts.input_flag, counts.input_count, counts.shape):
+        if _inject_flag(request, names, counts.input_flag, counts.input_count, counts.shape):
             hidden.append(counts.input_count)
-        if _inject_flag(request, counts.output_flag, counts.output_count, counts.shape):
+        if _inject_flag(request, names, counts.output_flag, counts.output_count, counts.shape):
             hidden.append(counts.output_count)
     empty_final_asked = kserve.get_parameter(request, EMPTY_FINAL_PARAMETER)
     if empty_final_asked is not None and not isinstance(empty_final_asked, bool):
@@ -120,12 +129,13 @@ class AnswerCounter:
     def take(self, response: ModelInferResponse) -> None:
         """Count a response and take out what was injected. Raises TensorError if it cannot be read."""
         self.responses += 1
+        names = [tensor.name for tensor in response.outputs]
         counts = self._counts
         if counts is not None:
-            tokens = _plausible(kserve.read_integer_output(response, counts.input_count))
+            tokens = _read_count(response, names, counts.input_count)
             if tokens is not None and (self._input is None or tokens > self._input):
                 self._input = tokens
-            tokens = _plausible(kserve.read_integer_output(response, counts.output_count))
+            tokens = _read_count(response, names, counts.output_count)
             if tokens is not None:
                 self._output = tokens + (self._output or 0) if counts.deltas else tokens
         if self._profile.tokenizer is not None:
@@ -133,7 +143,8 @@ class AnswerCounter:
             if text:
                 self._parts.extend(text)
         for name in self._hidden:
-            kserve.strip_output(response, name)
+            if name in names:
+                kserve.strip_output(response, name)
 
     def counted(self) -> Counted:
         """All so far."""
@@ -156,6 +167,15 @@ class AnswerCounter:
         return text
 
 
-def _plausible(tokens: int | None) -> int | None:
-    """A count that cannot be one is no count; the tokenizer takes its place."""
+def _read_count(response: ModelInferResponse, names: list[str], name: str) -> int | None:
+    """A count; None where there is none, or one that cannot be one: then the tokenizer takes its place."""
+    if name not in names:
+        return None
+    raws = response.raw_output_contents
+    index = names.index(name)
+    # What back ends send: four raw bytes. Everything else takes the way that checks everything.
+    if len(raws) == len(names) and len(raw := raws[index]) == 4 and response.outputs[index].datatype in _FOUR_BYTES:
+        tokens: int | None = int.from_bytes(raw, "little", signed=response.outputs[index].datatype == "INT32")
+    else:
+        tokens = kserve.read_integer_output(response, name)
     return tokens if tokens is not None and 0 <= tokens <= QUANTITY_MAX else None

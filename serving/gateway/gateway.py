@@ -28,7 +28,7 @@ from billing.v1.usage_pb2 import (
 from producers.errors import JournalFull, ProducerError
 from serving.gateway import admission
 from serving.gateway.counting import AnswerCounter, PreparedRequest, prepare
-from serving.gateway.credentials import CREDENTIAL_METADATA, find_secret, hash_secret
+from serving.gateway.credentials import CREDENTIAL_METADATA, SecretHasher, find_secret
 from serving.gateway.errors import CallError
 from serving.gateway.metering import MeterParts, RequestMeter, new_event, now_ms
 from serving.kserve import TensorError
@@ -108,6 +108,7 @@ class Gateway:
         self.ready = False
         self.stopping = False
         self._directory = directory
+        self._hash_secret = SecretHasher(settings.directory.pepper)
         self._parts = parts
         self._running = 0
         self._tenant_running: Counter[str] = Counter()
@@ -121,7 +122,7 @@ class Gateway:
         secret = find_secret(metadata)
         left_s = context.time_remaining()
         return Caller(
-            secret_hash=None if secret is None else hash_secret(self.settings.directory.pepper, secret),
+            secret_hash=None if secret is None else self._hash_secret(secret),
             metadata=tuple(
                 (key, value) for key, value in metadata if key not in _NOT_FORWARDED and not key.startswith(("grpc-", ":"))
             ),

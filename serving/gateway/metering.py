@@ -25,7 +25,6 @@ from billing.v1.usage_pb2 import (
     CountSource,
     UsageEvent,
 )
-from serving import kserve
 from serving.gateway.tokens import TextCount
 from serving.tokenizers import Framing
 
@@ -35,11 +34,13 @@ if TYPE_CHECKING:
     from serving.gateway.directory import KeyView
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.tokens import TokenCounts
+    from serving.kserve import ModelInferResponse
 
 __all__ = ["MeterParts", "RequestMeter", "Usage", "new_event", "now_ms", "tell_usage"]
 
 # Text that may still change how it splits into tokens; what lies before it is counted once.
 _WINDOW_CHARS = 2_048
+_SOURCES: dict[int, str] = {number: name.removeprefix("COUNT_SOURCE_").lower() for name, number in CountSource.items()}
 _UNKNOWN = TextCount(0, exact=False)
 _NOTHING = TextCount(0, exact=True)
 
@@ -70,13 +71,13 @@ class Usage:
     count_source: int
 
 
-def tell_usage(response: kserve.ModelInferResponse, usage: Usage) -> None:
+def tell_usage(response: ModelInferResponse, usage: Usage) -> None:
     """Put the usage into a response's parameters."""
-    kserve.set_parameter(response, "taximeter_request_id", usage.request_id)
-    kserve.set_parameter(response, "taximeter_input_tokens", usage.input_tokens)
-    kserve.set_parameter(response, "taximeter_output_tokens", usage.output_tokens)
-    source = CountSource.Name(usage.count_source).removeprefix("COUNT_SOURCE_").lower()  # type: ignore[arg-type]
-    kserve.set_parameter(response, "taximeter_count_source", source)
+    parameters = response.parameters
+    parameters["taximeter_request_id"].string_param = usage.request_id
+    parameters["taximeter_input_tokens"].int64_param = usage.input_tokens
+    parameters["taximeter_output_tokens"].int64_param = usage.output_tokens
+    parameters["taximeter_count_source"].string_param = _SOURCES[usage.count_source]
 
 
 def new_event(parts: MeterParts, key: KeyView, request_id: str, model: str, operation: int, client_id: str) -> UsageEvent:
