@@ -1,0 +1,319 @@
+"""The sink against real brokers and a real ClickHouse: follows, restarts, waits, finds its place again, and refuses to guess."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from billing import chain, replay
+from billing.founding import found_again
+from billing.v1.account_pb2 import Progress
+from sinks import queries
+from sinks.engine import Columns, Table
+from sinks.engines.chdb import ChdbEngine
+from sinks.errors import EngineUnavailable, LedgerError, LedgerGap
+from sinks.follow import feed
+from sinks.loop import run_sink
+from sinks.settings import SinkSettings
+from sinks.status import SinkStatus
+from taximeter.embedded.broker import TansuBroker, TansuSettings
+from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
+
+PARTITION = 1
+TENANT = tenants_in(PARTITION)[0]
+WAIT_S = 30.0
+
+
+def make_topics(bootstrap: str, prefix: str, partitions: int = 4) -> SinkSettings:
+    settings = SinkSettings(
+        bootstrap,
+        ledger_topic=f"{prefix}.usage.ledger",
+        progress_topic=f"{prefix}.usage.progress",
+        seal_key=KEYS.seal_key,
+        partitions=(PARTITION,),
+        linger_ms=20,
+    )
+    topics = [NewTopic(name, partitions, 1) for name in (settings.ledger_topic, settings.progress_topic)]
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    for future in admin.create_topics(topics).values():
+        future.result(20)
+    return settings
+
+
+def produce(settings: SinkSettings, records: list[bytes]) -> None:
+    producer = Producer({"bootstrap.servers": settings.bootstrap, "acks": "all", "linger.ms": 1})
+    for stored in records:
+        producer.produce(settings.ledger_topic, stored, partition=PARTITION)
+    assert producer.flush(20) == 0
+
+
+@contextmanager
+def running(settings: SinkSettings, engine: ChdbEngine) -> Iterator[SinkStatus]:
+    """A sink on a thread; what ended it is raised when the block ends."""
+    stop, status = threading.Event(), SinkStatus()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            run_sink(settings, engine, stop, status)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield status
+    finally:
+        stop.set()
+        thread.join(WAIT_S)
+    assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+def fails(settings: SinkSettings, engine: ChdbEngine) -> BaseException:
+    """What a sink that must not go on raises."""
+    with pytest.raises(LedgerError) as caught:
+        run_sink(settings, engine, threading.Event())
+    return caught.value
+
+
+def filled(requests: int = 3) -> Ledger:
+    ledger = Ledger(PARTITION)
+    ledger.price()
+    ledger.tenant(TENANT)
+    for _ in range(requests):
+        ledger.usage(batch([usage(uuid.uuid4().hex, TENANT) for _ in range(10)]))
+    return ledger
+
+
+def carried_on(ledger: Ledger, generation: bytes = b"h" * 16) -> Ledger:
+    """The ledger after a broker forgot it: a new generation on the same state."""
+    again = Ledger(PARTITION)
+    record, stored = found_again(ledger.state, generation, NOW_MS, KEYS.seal_key, "test")
+    again.state = ledger.state
+    again.stored = [stored]
+    replay.apply(again.state, record, stored)
+    return again
+
+
+def test_follows_the_ledger_and_goes_on_after_a_restart(
+    bootstrap: str, unique_name: Callable[[str], str], engine: ChdbEngine
+) -> None:
+    settings = make_topics(bootstrap, unique_name("follow"))
+    ledger = filled()
+    produce(settings, ledger.stored)
+    with running(settings, engine) as status:
+        assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+    assert queries.totals(engine).events == 30
+    written = len(ledger.stored)
+    ledger.usage(batch([usage("late", TENANT)]))
+    # A zombie writes the last record again before the new one comes.
+    produce(settings, [ledger.stored[written - 1], *ledger.stored[written:]])
+    with running(settings, engine) as status:
+        assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+        assert status.snapshot()["ignored_records"] == {str(PARTITION): 1}
+    assert queries.totals(engine).events == 31
+    [fresh] = queries.freshness(engine)
+    assert fresh.record_hash == ledger.state.record_hash.hex()
+    assert fresh.ledger_offset == len(ledger.stored)
+    progress = last_progress(settings)
+    assert progress.reader == "sink/clickhouse"
+    assert progress.position.sequence == ledger.state.sequence
+    assert progress.record_hash == ledger.state.record_hash
+    assert progress.ledger_offset == len(ledger.stored)
+
+
+def last_progress(settings: SinkSettings) -> Progress:
+    consumer = Consumer(
+        {"bootstrap.servers": settings.bootstrap, "group.id": "test", "enable.partition.eof": True, "fetch.wait.max.ms": 20}
+    )
+    consumer.assign([TopicPartition(settings.progress_topic, PARTITION, 0)])
+    last = b""
+    while True:
+        message = consumer.poll(WAIT_S)
+        assert message is not None
+        if message.error() is not None:
+            break
+        assert message.key() == f"reader/sink/clickhouse/{PARTITION}".encode()
+        last = message.value() or b""
+    consumer.close()
+    return Progress.FromString(last)
+
+
+def test_the_ledger_grows_while_the_sink_runs(
+    bootstrap: str, unique_name: Callable[[str], str], engine: ChdbEngine
+) -> None:
+    settings = make_topics(bootstrap, unique_name("grows"))
+    ledger = filled(1)
+    with running(settings, engine) as status:
+        produce(settings, ledger.stored)
+        for number in range(5):
+            assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+            ledger.usage(batch([usage(f"more-{number}", TENANT)]))
+            produce(settings, ledger.stored[-1:])
+        assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+    assert queries.totals(engine).events == 15
+
+
+class Flaky:
+    """An engine that is away while `away` is set; everything else is the real one's."""
+
+    def __init__(self, engine: ChdbEngine) -> None:
+        self.engine = engine
+        self.away = threading.Event()
+        self.refused = threading.Event()
+        self.query = engine.query
+        self.execute = engine.execute
+        self.close = engine.close
+
+    def insert(self, table: Table, columns: Columns) -> int:
+        if self.away.is_set():
+            self.refused.set()
+            raise EngineUnavailable("away")
+        return self.engine.insert(table, columns)
+
+
+def test_waits_while_clickhouse_is_away(tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine) -> None:
+    settings = make_topics(tansu.bootstrap, unique_name("away"))
+    flaky = Flaky(engine)
+    flaky.away.set()
+    ledger = filled(5)
+    produce(settings, ledger.stored)
+    with running(settings, flaky) as status:  # type: ignore[arg-type]  # it has what the sink calls
+        assert flaky.refused.wait(WAIT_S)
+        assert queries.totals(engine).events == 0
+        assert "away" in str(status.snapshot()["waiting_for"])
+        flaky.away.clear()
+        assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+    assert queries.totals(engine).events == 50
+
+
+def test_a_new_generation_that_carries_on_is_entered(
+    bootstrap: str, unique_name: Callable[[str], str], engine: ChdbEngine
+) -> None:
+    settings = make_topics(bootstrap, unique_name("before"))
+    ledger = filled()
+    produce(settings, ledger.stored)
+    with running(settings, engine) as status:
+        assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+    # The same minute of the same tenant, in windows of the new generation, whose sequence numbers begin again.
+    again = carried_on(ledger)
+    again.tick(NOW_MS)
+    again.usage(batch([usage(f"again-{number}", TENANT) for number in range(7)]))
+    recreated = make_topics(bootstrap, unique_name("after"))
+    produce(recreated, again.stored)
+    with running(recreated, engine) as status:
+        assert status.wait_for({PARTITION: again.state.sequence}, WAIT_S)
+        # Positions of the old generation have larger numbers; wait until the new one is there.
+        assert status.wait_for({PARTITION: again.state.sequence}, WAIT_S)
+        while queries.freshness(engine)[0].generation != (b"h" * 16).hex():
+            threading.Event().wait(0.05)
+    assert queries.totals(engine).events == 37
+    [balance] = queries.balances(engine, TENANT)
+    assert balance.events == 37
+    assert balance.spend_pico == queries.totals(engine).cost_pico["USD"]
+
+
+def test_a_broker_that_forgot_is_noticed_by_a_running_sink(tmp_path: Path, engine: ChdbEngine) -> None:
+    broker = TansuBroker(TansuSettings(log_path=tmp_path / "broker.log"))
+    broker.start()
+    settings = make_topics(broker.bootstrap, "forgot")
+    ledger = filled()
+    produce(settings, ledger.stored)
+    with running(settings, engine) as status:
+        assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+        port = int(broker.bootstrap.rpartition(":")[2])
+        broker.stop()
+        again = carried_on(ledger)
+        again.usage(batch([usage("again", TENANT)]))
+        broker = TansuBroker(TansuSettings(log_path=tmp_path / "broker2.log", port=port))
+        broker.start()
+        make_topics(broker.bootstrap, "forgot")
+        produce(settings, again.stored)
+        waited = threading.Event()
+        for _ in range(600):
+            if queries.freshness(engine)[0].generation == (b"h" * 16).hex():
+                break
+            waited.wait(0.05)
+    broker.stop()
+    assert queries.totals(engine).events == 31
+
+
+def test_a_gap_is_named_and_feed_closes_it(tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine) -> None:
+    settings = make_topics(tansu.bootstrap, unique_name("gap"))
+    ledger = filled()
+    feed(engine, ledger.stored[:-1], KEYS.seal_key)
+    again = carried_on(ledger)
+    missing = ledger.stored[-1]
+    produce(settings, again.stored)
+    error = fails(settings, engine)
+    assert isinstance(error, LedgerGap)
+    assert error.position == f"generation {(b'g' * 16).hex()[:12]}, sequence {len(ledger.stored) - 2}"
+    assert error.needed == f"generation {(b'g' * 16).hex()[:12]}, sequence {len(ledger.stored) - 1}"
+    assert error.position in str(error)
+    assert error.needed in str(error)
+    # Handing over everything again is as good as handing over what is missing.
+    [position] = feed(engine, [*ledger.stored[:-1], missing], KEYS.seal_key).values()
+    assert position.record_hash == chain.record_hash(missing)
+    with running(settings, engine) as status:
+        while queries.freshness(engine)[0].generation != (b"h" * 16).hex():
+            assert not status.snapshot()["waiting_for"]
+            threading.Event().wait(0.05)
+    assert queries.totals(engine).events == 30
+
+
+@pytest.mark.parametrize(
+    ("held", "in_log", "says"),
+    [
+        pytest.param(slice(None), slice(0, 2), "the log ends at", id="ends before"),
+        pytest.param(slice(0, 2), slice(4, None), "the log starts at", id="starts after"),
+        pytest.param(slice(0, 0), slice(3, None), "this database is empty", id="empty database, no beginning"),
+        pytest.param(slice(None), slice(0, 0), "the log is empty", id="empty log"),
+    ],
+)
+def test_a_log_that_does_not_fit_stops_the_sink(
+    tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine, held: slice, in_log: slice, says: str
+) -> None:
+    settings = make_topics(tansu.bootstrap, unique_name("unfit"))
+    ledger = filled()
+    feed(engine, ledger.stored[held], KEYS.seal_key)
+    produce(settings, ledger.stored[in_log])
+    assert says in str(fails(settings, engine))
+
+
+def test_another_installations_log_is_refused(
+    tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine
+) -> None:
+    settings = make_topics(tansu.bootstrap, unique_name("other"))
+    feed(engine, filled().stored, KEYS.seal_key)
+    other = Ledger(PARTITION)
+    other.tick(NOW_MS)
+    record = other.stored[0].replace(b"g" * 16, b"o" * 16)
+    produce(settings, [chain.seal(unsealed(record), KEYS.seal_key)])
+    assert "belongs to another installation" in str(fails(settings, engine))
+
+
+def unsealed(stored: bytes) -> chain.LedgerRecord:
+    record = chain.LedgerRecord.FromString(stored)
+    record.ClearField("seal")
+    return record
+
+
+def test_a_damaged_record_stops_the_sink(
+    tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine
+) -> None:
+    settings = make_topics(tansu.bootstrap, unique_name("damaged"))
+    ledger = filled()
+    damaged = bytearray(ledger.stored[-1])
+    damaged[-1] ^= 1
+    produce(settings, [*ledger.stored[:-1], bytes(damaged)])
+    with pytest.raises(chain.UnreadableRecord, match="the seal is not the ledger key's"):
+        run_sink(settings, engine, threading.Event())
