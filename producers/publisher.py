@@ -265,7 +265,10 @@ class Publisher:
                 return linger_s - lingered_s
             if not self._send_batch(producer, delivery, highest, now):
                 return _POLL_S
-        if highest and now - delivery.sent_at >= self.settings.heartbeat_s:
+        if not highest:
+            # Nothing was ever numbered here, so no heartbeat is due, now or later.
+            return _IDLE_S
+        if now - delivery.sent_at >= self.settings.heartbeat_s:
             if not self._send(producer, delivery, UsageBatch(highest_sequence=highest), b"", 0, now):
                 return _POLL_S
             self._counts["heartbeats"] += 1
