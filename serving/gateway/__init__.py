@@ -1,4 +1,20 @@
-"""The metering gateway: KServe v2 in, KServe v2 out, and every inference billed before its last byte leaves."""
+"""The metering gateway: KServe v2 in, KServe v2 out, and every inference billed before its last byte leaves.
+
+What ends a request, and what its usage event says:
+
+    completed                                 COMPLETED: the back end's counts, else the tokenizer's
+    the back end saw less of the prompt       TRUNCATED: the back end's counts
+    the client cancels or is gone             CANCELLED: input, and all output that the back end had sent by then
+    the deadline passes                       DEADLINE_EXCEEDED: the same
+    a back end's error before the first chunk BACKEND_ERROR: price 0
+    a back end's error later                  BACKEND_ERROR_PARTIAL: what was delivered (`bill_partial_answers` off: price 0)
+    the gateway stops or dies                 INTERRUPTED: what was delivered
+    account, model, prompt, concurrency       REJECTED, with the reason: price 0, never forwarded
+    the key, stale state, a full journal      no event: there is no tenant, or nowhere to write it; counted in the metrics
+
+The last response that a client sees says what is billed, in its parameters `taximeter_request_id`, `taximeter_input_tokens`,
+`taximeter_output_tokens` and `taximeter_count_source`.
+"""
 
 from serving.gateway.credentials import hash_secret
 from serving.gateway.profiles import CountFlags, ModelProfile, generic, tensorrt_llm, vllm

@@ -144,7 +144,7 @@ class AnswerCounter:
                 self._parts.extend(text)
         for name in self._hidden:
             if name in names:
-                kserve.strip_output(response, name)
+                _strip(response, names, name)
 
     def counted(self) -> Counted:
         """All so far."""
@@ -165,6 +165,17 @@ class AnswerCounter:
         if first_part == 0 and self._profile.prompt_in_output_text and self._prepared.prompt_echoed:
             text = text.removeprefix(self._prepared.prompt)
         return text
+
+
+def _strip(response: ModelInferResponse, names: list[str], name: str) -> None:
+    """Take an output out of the response and its name out of `names`, which are the response's outputs in order."""
+    index = names.index(name)
+    if len(response.raw_output_contents) == len(names):
+        del response.raw_output_contents[index]
+        del response.outputs[index]
+    else:
+        kserve.strip_output(response, name)
+    del names[index]
 
 
 def _read_count(response: ModelInferResponse, names: list[str], name: str) -> int | None:

@@ -25,6 +25,7 @@ from billing.v1.usage_pb2 import (
     CountSource,
     UsageEvent,
 )
+from producers.errors import JournalError
 from serving.gateway.tokens import TextCount
 from serving.tokenizers import Framing
 
@@ -132,11 +133,6 @@ class RequestMeter:
         self._open = self._parts.meter.open(self._event)
         await self._open.receipt.wait(self._parts.durable_timeout_s)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether the bill is written."""
-        return self._closed
-
     def forwarded(self) -> None:
         """From here on the request costs."""
         self._forwarded = True
@@ -198,7 +194,8 @@ class RequestMeter:
         return self._forwarded and count is not None and count.exact and input_tokens < count.tokens
 
     async def close(self, outcome: int) -> Usage:
-        """Count what the responses so far brought, and return when the bill is durable. Later calls change nothing."""
+        """Count what the responses so far brought, and return when the bill is durable. Later calls change nothing, unless
+        the journal failed."""
         counted = self.counter.counted()
         input_tokens, output_tokens = counted.input_tokens, counted.output_tokens
         source: int = COUNT_SOURCE_BACKEND
@@ -222,7 +219,11 @@ class RequestMeter:
             if source == COUNT_SOURCE_TOKENIZER and self._profile.tokenizer is not None:
                 event.tokenizer = self._parts.tokens.fingerprint(self._profile.tokenizer)
             assert self._open is not None, "close comes after open"
-            await self._open.close(event).wait(self._parts.durable_timeout_s)
+            try:
+                await self._open.close(event).wait(self._parts.durable_timeout_s)
+            except JournalError:
+                self._closed = False
+                raise
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ __all__ = ["GatewayServer", "new_event_loop", "run_gateway"]
 
 # Calls that are no inferences: probes and metadata.
 _CONTROL_CALLS_MAX = 256
+_READY_POLL_S = 0.1
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -120,20 +122,22 @@ class GatewayServer:
         self._followers: list[TopicFollower] = []
         self._publisher: Publisher | None = None
         self._server: Any = None
+        self._meter: UsageMeter | None = None
         self._stopped = False
         self.port = 0
         self.recovered = 0
 
-    async def start(self, *, wait_ready: bool = True) -> None:
-        """Recover the journal, read keys and accounts, serve. With `wait_ready` it returns when keys are known."""
+    async def start(self) -> None:
+        """Recover the journal, serve, read keys and accounts; returns when they are known. Until then calls are told to try
+        again. Raises TimeoutError if they cannot be read in time; `stop` it then too."""
         settings = self._settings
         limits = settings.limits
-        self.meter = await asyncio.to_thread(UsageMeter, settings.meter)
-        self.recovered = await asyncio.to_thread(self.meter.recover)
+        self._meter = meter = await asyncio.to_thread(UsageMeter, settings.meter)
+        self.recovered = await asyncio.to_thread(meter.recover)
         if settings.publisher is not None:
-            self._publisher = Publisher(self.meter.journal, settings.publisher)
+            self._publisher = Publisher(meter.journal, settings.publisher)
             self._publisher.start()
-        parts = MeterParts(self.meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s)
+        parts = MeterParts(meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s)
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
         self._server = grpc.aio.server(
@@ -159,9 +163,7 @@ class GatewayServer:
         await self._server.start()
         if self._follows:
             self._follow()
-        ready = self.gateway.spawn(self._await_ready())
-        if wait_ready:
-            await asyncio.shield(ready)
+        await self._await_ready()
 
     def _follow(self) -> None:
         directory = self._settings.directory
@@ -174,18 +176,27 @@ class GatewayServer:
             follower.start()
 
     async def _await_ready(self) -> None:
-        timeout_s = self._settings.directory.ready_timeout_s
+        directory = self._settings.directory
+        deadline = time.monotonic() + directory.ready_timeout_s
         for follower in self._followers:
-            if not await asyncio.to_thread(follower.ready.wait, timeout_s):
-                raise TimeoutError(
-                    f"ready_timeout_s: {timeout_s:g}: keys and accounts could not be read from "
-                    f"{self._settings.directory.bootstrap} in time: see that Kafka is there and its topics exist"
-                )
+            # In short waits: a thread that waits cannot be cancelled, and a stop must not wait for it.
+            while not await asyncio.to_thread(follower.ready.wait, _READY_POLL_S):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"ready_timeout_s: {directory.ready_timeout_s:g}: topic {follower.topic} could not be read from "
+                        f"{directory.bootstrap} in time: see that Kafka is there and the topic exists"
+                    )
         self.gateway.ready = True
+
+    @property
+    def meter(self) -> UsageMeter:
+        """The meter of a gateway that was started."""
+        assert self._meter is not None, "start opens the journal"
+        return self._meter
 
     def metrics(self) -> Mapping[str, int]:
         """Counts since the start, and what is known now."""
-        return {**self.gateway.metrics, **self._directory.counts()}
+        return {**self.gateway.metrics, **self._directory.counts(), **self.meter.metrics()}
 
     async def stop(self) -> None:
         """Stop serving, bill what is cut off, close the journal. Does nothing the second time."""
@@ -206,7 +217,8 @@ class GatewayServer:
             await asyncio.to_thread(follower.close)
         if self._publisher is not None:
             await asyncio.to_thread(self._publisher.close, limits.durable_timeout_s)
-        await asyncio.to_thread(self.meter.close, limits.durable_timeout_s)
+        if self._meter is not None:
+            await asyncio.to_thread(self._meter.close, limits.durable_timeout_s)
         self._tokens.close()
 
 

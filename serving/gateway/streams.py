@@ -18,6 +18,7 @@ from billing.v1.usage_pb2 import (
     OUTCOME_BACKEND_ERROR_PARTIAL,
     OUTCOME_COMPLETED,
     OUTCOME_DEADLINE_EXCEEDED,
+    OUTCOME_INTERRUPTED,
 )
 from producers.errors import ProducerError
 from serving import kserve
@@ -221,8 +222,9 @@ class _ClientStream:
         except asyncio.CancelledError:
             for task in self._tasks:
                 task.cancel()
-            if self._failure is None:
+            if self._failure is None or self._main is None:
                 raise
+            self._main.uncancel()
         if self._failure is not None:
             await self._context.abort(self._failure.status, self._failure.message)
 
@@ -268,6 +270,7 @@ class _ClientStream:
             await _RequestFlow(gateway, self._caller, admitted, write).run()
         except ProducerError as error:
             gateway.metrics["journal_errors"] += 1
+            gateway.settle(admitted.meter, OUTCOME_INTERRUPTED)
             raise CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}") from error
         finally:
             gateway.end(admitted.tenant_id)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED, OUTCOME_DEADLINE_EXCEEDED
+from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED, OUTCOME_DEADLINE_EXCEEDED, OUTCOME_INTERRUPTED
 from producers.errors import ProducerError
 from serving.gateway.errors import CallError
 from serving.gateway.metering import tell_usage
@@ -65,6 +65,7 @@ def make_model_infer(gateway: Gateway, policy: Policy) -> Callable[[ModelInferRe
                 raise
             except ProducerError as error:
                 gateway.metrics["journal_errors"] += 1
+                gateway.settle(admitted.meter, OUTCOME_INTERRUPTED)
                 raise CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}") from error
             finally:
                 gateway.end(admitted.tenant_id)

@@ -293,8 +293,8 @@ async def test_an_unknown_model_is_not_found_and_recorded(server: GatewayServer,
 
 @pytest.mark.parametrize(
     ("prompt", "source"),
-    [("word " * 300, COUNT_SOURCE_TOKENIZER), ("word " * 40_000, COUNT_SOURCE_ESTIMATE)],
-    ids=["tokens", "bytes"],
+    [("word " * 300, COUNT_SOURCE_TOKENIZER), ("word " * 1_200_000, COUNT_SOURCE_ESTIMATE)],
+    ids=["tokens", "6-megabytes"],
 )
 async def test_an_oversized_prompt_is_refused_before_the_back_end_sees_it(
     server: GatewayServer, client: Any, direct: Any, prompt: str, source: int

@@ -250,3 +250,31 @@ async def test_without_hold_back_no_chunk_waits_for_the_next(tmp_path: Path, hol
             async for _ in client.stream_infer(_each((ENTRY,)), headers=HEADERS):
                 first_seen.set()
     assert first_seen.is_set()
+
+
+async def test_no_chunk_leaves_that_the_journal_does_not_take(tmp_path: Path) -> None:
+    journal_gone = asyncio.Event()
+
+    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+        for text in ("one", "two"):
+            yield vllm_response(text, input_tokens=1, new_tokens=1, final=False)
+        await journal_gone.wait()
+        for final in (False, False, True):
+            yield vllm_response("unpaid", input_tokens=1, new_tokens=1, final=final)
+
+    async with (
+        scripted_back_end(script) as address,
+        running(gateway_settings(tmp_path, address)) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        got: list[str] = []
+        with pytest.raises(grpc.aio.AioRpcError, match="usage cannot be recorded"):
+            async for result, _ in client.stream_infer(_each((ENTRY,)), headers=HEADERS):
+                got.append(result.as_numpy("text_output")[0].decode())
+                await asyncio.to_thread(server.meter.journal.close)
+                journal_gone.set()
+        assert got == ["one"]
+    async with running(gateway_settings(tmp_path, address)) as again:
+        assert again.recovered == 1
+        (event,) = journalled(again.meter)
+    assert (event.outcome, billed(event)[1:]) == (OUTCOME_INTERRUPTED, (1, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import tritonclient.grpc.aio as triton_aio
 from confluent_kafka import Producer
 from tritonclient.utils import InferenceServerException
 
+from billing.identity import partition_of
 from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, LedgerPosition
-from serving.gateway import DirectorySettings, GatewayServer, GatewaySettings
+from billing.v1.usage_pb2 import OUTCOME_COMPLETED, UsageBatch, UsageEvent
+from producers.publisher import PublisherSettings
+from serving.gateway import DirectorySettings, GatewayServer, GatewaySettings, run_gateway
 from taximeter.embedded.broker import TansuBroker
-from tests.services.brokers import create_topic
+from tests.services.brokers import consumer_of, create_topic, read_to_end
 from tests.serving.gateway_support import (
     HEADERS,
     PARTITIONS,
@@ -107,11 +111,44 @@ async def test_a_revoked_key_stops_working(client: Any, topics: Topics) -> None:
     await refused(client, "UNAUTHENTICATED")
 
 
+async def test_the_command_lines_entry_serves_publishes_and_stops(
+    settings: GatewaySettings, topics: Topics, tansu: TansuBroker, unique_name: Callable[[str], str]
+) -> None:
+    events_topic, progress_topic = unique_name("events"), unique_name("progress")
+    for name in (events_topic, progress_topic):
+        create_topic(tansu.bootstrap, name, PARTITIONS)
+    topics.send(topics.keys, "key-a", api_key())
+    topics.send(topics.accounts, "tenant-a", account())
+    publisher = PublisherSettings(
+        tansu.bootstrap, PARTITIONS, topic=events_topic, progress_topic=progress_topic, linger_ms=1, progress_wait_s=0.1
+    )
+    ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    serving = asyncio.create_task(run_gateway(replace(settings, publisher=publisher), ready=ready.set_result, stop=stop))
+    async with asyncio.timeout(30):
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{await ready}") as client:
+            await infer(client)
+        stop.set()
+        await serving
+
+    def published() -> list[UsageEvent]:
+        consumer = consumer_of(tansu.bootstrap)
+        try:
+            messages, _ = read_to_end(consumer, events_topic, partition_of("tenant-a", PARTITIONS), 0)
+        finally:
+            consumer.close()
+        batches = [UsageBatch.FromString(message.value() or b"") for message in messages]
+        return [event for batch in batches for event in batch.events]
+
+    (event,) = {event.request_id: event for event in await asyncio.to_thread(published)}.values()
+    assert (event.tenant_id, event.outcome, event.output_tokens) == ("tenant-a", OUTCOME_COMPLETED, 1)
+
+
 async def test_until_keys_are_read_a_gateway_is_unavailable(tmp_path: Path, back_end: str, free_port: Any) -> None:
     directory = DirectorySettings(f"127.0.0.1:{free_port()}", PEPPER, PARTITIONS, ready_timeout_s=0.5)
     server = GatewayServer(gateway_settings(tmp_path, back_end, directory=directory, tokenizers={}, models=trace_models()))
     try:
-        with pytest.raises(TimeoutError, match="keys and accounts could not be read"):
+        with pytest.raises(TimeoutError, match="could not be read from"):
             await server.start()
         async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
             with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*keys are still being read"):
