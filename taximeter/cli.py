@@ -2,7 +2,7 @@
 
 import typer
 
-from taximeter.commands import accounts, configuration, feeding, operations, parts, reading, running
+from taximeter.commands import accounts, configuration, demo, feeding, operations, parts, reading, running
 
 __all__ = ["app", "main"]
 
@@ -21,6 +21,7 @@ credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
 topics_app = typer.Typer(no_args_is_help=True, help="Kafka's topics.")
 prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
 
+app.command("demo")(demo.demo)
 app.command("up")(running.up)
 app.command("worker")(parts.worker)
 app.command("sink")(parts.sink)

@@ -10,8 +10,9 @@ import json
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["Advance", "Output"]
+
+_PIPED_COLUMNS: Final = 160
 
 
 class Advance(Protocol):
@@ -37,7 +40,9 @@ class Output:
 
     @classmethod
     def standard(cls) -> Output:
-        return cls(Console(highlight=False), Console(stderr=True, highlight=False))
+        # A pipe has no width: tables then get one that holds them, instead of a terminal's eighty columns.
+        piped = None if sys.stdout.isatty() else _PIPED_COLUMNS
+        return cls(Console(highlight=False, width=piped), Console(stderr=True, highlight=False))
 
     def json(self, value: Any) -> None:
         """One JSON document."""
@@ -54,7 +59,7 @@ class Output:
         if not rows and empty:
             self.console.print(empty)
             return
-        table = Table(title=title or None, title_justify="left", header_style="bold")
+        table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, show_header=any(columns))
         for column in columns:
             name = column.rstrip()
             table.add_column(name, justify="right" if column.endswith(" ") else "left", overflow="fold")
@@ -68,11 +73,11 @@ class Output:
 
     def say(self, text: str) -> None:
         """A line for a person."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True, markup=False)
 
     def note(self, text: str) -> None:
         """A line that is not the result: on standard error."""
-        self.notes.print(text)
+        self.notes.print(text, soft_wrap=True, markup=False)
 
     @contextmanager
     def progress(self, description: str, total: int | None) -> Iterator[Advance]:

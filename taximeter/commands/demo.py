@@ -1,0 +1,98 @@
+"""`demo`: start everything, show the whole path, stop everything, and fail if anything did not match."""
+
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from taximeter.commands.common import Context, command
+from taximeter.demonstration.script import TENANTS
+from taximeter.demonstration.show import Demonstration, check
+from taximeter.embedded.installation import install
+from taximeter.embedded.state import DataDir
+from taximeter.output import Output
+
+__all__ = ["demo"]
+
+
+@command
+def demo(
+    context: Context,
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up afterwards, and say what to try next.")] = False,
+) -> None:
+    """Show the whole path on this machine: a real language model, real prompts, and every token on the bill."""
+    folder = Path(tempfile.mkdtemp(prefix="taximeter-demo-"))
+    data_dir = DataDir(folder)
+    config = context.own_config()
+    output = context.output
+    began_s = time.monotonic()
+    finished = False
+    try:
+        with data_dir.lock():
+            installation = install(data_dir, config)
+            supervisor = installation.supervisor(
+                tell=output.note, on_change=lambda: data_dir.write(installation.run_state(supervisor.pids()))
+            )
+            ended = threading.Event()
+            _end_on_signals(ended)
+            output.note(f"starting Kafka, the ledger, ClickHouse, SmolLM2 and the gateway in {folder}")
+            supervisor.start()
+            watcher = threading.Thread(target=supervisor.watch, args=(ended,), name="supervisor")
+            watcher.start()
+            try:
+                show = Demonstration(installation.config, output, folder)
+                show.run()
+                check(show)
+                took_s = time.monotonic() - began_s
+                output.say(f"Everything matched, answer by answer: told = ledger = ClickHouse. {took_s:.0f} s in all.")
+                if keep:
+                    _say_what_next(output, folder, show)
+                    ended.wait()
+            finally:
+                ended.set()
+                watcher.join()
+                supervisor.stop()
+        finished = True
+    finally:
+        if finished:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            output.note(f"what was written, logs too, stays in {folder}")
+
+
+def _end_on_signals(ended: threading.Event) -> None:
+    """SIGTERM as Ctrl-C: both interrupt the main thread, so that everything is stopped in order."""
+
+    def told(_number: int, _frame: object) -> None:
+        ended.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGINT, told)
+
+
+def _say_what_next(output: Output, folder: Path, show: Demonstration) -> None:
+    tenant = TENANTS[0].tenant_id
+    gateway = f"{show.config.gateway.host}:{show.config.gateway.port}"
+    output.say(
+        f"""
+It stays up until Ctrl-C. In another terminal:
+
+  export TAXIMETER_DATA_DIR={folder}
+  taximeter balance
+  taximeter statement {tenant}
+  taximeter alerts --follow
+  taximeter credit grant {tenant} 10 --reason "because it works"
+  taximeter audit
+  taximeter doctor
+
+The gateway speaks KServe v2 on {gateway}; {tenant}'s key, for the metadata "authorization: Bearer …":
+
+  {show.secrets[tenant]}
+"""
+    )

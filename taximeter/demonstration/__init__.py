@@ -1,0 +1,1 @@
+"""`taximeter demo`: the whole path on this machine, shown answer by answer."""
