@@ -7,7 +7,7 @@ import itertools
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -233,3 +233,23 @@ def test_a_receipt_of_a_loop_that_is_gone_settles_all_the_same() -> None:
     asyncio.run(give_up())
     receipt.settle(None)
     assert receipt.is_durable
+
+
+async def test_a_group_wakes_each_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    receipt = Receipt()
+    loop = asyncio.get_running_loop()
+    wakes: list[object] = []
+    threadsafe = loop.call_soon_threadsafe
+
+    def counted(callback: Callable[..., object], *arguments: object) -> asyncio.Handle:
+        wakes.append(callback)
+        return threadsafe(callback, *arguments)
+
+    waiting = [asyncio.create_task(receipt.wait()) for _ in range(500)]
+    await asyncio.sleep(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_soon_threadsafe", counted)
+        receipt.settle(None)
+        await asyncio.gather(*waiting)
+    assert len(wakes) == 1
+    await receipt.wait()
