@@ -93,13 +93,13 @@ class LedgerApp:
 
     async def _on_revoked(self, _app: Any, /, *_: Any, **__: Any) -> None:
         if not await self._release_all():
-            stuck = [host.where for host in self.hosts.values() if host.in_flight or host.stopped]
-            self.failure.set(
-                HostStopped(
-                    f"{', '.join(stuck) or 'a partition'} was revoked and did not settle in "
-                    f"{self.settings.drain_timeout_s:g} s; starting over from the log"
-                )
+            reasons = [host.stopped for host in self.hosts.values() if host.stopped is not None]
+            stuck = [host.where for host in self.hosts.values() if host.in_flight]
+            unsettled = HostStopped(
+                f"{', '.join(stuck) or 'a partition'} was revoked and did not settle in {self.settings.drain_timeout_s:g} s; "
+                "starting over from the log"
             )
+            self.failure.set(reasons[0] if reasons else unsettled)
 
     async def _on_rebalanced(self, _app: Any, /, *_: Any, **__: Any) -> None:
         try:

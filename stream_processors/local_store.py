@@ -285,14 +285,8 @@ class LocalStore:
 
 
 def _window_name(key: WindowKey) -> bytes:
-    parts = (
-        key.tenant_id.encode(),
-        key.project_id.encode(),
-        key.model.encode(),
-        b"%d,%d,%d" % (key.operation, key.service_class, key.minute),
-    )
-    # Length-prefixed, so that no ID can imitate another window's name.
-    return b"w" + b"".join([b"%d:" % len(part) + part for part in parts])
+    # With the sequence that opened it, as a record states it and as a record lets it go.
+    return b"w" + key.SerializeToString(deterministic=True)
 
 
 def _join_blob(entries: Iterable[tuple[int, bytes]]) -> bytes:

@@ -102,7 +102,7 @@ def test_kill_9_at_random_while_two_workers_share_the_partitions(ledger: Ledger)
 
 
 @pytest.mark.chaos
-def test_a_zombie_changes_nothing_and_stops(ledger: Ledger) -> None:
+def test_a_zombie_changes_nothing(ledger: Ledger) -> None:
     zombie = ledger.worker("zombie", publish=False)
     ledger.send([event(f"tenant-{i}") for i in range(20)])
     ledger.wait_charged()
@@ -112,9 +112,17 @@ def test_a_zombie_changes_nothing_and_stops(ledger: Ledger) -> None:
     ledger.wait_charged(90)
     zombie.resume()
     ledger.send([event(f"tenant-{i}") for i in range(20)])
-    ledger.wait_charged()
+
+    def charged() -> bool:
+        # Whoever finds a foreign record ends, and its supervisor starts it again.
+        for worker in (zombie, heir):
+            if not worker.alive:
+                assert worker.exit_code == REFUSED, worker.log_tail()
+                worker.start()
+        return len(ledger.charged()) >= len(ledger.sent)
+
+    ledger.wait(charged, "the charges", 90)
     ledger.assert_exact()
-    assert heir.alive or zombie.alive
 
 
 def test_somebody_else_writes_to_the_ledger(ledger: Ledger) -> None:
