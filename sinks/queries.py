@@ -275,12 +275,12 @@ def usage(
             raise ParameterError(f"by {', '.join(by)}: that stands in the events only; name the tenant")
         source, time = "usage_events FINAL", "ended"
         counts = (
-            f"count() AS event_count, countIf(NOT ({_CHARGED})) AS refused_count, "
-            f"countIf(price_version = 0 AND {_CHARGED}) AS unrated_count"
+            f"count() AS event_count, countIf(NOT ({CHARGED})) AS refused_count, "
+            f"countIf(price_version = 0 AND {CHARGED}) AS unrated_count"
         )
         # What was refused or never delivered is kept out of the totals of quantities, here as there.
-        token_sums = ", ".join(f"sumIf({name}, {_CHARGED}) AS sum_{name}" for name in TOKEN_COLUMNS)
-        unit_sums = f"sumMapIf(unit_names, unit_quantities, {_CHARGED}) AS unit_sums"
+        token_sums = ", ".join(f"sumIf({name}, {CHARGED}) AS sum_{name}" for name in TOKEN_COLUMNS)
+        unit_sums = f"sumMapIf(unit_names, unit_quantities, {CHARGED}) AS unit_sums"
         conditions += ["ended >= fromUnixTimestamp64Milli({start:Int64})", "ended < fromUnixTimestamp64Milli({end:Int64})"]
         parameters |= {"start": start_ms, "end": end_ms}
     else:
@@ -489,7 +489,7 @@ def freshness(reader: Reader) -> list[Freshness]:
 
 
 # Of an event: whether it counts as usage. What a gateway refused or a back end never delivered is recorded at price 0.
-_CHARGED = "outcome NOT IN ('rejected', 'backend_error')"
+CHARGED = "outcome NOT IN ('rejected', 'backend_error')"
 
 
 def _ms(column: str) -> str:

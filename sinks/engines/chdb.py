@@ -14,7 +14,7 @@ import re
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -65,15 +65,13 @@ class ChdbEngine:
         self._writing = threading.Lock()
         self._closed = False
         try:
-            self._writer = chdb.connect(str(folder))
-            self._run(self._writer, f"CREATE DATABASE IF NOT EXISTS {database}")
-            self._run(self._writer, f"USE {database}")
+            with closing(chdb.connect(str(self._folder))) as first:
+                self._run(first, f"CREATE DATABASE IF NOT EXISTS {database}")
+            self._writer = self._connect()
             self._readers: queue.LifoQueue[Any] = queue.LifoQueue()
             self._reader_count = readers
             for _ in range(readers):
-                reader = chdb.connect(str(folder))
-                self._run(reader, f"USE {database}")
-                self._readers.put(reader)
+                self._readers.put(self._connect())
         except BaseException:
             _release(self._folder)
             raise
@@ -118,6 +116,11 @@ class ChdbEngine:
             ) from None
         try:
             return self._run(reader, bounded, "JSONCompact")
+        except BaseException:
+            # What a broken query had already written would stand before the next one's answer: chDB keeps it with the connection.
+            reader.close()
+            reader = self._connect()
+            raise
         finally:
             self._readers.put(reader)
 
@@ -130,6 +133,11 @@ class ChdbEngine:
                 self._readers.get().close()
             self._writer.close()
             _release(self._folder)
+
+    def _connect(self) -> Any:
+        connection = chdb.connect(str(self._folder))
+        self._run(connection, f"USE {self._database}")
+        return connection
 
     def _run(self, connection: Any, sql: str, output_format: str = "CSV") -> bytes:
         self._check_open()

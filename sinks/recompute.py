@@ -1,0 +1,298 @@
+"""What one partition must hold, computed again from its ledger records: every event's cost, every window, every account.
+
+Pure: it takes records in order and says where a record contradicts the ones before it. It keeps what the ledger keeps: open
+windows and accounts; a window that was let go leaves here too, with what it must stand at in ClickHouse.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from billing.amounts import from_amount
+from billing.prices import PriceBooks
+from billing.rating import FREE_OUTCOMES, event_cost_pico, token_quantities, unit_quantities
+from billing.v1.account_pb2 import Account
+from billing.v1.command_pb2 import Command
+from billing.v1.ledger_pb2 import DROP_REASON_CONFLICT, DROP_REASON_DUPLICATE, LedgerRecord, UsageApplied, WindowTotal
+from billing.v1.usage_pb2 import UsageBatch, UsageEvent
+from billing.windows import MINUTE_MS, Key, key_of
+
+__all__ = ["ExpectedAccount", "ExpectedEvent", "ExpectedWindow", "Finding", "Recomputed", "WindowId"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One difference. `kind` is one of a fixed set, for programs; the rest is for people."""
+
+    kind: str
+    partition: int
+    # What is different: a record, a request, a window, an account.
+    subject: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"partition {self.partition}: {self.kind}: {self.subject}: expected {self.expected}, found {self.found}"
+
+
+class WindowId(NamedTuple):
+    """A window's full key."""
+
+    key: Key
+    generation: bytes
+    opened_sequence: int
+
+    def __str__(self) -> str:
+        key = self.key
+        return (
+            f"window {key.tenant_id}/{key.project_id}/{key.model}/{key.operation}/{key.service_class} minute {key.minute}, "
+            f"opened by {self.generation.hex()[:12]}:{self.opened_sequence}"
+        )
+
+
+@dataclass(slots=True)
+class ExpectedWindow:
+    """What a window adds up to."""
+
+    currency: str
+    events: int = 0
+    refused_events: int = 0
+    unrated_events: int = 0
+    tokens: list[int] = field(default_factory=lambda: [0] * 8)
+    units: Counter[str] = field(default_factory=Counter)
+    cost_pico: int = 0
+
+    def values(self) -> dict[str, object]:
+        """By name, to compare and to show."""
+        return {
+            "events": self.events,
+            "refused_events": self.refused_events,
+            "unrated_events": self.unrated_events,
+            "tokens": tuple(self.tokens),
+            "units": {unit: quantity for unit, quantity in sorted(self.units.items()) if quantity},
+            "cost_pico": self.cost_pico,
+        }
+
+
+@dataclass(slots=True)
+class ExpectedAccount:
+    """What an account adds up to."""
+
+    currency: str
+    credit_pico: int = 0
+    spend_pico: int = 0
+    events: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    unrated_events: int = 0
+
+    def values(self) -> dict[str, object]:
+        """By name, to compare and to show."""
+        return {
+            "credit_pico": self.credit_pico,
+            "spend_pico": self.spend_pico,
+            "events": self.events,
+            "duplicates": self.duplicates,
+            "conflicts": self.conflicts,
+            "unrated_events": self.unrated_events,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedEvent:
+    """An accepted event, and what its row must say."""
+
+    event: UsageEvent
+    generation: bytes
+    sequence: int
+    index: int
+    cost_pico: int
+    price_version: int
+
+
+class Recomputed:
+    """One partition, record by record."""
+
+    def __init__(self, partition: int) -> None:
+        self.partition = partition
+        self.findings: list[Finding] = []
+        self.accounts: dict[str, ExpectedAccount] = {}
+        self.open: dict[Key, tuple[WindowId, ExpectedWindow]] = {}
+        # Let go since they were last taken from here.
+        self.closed: list[tuple[WindowId, ExpectedWindow]] = []
+        self.events_by_tenant: Counter[str] = Counter()
+        self.windows_by_tenant: Counter[str] = Counter()
+        self._books = PriceBooks()
+        self._default_currency = ""
+
+    def take(self, record: LedgerRecord) -> list[ExpectedEvent]:
+        """Apply the next record; returns its accepted events."""
+        expected: list[ExpectedEvent] = []
+        match record.WhichOneof("source"):
+            case "founding":
+                self._found(record)
+            case "usage":
+                expected = list(self._usage(record))
+            case "command":
+                self._command(record)
+        self._compare_totals(record)
+        for key in record.released:
+            entry = self.open.pop(key_of(key), None)
+            if entry is not None:
+                self.closed.append(entry)
+        self._compare_accounts(record)
+        return expected
+
+    def _found(self, record: LedgerRecord) -> None:
+        founding = record.founding
+        self._default_currency = founding.default_currency
+        if founding.HasField("predecessor"):
+            # Windows were let go with the generation; accounts and price books are carried on.
+            self.closed.extend(self.open.values())
+            self.open.clear()
+            if not self.accounts:
+                self.accounts = {account.tenant_id: _stated(account) for account in record.accounts}
+            self._books = PriceBooks(founding.price_books)
+
+    def _usage(self, record: LedgerRecord) -> Iterator[ExpectedEvent]:
+        usage = record.usage
+        batch = UsageBatch.FromString(usage.batch)
+        dropped = {entry.index: entry.reason for entry in usage.dropped}
+        for index, reason in dropped.items():
+            tenant_id = batch.events[index].tenant_id
+            if reason == DROP_REASON_DUPLICATE:
+                self._account(tenant_id).duplicates += 1
+            elif reason == DROP_REASON_CONFLICT:
+                self._account(tenant_id).conflicts += 1
+        accepted = [index for index in range(len(batch.events)) if index not in dropped]
+        for place, index in enumerate(accepted):
+            event = batch.events[index]
+            yield self._event(record, event, index, *_stated_cost(usage, place))
+
+    def _event(
+        self, record: LedgerRecord, event: UsageEvent, index: int, stated_pico: int, stated_version: int
+    ) -> ExpectedEvent:
+        account = self._account(event.tenant_id)
+        rate = self._books.rate(account.currency, event.ended_ms, event.model, event.operation, event.service_class)
+        cost = event_cost_pico(event, rate)
+        if cost != stated_pico:
+            self._differs(
+                "cost_differs",
+                f"event {event.tenant_id}/{event.request_id} in record {record.sequence}",
+                f"{cost} pico",
+                f"{stated_pico} pico",
+            )
+        free = event.outcome in FREE_OUTCOMES
+        unrated = not free and rate is None
+        key = Key(
+            event.tenant_id,
+            event.project_id,
+            event.model,
+            event.operation,
+            event.service_class,
+            event.ended_ms // MINUTE_MS,
+        )
+        entry = self.open.get(key)
+        if entry is None:
+            window_id = WindowId(key, record.generation, record.sequence)
+            entry = self.open[key] = (window_id, ExpectedWindow(account.currency))
+            self.windows_by_tenant[event.tenant_id] += 1
+        window = entry[1]
+        window.events += 1
+        window.refused_events += free
+        window.unrated_events += unrated
+        if not free:
+            window.tokens = [have + more for have, more in zip(window.tokens, token_quantities(event), strict=True)]
+            window.units.update(unit_quantities(event))
+        window.cost_pico += cost
+        account.events += 1
+        account.unrated_events += unrated
+        account.spend_pico += cost
+        self.events_by_tenant[event.tenant_id] += 1
+        return ExpectedEvent(event, record.generation, record.sequence, index, stated_pico, stated_version)
+
+    def _command(self, record: LedgerRecord) -> None:
+        if not record.command.applied:
+            return
+        command = Command.FromString(record.command.command)
+        match command.WhichOneof("action"):
+            case "credit_grant":
+                grant = command.credit_grant
+                self._account(grant.tenant_id).credit_pico += from_amount(grant.amount)
+            case "tenant_upsert":
+                upsert = command.tenant_upsert
+                account = self._account(upsert.tenant_id)
+                account.currency = upsert.currency or account.currency
+            case "price_book":
+                self._books.add(command.price_book)
+
+    def _account(self, tenant_id: str) -> ExpectedAccount:
+        account = self.accounts.get(tenant_id)
+        if account is None:
+            account = self.accounts[tenant_id] = ExpectedAccount(self._default_currency)
+        return account
+
+    def _compare_totals(self, record: LedgerRecord) -> None:
+        for total in record.totals:
+            entry = self.open.get(key_of(total.key))
+            stated = WindowId(key_of(total.key), record.generation, total.key.opened_sequence)
+            if entry is None or entry[0] != stated:
+                self._differs("window_unknown", str(stated), "no such window", f"stated by record {record.sequence}")
+                continue
+            self._compare("total_differs", f"{stated} in record {record.sequence}", entry[1].values(), _stated_window(total))
+
+    def _compare_accounts(self, record: LedgerRecord) -> None:
+        for stated in record.accounts:
+            expected = self._account(stated.tenant_id)
+            subject = f"account {stated.tenant_id} in record {record.sequence}"
+            self._compare("account_differs", subject, expected.values(), _stated(stated).values())
+
+    def _compare(self, kind: str, subject: str, expected: dict[str, object], found: dict[str, object]) -> None:
+        for name, value in expected.items():
+            if found[name] != value:
+                self._differs(kind, f"{subject}: {name}", str(value), str(found[name]))
+
+    def _differs(self, kind: str, subject: str, expected: str, found: str) -> None:
+        self.findings.append(Finding(kind, self.partition, subject, expected, found))
+
+
+def _stated_cost(usage: UsageApplied, place: int) -> tuple[int, int]:
+    high = usage.cost_pico_high[place] if usage.cost_pico_high else 0
+    versions = usage.price_versions
+    return high << 64 | usage.cost_pico_low[place], versions[0] if len(versions) == 1 else versions[place]
+
+
+def _stated(account: Account) -> ExpectedAccount:
+    return ExpectedAccount(
+        account.currency,
+        from_amount(account.credit),
+        from_amount(account.spend),
+        account.events,
+        account.duplicates,
+        account.conflicts,
+        account.unrated_events,
+    )
+
+
+def _stated_window(total: WindowTotal) -> dict[str, object]:
+    return ExpectedWindow(
+        total.currency,
+        total.events,
+        total.refused_events,
+        total.unrated_events,
+        [
+            total.uncached_input_tokens,
+            total.output_tokens,
+            total.cache_read_tokens,
+            total.cache_write_tokens,
+            total.reasoning_tokens,
+            total.image_input_tokens,
+            total.audio_input_tokens,
+            total.audio_output_tokens,
+        ],
+        Counter(total.units),
+        from_amount(total.cost),
+    ).values()
