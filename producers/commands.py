@@ -101,6 +101,7 @@ class CommandSender:
                 "log.connection.close": False,
                 **self.settings.security,
                 "logger": logger,
+                "log_level": 2,
             }
         )
         try:

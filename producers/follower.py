@@ -62,6 +62,8 @@ class TopicFollower:
             **(security or {}),
             "error_cb": self._on_error,
             "logger": logger,
+            # Each failed connection would be a line, twenty times a second.
+            "log_level": 2,
         }
         self._thread = threading.Thread(target=self._run, name=f"follower-{topic}", daemon=True)
 
@@ -128,7 +130,8 @@ class TopicFollower:
             logger.exception("topic %s, partition %s, offset %s", self.topic, message.partition(), message.offset())
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+        if error.code() == KafkaError._ALL_BROKERS_DOWN and not self._disconnected.is_set():
+            logger.info("topic %s: %s; reading it from the beginning when a broker is back", self.topic, error.str())
             self._disconnected.set()
 
 

@@ -93,6 +93,7 @@ class Publisher:
         self._stopping = threading.Event()
         self._abandoned = threading.Event()
         self._needs_producer = False
+        self._problem = ""
         self._in_flight_bytes = 0
         self._counts = dict.fromkeys(
             (
@@ -119,8 +120,10 @@ class Publisher:
         self._thread.start()
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Send what is durable, then stop; whether Kafka has acknowledged all of it. What it has not stays in the journal."""
-        deadline = time.monotonic() + timeout_s
+        """Send what is durable, then stop; whether Kafka has acknowledged all of it. What it has not stays in the journal.
+
+        A broker that does not answer may add a few seconds to `timeout_s`.
+        """
         self._stopping.set()
         self._wake.set()
         if self._thread.ident is not None:
@@ -129,7 +132,7 @@ class Publisher:
             self._wake.set()
             # Bounded by what one metadata request may take.
             self._thread.join(_METADATA_TIMEOUT_S + 1.0)
-        self._follower.close(max(1.0, deadline - time.monotonic()))
+        self._follower.close()
         return all(d.acknowledged >= self._journal.highest_sequence(d.partition) for d in self._deliveries)
 
     def metrics(self) -> dict[str, int]:
@@ -212,6 +215,8 @@ class Publisher:
                 **self.settings.security,
                 "error_cb": self._on_error,
                 "logger": logger,
+                # Each failed connection would be a line, twenty times a second: what matters is logged here.
+                "log_level": 2,
             }
         )
         try:
@@ -223,9 +228,14 @@ class Publisher:
                 # What it complained about while it was connecting is past.
                 producer.poll(0)
                 self._needs_producer = False
+                if self._problem:
+                    logger.info("topic %s: there again", self.settings.topic)
+                    self._problem = ""
                 return producer
             problem = str(topic.error or f"it has {len(topic.partitions)} partitions, the ledger {self.settings.partitions}")
-        logger.warning("topic %s: %s; the journal keeps the usage meanwhile", self.settings.topic, problem)
+        if problem != self._problem:
+            logger.warning("topic %s: %s; the journal keeps the usage meanwhile", self.settings.topic, problem)
+            self._problem = problem
         self._abandoned.wait(_RETRY_S)
         return None
 

@@ -261,6 +261,28 @@ def test_kafka_away_costs_disk_and_nothing_else(tmp_path: Path, apache_kafka_lib
     cluster.close()
 
 
+@pytest.mark.chaos
+def test_closing_after_kafka_went_away_keeps_what_was_not_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broker = TansuBroker(TansuSettings(tmp_path / "broker.log", port=free_port()))
+    broker.start()
+    topics = Topics(broker.bootstrap, "usage.events", "usage.progress")
+    topics.create()
+    meter = open_meter(tmp_path)
+    publisher = Publisher(meter.journal, topics.publisher_settings())
+    publisher.start()
+    record(meter, 0, 10)
+    wait_until(lambda: publisher.metrics()["published"] == 10, "the first events acknowledged")
+    broker.kill9()
+    record(meter, 10, 10)
+    wait_until(lambda: "the journal keeps the usage meanwhile" in caplog.text, "the loss of the broker noticed")
+    started = time.monotonic()
+    assert not publisher.close(0.5)
+    assert time.monotonic() - started < 8
+    assert len([line for line in caplog.messages if "meanwhile" in line]) == 1
+    assert sum(len(events) for events in journaled(meter.journal).values()) == 20
+    meter.close()
+
+
 def test_closing_without_kafka_keeps_what_was_not_sent(tmp_path: Path, free_port: Callable[[], int]) -> None:
     meter = open_meter(tmp_path)
     publisher = Publisher(meter.journal, PublisherSettings(f"127.0.0.1:{free_port()}", PARTITIONS))
