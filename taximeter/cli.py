@@ -2,7 +2,7 @@
 
 import typer
 
-from taximeter.commands import accounts, configuration, demo, feeding, operations, parts, reading, running
+from taximeter.commands import accounts, checking, configuration, demo, feeding, operations, parts, reading, running
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,8 @@ app.command("gateway")(parts.gateway)
 app.command("prepare", hidden=True)(operations.prepare)
 app.command("model-server", hidden=True)(parts.model_server)
 app.command("migrate")(operations.migrate)
+app.command("audit")(checking.audit)
+app.command("doctor")(checking.doctor)
 app.command("replay")(feeding.replay)
 app.command("import")(feeding.import_)
 app.command("balance")(reading.balance)

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
     from serving.gateway.settings import GatewaySettings
     from serving.model_server.settings import ServerSettings
+    from sinks.embedded import JsonReader
     from sinks.engine import Engine, Reader
     from stream_processors.topics import ApplySettings
 
 __all__ = [
     "apply_settings",
+    "as_json_reader",
     "gateway_settings",
     "kafka_security",
     "kafka_settings",
@@ -123,6 +125,14 @@ def open_engine(config: Config) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
+
+
+def as_json_reader(engine: Engine) -> JsonReader:
+    """chDB, as the loopback server asks it."""
+    from sinks.engines.chdb import ChdbEngine
+
+    assert isinstance(engine, ChdbEngine), "only the owner of chDB answers others"
+    return engine
 
 
 def _server_engine(config: Config) -> Engine:

@@ -6,16 +6,17 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from taximeter.commands.common import Context, command
 from taximeter.demonstration.script import TENANTS
-from taximeter.demonstration.show import Demonstration, check
-from taximeter.embedded.installation import install
 from taximeter.embedded.state import DataDir
 from taximeter.output import Output
+
+if TYPE_CHECKING:
+    from taximeter.demonstration.show import Demonstration
 
 __all__ = ["demo"]
 
@@ -26,6 +27,9 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Stay up afterwards, and say what to try next.")] = False,
 ) -> None:
     """Show the whole path on this machine: a real language model, real prompts, and every token on the bill."""
+    from taximeter.demonstration.show import Demonstration, check
+    from taximeter.embedded.installation import install
+
     folder = Path(tempfile.mkdtemp(prefix="taximeter-demo-"))
     data_dir = DataDir(folder)
     config = context.own_config()
@@ -76,7 +80,7 @@ def _end_on_signals(ended: threading.Event) -> None:
     signal.signal(signal.SIGINT, told)
 
 
-def _say_what_next(output: Output, folder: Path, show: Demonstration) -> None:
+def _say_what_next(output: Output, folder: Path, show: "Demonstration") -> None:
     tenant = TENANTS[0].tenant_id
     gateway = f"{show.config.gateway.host}:{show.config.gateway.port}"
     output.say(

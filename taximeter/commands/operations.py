@@ -6,11 +6,9 @@ from typing import Annotated
 import typer
 
 from sinks.migrate import migrate as migrate_schema
-from stream_processors import topics
 from taximeter import compose
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.commands.parts import LogLevelOption, log_to_stderr
-from taximeter.embedded.founding import prepare as prepare_embedded
 
 __all__ = ["apply_topics", "migrate", "prepare"]
 
@@ -20,6 +18,8 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would ch
 @command
 def apply_topics(context: Context, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
     """Make the topics right, and found the ledger where there is none."""
+    from stream_processors import topics
+
     settings = compose.apply_settings(context.config(), embedded=False)
     changes = asyncio.run(topics.plan(settings) if dry_run else topics.apply(settings))
     if json:
@@ -50,5 +50,7 @@ def migrate(context: Context, dry_run: DryRunOption = False, json: JsonOption = 
 @command
 def prepare(context: Context, log_level: LogLevelOption = "info") -> None:
     """Of `up`: schema, topics, and a ledger that is new, or carries on the local state."""
+    from taximeter.embedded.founding import prepare as prepare_embedded
+
     log_to_stderr(log_level)
     asyncio.run(prepare_embedded(context.config()))

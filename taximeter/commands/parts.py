@@ -11,11 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from sinks.embedded import LoopbackServer
-from sinks.engines.chdb import ChdbEngine
-from sinks.loop import run_sink
-from sinks.migrate import pending
-from sinks.status import SinkStatus
 from taximeter import compose
 from taximeter.commands.common import Context, command
 from taximeter.config import read_secret
@@ -52,18 +47,33 @@ def worker(
 
 
 @command
-def sink(context: Context, log_level: LogLevelOption = "info") -> None:
+def sink(
+    context: Context,
+    migrate: Annotated[
+        bool, typer.Option("--migrate/--no-migrate", help="Bring the schema up to date first, or refuse an older one.")
+    ] = True,
+    log_level: LogLevelOption = "info",
+) -> None:
     """Run the sink: the ledger into ClickHouse. With chDB it owns the database and answers everybody's queries."""
+    from sinks.embedded import LoopbackServer
+    from sinks.loop import run_sink
+    from sinks.migrate import migrate as migrate_schema
+    from sinks.migrate import pending
+    from sinks.status import SinkStatus
+
     log_to_stderr(log_level)
     config = context.config()
     settings, status = compose.sink_settings(config), SinkStatus()
     with compose.open_engine(config) as engine, contextlib.ExitStack() as stack:
-        if pending(engine):
+        if migrate:
+            migrate_schema(engine)
+        elif pending(engine):
             raise TaximeterError("the database is not at this version's schema: run `taximeter migrate`")
-        if isinstance(engine, ChdbEngine):
+        if config.clickhouse.engine == "chdb":
             token = read_secret(config.clickhouse, "loopback_token", needed_for="answering queries").decode()
             port = config.clickhouse.loopback_port
-            stack.enter_context(contextlib.closing(LoopbackServer(engine, token, port, status=status.snapshot).start()))
+            server = LoopbackServer(compose.as_json_reader(engine), token, port, status=status.snapshot)
+            stack.enter_context(contextlib.closing(server.start()))
         run_sink(settings, engine, status=status)
 
 

@@ -4,14 +4,16 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from taximeter.commands.common import Context, command
 from taximeter.config import Config
-from taximeter.embedded.installation import Installation, install
 from taximeter.output import Output
+
+if TYPE_CHECKING:
+    from taximeter.embedded.installation import Installation
 
 __all__ = ["run_until_told", "up"]
 
@@ -22,6 +24,8 @@ def up(
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but what goes wrong.")] = False,
 ) -> None:
     """Run everything on this machine: broker, ledger, ClickHouse, model server, gateway. Ctrl-C stops it cleanly."""
+    from taximeter.embedded.installation import install
+
     config = context.own_config()
     with context.data_dir.lock():
         installation = install(context.data_dir, config)
@@ -35,7 +39,7 @@ def up(
         run_until_told(installation, tell=tell, on_started=lambda: None if quiet else describe(output, installation.config))
 
 
-def run_until_told(installation: Installation, *, tell: Callable[[str], None], on_started: Callable[[], None]) -> None:
+def run_until_told(installation: "Installation", *, tell: Callable[[str], None], on_started: Callable[[], None]) -> None:
     """Start, keep running, and stop in order at SIGTERM or Ctrl-C."""
     stop = threading.Event()
 

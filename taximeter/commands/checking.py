@@ -1,0 +1,77 @@
+"""`audit` and `doctor`: whether the books are right, and whether the parts are well."""
+
+from typing import Annotated
+
+import typer
+
+from sinks.audit import AuditReport
+from sinks.audit import audit as audit_database
+from taximeter.commands.common import Context, JsonOption, command
+from taximeter.compose import ledger_keys, open_reader
+from taximeter.errors import EXIT_WRONG
+from taximeter.health import State, examine
+
+__all__ = ["audit", "doctor"]
+
+
+@command
+def audit(
+    context: Context,
+    findings_max: Annotated[int, typer.Option(min=1, help="Stop after so many differences.")] = 1_000,
+    json: JsonOption = False,
+) -> None:
+    """Compute everything again from the archived ledger, and name every difference. Exit code 1 if there is one."""
+    config = context.config()
+    with open_reader(config) as reader, context.output.progress("ledger records proved", None) as advance:
+        seen = 0
+
+        def on_progress(report: AuditReport) -> None:
+            nonlocal seen
+            advance(report.records - seen)
+            seen = report.records
+
+        seal_key = ledger_keys(config).seal_key
+        report = audit_database(reader, seal_key, findings_max=findings_max, on_progress=on_progress)
+    counts: dict[str, object] = {
+        "partitions": report.partitions,
+        "ledger records": report.records,
+        "events": report.events,
+        "windows": report.windows,
+        "accounts": report.accounts,
+        "differences": len(report.findings),
+    }
+    if json:
+        findings = [
+            {
+                "kind": finding.kind,
+                "partition": finding.partition,
+                "subject": finding.subject,
+                "expected": finding.expected,
+                "found": finding.found,
+            }
+            for finding in report.findings
+        ]
+        context.output.json({**{name.replace(" ", "_"): count for name, count in counts.items()}, "findings": findings})
+    else:
+        for finding in report.findings:
+            context.output.say(str(finding))
+        context.output.pairs("Audit: everything agrees" if report.clean else "Audit: there are differences", counts)
+    if not report.clean:
+        raise typer.Exit(EXIT_WRONG)
+
+
+@command
+def doctor(context: Context, json: JsonOption = False) -> None:
+    """Look at each part, and say what to do where something is wrong. Exit code 1 if something is."""
+    checks = []
+    for check in examine(context.config()):
+        checks.append(check)
+        if not json:
+            mend = f"\n      do: {check.mend}" if check.mend else ""
+            context.output.say(f"{check.state.value:>7}  {check.name}: {check.detail}{mend}")
+    if json:
+        context.output.json(
+            [{"check": check.name, "state": check.state.value, "detail": check.detail, "mend": check.mend} for check in checks]
+        )
+    if any(check.state is State.ILL for check in checks):
+        raise typer.Exit(EXIT_WRONG)

@@ -1,0 +1,266 @@
+"""Whether each part is well, and what to do where it is not: `taximeter doctor`.
+
+Promise: every check is bounded in time and changes nothing. A check that could not be made because of an earlier one
+says so instead of failing a second time. Each finding that is not well names the mend.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from sinks import migrate, queries
+from taximeter import compose
+from taximeter.errors import TaximeterError
+from taximeter.failures import explain
+from taximeter.times import now_ms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from taximeter.config import Config
+
+__all__ = ["Check", "State", "examine"]
+
+_KAFKA_TIMEOUT_S: Final = 5.0
+_GRPC_TIMEOUT_S: Final = 3.0
+_STALE_S: Final = 15.0
+_LAG_MESSAGES: Final = 1_000
+_DISK_FREE_BYTES: Final = 1_000_000_000
+_SAMPLE_S: Final = 1.0
+
+
+class State(StrEnum):
+    """What a check came to."""
+
+    WELL = "well"
+    ILL = "ill"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One look at one thing."""
+
+    name: str
+    state: State
+    detail: str
+    mend: str = ""
+
+
+def examine(config: Config) -> Iterator[Check]:
+    """Every check, in the order in which parts stand on each other."""
+    yield _guard("secrets", lambda: _secrets(config))
+    topics = _guard("Kafka", lambda: _kafka(config))
+    yield topics
+    if topics.state is State.WELL:
+        yield _guard("ledger", lambda: _ledger(config))
+        yield _guard("ledger's lag", lambda: _lag(config))
+    else:
+        yield Check("ledger", State.SKIPPED, "Kafka is not well")
+    database = _guard("ClickHouse", lambda: _clickhouse(config))
+    yield database
+    if database.state is State.WELL:
+        yield _guard("freshness", lambda: _freshness(config))
+        yield _guard("producers", lambda: _producers(config))
+    else:
+        yield Check("freshness", State.SKIPPED, "ClickHouse is not well")
+    yield _guard("gateway", lambda: _gateway(config))
+    yield _guard("gateway's journal", lambda: _journal(config))
+    yield _guard("disk", lambda: _disk(config))
+
+
+def _guard(name: str, look: Callable[[], Check]) -> Check:
+    try:
+        return look()
+    except TaximeterError as error:
+        return Check(name, State.ILL, str(error))
+    except Exception as error:
+        known = explain(error)
+        if known is None:
+            raise
+        return Check(name, State.ILL, known)
+
+
+def _secrets(config: Config) -> Check:
+    compose.ledger_keys(config)
+    if config.clickhouse.engine == "chdb":
+        with compose.open_reader(config):
+            pass
+    return Check("secrets", State.WELL, "the keys of the ledger can be read")
+
+
+def _kafka(config: Config) -> Check:
+    name = "Kafka"
+    try:
+        metadata = AdminClient(compose.kafka_settings(config).client()).list_topics(timeout=_KAFKA_TIMEOUT_S)
+    except KafkaException as error:
+        return Check(name, State.ILL, f"{config.kafka.bootstrap}: {explain(error)}", "start the broker, or set kafka.bootstrap")
+    names = compose.topic_names(config)
+    wanted = [names.events, names.commands, names.ledger, names.accounts, names.keys]
+    wanted += [names.progress, names.alerts, names.rejected]
+    missing = [topic for topic in wanted if topic not in metadata.topics]
+    if missing:
+        return Check(name, State.ILL, f"missing topics: {', '.join(missing)}", "run `taximeter topics apply`")
+    partitions = config.ledger.partitions
+    odd = [topic for topic in wanted if len(metadata.topics[topic].partitions) != partitions]
+    if odd:
+        detail = f"not {partitions} partitions: {', '.join(odd)}"
+        return Check(name, State.ILL, detail, "set ledger.partitions to what the ledger was founded with")
+    return Check(name, State.WELL, f"{config.kafka.bootstrap}, {len(wanted)} topics of {partitions} partitions")
+
+
+def _ends(config: Config, topic: str) -> dict[int, tuple[int, int]]:
+    import asyncio
+
+    from stream_processors.kafka_ports import KafkaLogReader
+
+    async def read() -> dict[int, tuple[int, int]]:
+        reader = KafkaLogReader(compose.kafka_settings(config))
+        return {number: await reader.bounds(topic, number) for number in range(config.ledger.partitions)}
+
+    return asyncio.run(read())
+
+
+def _ledger(config: Config) -> Check:
+    """Founded, and written to: an idle ledger ticks."""
+    topic = compose.topic_names(config).ledger
+    before = _ends(config, topic)
+    unfounded = [str(number) for number, (_, end) in before.items() if end == 0]
+    if unfounded:
+        return Check("ledger", State.ILL, f"partitions {', '.join(unfounded)} are not founded", "run `taximeter topics apply`")
+    deadline_s = time.monotonic() + 4 * _SAMPLE_S
+    quiet = set(before)
+    while quiet and time.monotonic() < deadline_s:
+        time.sleep(_SAMPLE_S)
+        quiet -= {number for number, (_, end) in _ends(config, topic).items() if end > before[number][1]}
+    if quiet:
+        detail = f"nothing was written to partitions {', '.join(map(str, sorted(quiet)))} for {4 * _SAMPLE_S:g} s"
+        return Check("ledger", State.ILL, detail, "start a worker, or see its log: `taximeter worker`")
+    return Check("ledger", State.WELL, f"{len(before)} partitions are founded and written to")
+
+
+def _lag(config: Config) -> Check:
+    """How many messages the ledger has not taken: input positions stand in the ledger's last records, and in the group."""
+    from confluent_kafka import Consumer, TopicPartition
+
+    names = compose.topic_names(config)
+    settings: dict[str, str | int | float | bool] = {
+        **compose.kafka_settings(config).client(),
+        "group.id": config.ledger.consumer_group,
+        "enable.auto.commit": False,
+    }
+    consumer = Consumer(settings)
+    try:
+        places = [
+            TopicPartition(topic, number)
+            for topic in (names.events, names.commands)
+            for number in range(config.ledger.partitions)
+        ]
+        committed = consumer.committed(places, timeout=_KAFKA_TIMEOUT_S)
+    finally:
+        consumer.close()
+    waiting = 0
+    for topic in (names.events, names.commands):
+        ends = _ends(config, topic)
+        waiting += sum(ends[place.partition][1] - max(0, place.offset) for place in committed if place.topic == topic)
+    detail = f"about {max(0, waiting):,} messages wait (by committed offsets, which follow)"
+    if waiting > _LAG_MESSAGES:
+        return Check("ledger's lag", State.ILL, detail, "start more workers, at most one a partition")
+    return Check("ledger's lag", State.WELL, detail)
+
+
+def _clickhouse(config: Config) -> Check:
+    where = "chDB" if config.clickhouse.engine == "chdb" else f"{config.clickhouse.host}:{config.clickhouse.port}"
+    with compose.open_reader(config) as reader:
+        left = migrate.pending(reader)
+        version = reader.query("SELECT version()").rows[0][0]
+    if left:
+        return Check("ClickHouse", State.ILL, f"{where}: {len(left)} migrations are pending", "run `taximeter migrate`")
+    return Check("ClickHouse", State.WELL, f"{where}, version {version}, schema of this version")
+
+
+def _freshness(config: Config) -> Check:
+    with compose.open_reader(config) as reader:
+        rows = queries.freshness(reader)
+    if len(rows) < config.ledger.partitions:
+        detail = f"{len(rows)} of {config.ledger.partitions} partitions have been written"
+        return Check("freshness", State.ILL, detail, "start the sink: `taximeter sink`")
+    age_s = (now_ms() - min(row.log_time_ms for row in rows)) / 1_000
+    detail = f"the database knows everything up to {age_s:.1f} s ago"
+    if age_s > _STALE_S:
+        return Check("freshness", State.ILL, detail, "see that worker and sink run, and their logs")
+    return Check("freshness", State.WELL, detail)
+
+
+def _producers(config: Config) -> Check:
+    with compose.open_reader(config) as reader:
+        rows = reader.query(
+            "SELECT producer_id, ledger_partition, highest_sequence - covered_sequence FROM producers_incomplete"
+        ).rows
+    if rows:
+        detail = ", ".join(f"{producer} partition {partition}: {missing} missing" for producer, partition, missing in rows[:5])
+        return Check("producers", State.ILL, detail, "start that producer on its journal again; it sends what is missing")
+    return Check("producers", State.WELL, "no numbering has a hole")
+
+
+def _gateway(config: Config) -> Check:
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    address = f"{config.gateway.host}:{config.gateway.port}"
+    if not config.models.profiles:
+        return Check("gateway", State.SKIPPED, "no models are configured")
+    if config.gateway.tls_certificate_file is not None:
+        credentials = grpc.ssl_channel_credentials(config.gateway.tls_certificate_file.read_bytes())
+        channel = grpc.secure_channel(address, credentials)
+    else:
+        channel = grpc.insecure_channel(address)
+    with channel:
+        try:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            ready = stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=_GRPC_TIMEOUT_S).ready
+        except grpc.RpcError as error:
+            detail = f"{address}: {error.code().name}: {error.details()}"
+            return Check("gateway", State.ILL, detail, "start it: `taximeter gateway`; behind it the model server must run")
+    if not ready:
+        return Check("gateway", State.ILL, f"{address} answers and is not ready", "see that the model server is ready")
+    return Check("gateway", State.WELL, f"{address} is ready")
+
+
+def _journal(config: Config) -> Check:
+    path = config.gateway.journal_path
+    if not path.exists():
+        return Check("gateway's journal", State.SKIPPED, f"{path} is not on this machine")
+    size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
+    share = size / config.producer.journal_bytes_max
+    detail = f"{size:,} bytes on disk, {share:.1%} of producer.journal_bytes_max"
+    if share > 0.8:
+        return Check("gateway's journal", State.ILL, detail, "see that Kafka and the ledger take usage: a full journal refuses")
+    return Check("gateway's journal", State.WELL, detail)
+
+
+def _disk(config: Config) -> Check:
+    paths = [config.ledger.state_dir, config.gateway.journal_path.parent]
+    if config.clickhouse.engine == "chdb":
+        paths.append(config.clickhouse.chdb_path)
+    free = {path: shutil.disk_usage(_existing(path)).free for path in paths}
+    path, least = min(free.items(), key=lambda item: item[1])
+    detail = f"{least / 1e9:.1f} GB are free under {path}"
+    if least < _DISK_FREE_BYTES:
+        return Check("disk", State.ILL, detail, "make room: a full disk stops the journal, and with it the gateway")
+    return Check("disk", State.WELL, detail)
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
