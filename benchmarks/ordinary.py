@@ -1,5 +1,5 @@
-"""The ordinary way to count usage with Faust, as its documentation shows it: one JSON message an event, a table of request IDs
-that were seen, tables of counts and sums, changelog topics behind them. It is what `benchmarks.ledger` compares the worker with.
+"""The ordinary way to count usage with Faust, as its documentation shows it: one JSON message an event, a table of seen
+request IDs, tables of counts and sums, changelog topics behind them. It is what `benchmarks.ledger` compares the worker with.
 
 Run as: python -m benchmarks.ordinary BOOTSTRAP TOPIC EVENTS FOLDER; prints events per second from the first to the last.
 """

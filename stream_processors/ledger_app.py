@@ -128,7 +128,7 @@ class LedgerApp:
             partition,
             keep_unconfirmed=bool(self.settings.keep_unconfirmed_for),
         )
-        host = LedgerHost(self._host_settings, partition, store, self.reader, self.writer, _clock_ms)
+        host = LedgerHost(self._host_settings, partition, store, self.reader, self.writer, _clock_ms, self.failure.set)
         try:
             await host.recover()
             for topic in self._inputs:
@@ -178,21 +178,18 @@ class LedgerApp:
                 continue
             try:
                 await host.handle(kind(message.topic, message.offset, bytes(message.value or b"")), event.ack)
-            except HostStopped as stopped:
+            except HostStopped:
+                # Revoked meanwhile: it comes again, here or elsewhere. Stopped: this process ends.
                 if host.stopped is not None:
-                    self.failure.set(stopped)
                     raise
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.settings.tick_interval_s)
             for host in list(self.hosts.values()):
+                # Revoked meanwhile, or stopped, which has been told already.
                 with contextlib.suppress(HostStopped):
                     await host.tick()
-                reason = host.stopped
-                if reason is not None:
-                    self.failure.set(reason)
-                    return
 
     async def _watch(self) -> None:
         """End the process when input waits and nothing is acknowledged: silent stalls of the consumer are known to happen."""

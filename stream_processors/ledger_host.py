@@ -88,6 +88,7 @@ class LedgerHost:
         reader: LogReader,
         writer: LogWriter,
         clock_ms: Callable[[], int],
+        on_stopped: Callable[[HostStopped], None] = lambda _: None,
     ) -> None:
         self.partition = partition
         self.store = store
@@ -99,6 +100,7 @@ class LedgerHost:
         self._reader = reader
         self._writer = writer
         self._clock_ms = clock_ms
+        self._on_stopped = on_stopped
         self._owned = False
         self._stopped: HostStopped | None = None
         self._next_offset = 0
@@ -259,6 +261,7 @@ class LedgerHost:
         if self._stopped is None:
             self._stopped = HostStopped(f"{self.where}: {reason}")
             logger.error("%s", self._stopped)
+            self._on_stopped(self._stopped)
         self._changed.set()
 
     def _check_stopped(self) -> None:

@@ -1,0 +1,105 @@
+"""The local store holds exactly the state after the record that it names, and keeps what the sink has not confirmed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from billing import replay
+from billing.founding import LedgerSettings, found, found_again
+from billing.state import DAY_MS, LedgerState
+from billing.step import LedgerKeys, TickInput, UsageInput, step
+from billing.v1.usage_pb2 import UsageBatch
+from stream_processors.errors import LocalStoreError
+from stream_processors.local_store import Acknowledged, LocalStore
+from tests.stream_processors.harness import event
+
+KEYS = LedgerKeys(b"s" * 32, b"c" * 32)
+SETTINGS = LedgerSettings(partitions=1, dedupe_key=b"d" * 32)
+NOW_MS = time.time_ns() // 1_000_000
+
+
+def _written(store: LocalStore, batches: int) -> LedgerState:
+    state = LedgerState(store.seen)
+    record, stored = found(SETTINGS, 0, b"g" * 16, NOW_MS, KEYS.seal_key, "test")
+    replay.apply(state, record, stored)
+    store.apply([Acknowledged(record, stored, 0)])
+    for number in range(batches):
+        batch = UsageBatch(
+            schema_version=1,
+            producer_id="p",
+            first_sequence=number * 10 + 1,
+            highest_sequence=number * 10 + 10,
+            events=[event(f"tenant-{i}") for i in range(10)],
+        )
+        source = UsageInput("usage.events", number, batch.SerializeToString())
+        result = step(state, source, NOW_MS + number, keys=KEYS, writer="test")
+        store.apply([Acknowledged(result.record, result.stored, number + 1)])
+    return state
+
+
+def test_what_is_loaded_has_the_digest_of_what_was_applied(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, 0)
+    assert store.load() is None
+    state = _written(store, 5)
+    for moment_ms in (NOW_MS + 3_600_000, NOW_MS + 2 * DAY_MS, NOW_MS + 40 * DAY_MS):
+        store.close()
+        store = LocalStore(tmp_path, 0)
+        loaded = store.load()
+        assert loaded is not None
+        assert loaded.digest() == state.digest()
+        state = loaded
+        result = step(state, TickInput(), moment_ms, keys=KEYS, writer="test")
+        store.apply([Acknowledged(result.record, result.stored, 9)])
+    assert state.windows == {}, "let go after an hour"
+    assert store.seen.recent_keys == 0, "expired after 40 days"
+    store.close()
+
+
+def test_unconfirmed_records_are_kept_until_the_sink_has_them(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, 0, keep_unconfirmed=True)
+    _written(store, 5)
+    kept = list(store.unconfirmed_records(-1))
+    assert len(kept) == 6
+    assert sum(map(len, kept)) == store.unconfirmed_bytes
+    assert list(store.unconfirmed_records(3)) == kept[4:]
+    store.trim_unconfirmed(3)
+    assert list(store.unconfirmed_records(-1)) == kept[4:]
+    store.close()
+    store = LocalStore(tmp_path, 0, keep_unconfirmed=True)
+    assert sum(map(len, kept[4:])) == store.unconfirmed_bytes
+    store.close()
+
+
+def test_a_new_generation_carries_on_and_still_knows_what_was_charged(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, 0)
+    state = _written(store, 3)
+    known = event("tenant-1", "charged-before")
+    batch = UsageBatch(schema_version=1, events=[known]).SerializeToString()
+    result = step(state, UsageInput("usage.events", 10, batch), NOW_MS, keys=KEYS, writer="test")
+    store.apply([Acknowledged(result.record, result.stored, 4)])
+    record, stored = found_again(state, b"h" * 16, NOW_MS, KEYS.seal_key, "test")
+    replay.apply(state, record, stored)
+    store.apply([Acknowledged(record, stored, 0)])
+    store.close()
+    store = LocalStore(tmp_path, 0)
+    loaded = store.load()
+    assert loaded is not None
+    assert loaded.digest() == state.digest()
+    result = step(loaded, UsageInput("usage.events", 0, batch), NOW_MS, keys=KEYS, writer="test")
+    assert result.record.usage.duplicates == 1
+    store.close()
+
+
+def test_two_processes_cannot_share_a_store_and_another_format_is_refused(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, 0)
+    with pytest.raises(LocalStoreError, match="give each its own"):
+        LocalStore(tmp_path, 0)
+    store._db[b"v"] = b"99"
+    store.close()
+    with pytest.raises(LocalStoreError, match="format"):
+        LocalStore(tmp_path, 0)
+
+
