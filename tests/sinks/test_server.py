@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +20,11 @@ from sinks.status import SinkStatus
 from sinks.tables import ACCOUNTS, ALL_TABLES, SINK_POSITIONS, USAGE_EVENTS, USAGE_TOTALS
 from sinks.writer import Writer
 from taximeter.embedded.broker import TansuBroker
+from tests.billing.ledgers import KEYS, Ledger
 from tests.services.clickhouse import ClickHouseServer
 from tests.sinks.old_server import count, create_tables
 from tests.sinks.test_audit import ledger  # noqa: F401 - a fixture
 from tests.sinks.test_loop import PARTITION, WAIT_S, filled, make_topics, produce
-from tests.billing.ledgers import KEYS, Ledger
 
 pytestmark = pytest.mark.clickhouse_server
 
@@ -73,7 +74,7 @@ def test_values_come_back_as_they_went(server_engine: ServerEngine, compression:
     )
     texts = ["", "'; DROP TABLE exact; --", "日本語 🚕 \\n \t\n\0 {t:String} %(t)s", "x" * 4096]
     pico = [0, 1, -(10**38) + 1, 10**38 - 1]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "t": texts,
         "b": [b"", bytes(range(256)), b"\xff\xfe", b"\0"],
         "u": [0, 1, 2**63, 2**64 - 1],
