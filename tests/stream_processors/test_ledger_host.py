@@ -1,0 +1,191 @@
+"""The host over a log in memory: order, acknowledgement, doubt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from billing.founding import LedgerSettings, found
+from billing.identity import partition_of
+from billing.step import LedgerKeys, UsageInput
+from billing.v1.usage_pb2 import UsageBatch
+from stream_processors.errors import HostStopped, RefusedToStart
+from stream_processors.ledger_host import HostSettings, LedgerHost
+from stream_processors.local_store import LocalStore
+from tests.stream_processors.harness import event
+
+KEYS = LedgerKeys(b"s" * 32, b"c" * 32)
+NOW_MS = 1_800_000_000_000
+
+
+class MemoryLogs:
+    """Both ports on lists. Deliveries wait until `deliver`."""
+
+    def __init__(self) -> None:
+        self.logs: dict[tuple[str, int], list[bytes]] = {}
+        self.waiting: list[tuple[Callable[[int, str], None], int, str]] = []
+        self.problem = ""
+
+    def log(self, topic: str, partition: int) -> list[bytes]:
+        return self.logs.setdefault((topic, partition), [])
+
+    async def bounds(self, topic: str, partition: int) -> tuple[int, int]:
+        return 0, len(self.log(topic, partition))
+
+    async def read(self, topic: str, partition: int, start: int, end: int) -> AsyncIterator[Sequence[tuple[int, bytes]]]:
+        for offset in range(start, end):
+            yield [(offset, self.log(topic, partition)[offset])]
+
+    def write(self, topic: str, partition: int, value: bytes, on_done: Callable[[int, str], None]) -> None:
+        log = self.log(topic, partition)
+        if not self.problem:
+            log.append(value)
+        self.waiting.append((on_done, len(log) - 1, self.problem))
+
+    async def deliver(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        for on_done, offset, problem in waiting:
+            on_done(offset, problem)
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+
+class Bench:
+    def __init__(self, folder: Path, partitions: int = 1) -> None:
+        self.folder = folder
+        self.logs = MemoryLogs()
+        self.partitions = partitions
+        self.stopped: list[HostStopped] = []
+        settings = LedgerSettings(partitions=partitions, dedupe_key=b"d" * 32)
+        for partition in range(partitions):
+            _, stored = found(settings, partition, b"g" * 16, NOW_MS, KEYS.seal_key, "test")
+            self.logs.log("ledger", partition).append(stored)
+
+    async def host(self, name: str = "a", *, partitions: int = 0, in_flight_max: int = 8) -> LedgerHost:
+        settings = HostSettings("events", "ledger", partitions or self.partitions, KEYS, name, in_flight_max)
+        store = LocalStore(self.folder / name, 0)
+        host = LedgerHost(settings, 0, store, self.logs, self.logs, lambda: NOW_MS, self.stopped.append)
+        try:
+            await host.recover()
+        except BaseException:
+            store.close()
+            raise
+        return host
+
+
+def usage(offset: int, tenant_id: str = "tenant-1") -> UsageInput:
+    one = event(tenant_id, f"request-{offset}")
+    one.started_ms, one.ended_ms = NOW_MS - 5, NOW_MS
+    return UsageInput("events", offset, UsageBatch(schema_version=1, events=[one]).SerializeToString())
+
+
+async def test_an_input_is_done_only_when_its_record_is_in_the_log_and_on_disk(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    host = await bench.host()
+    done: list[int] = []
+    for offset in range(3):
+        await host.handle(usage(offset), lambda offset=offset: done.append(offset))  # type: ignore[misc]
+    assert (done, host.in_flight, host.store.place.position.sequence) == ([], 3, 0)
+    await bench.logs.deliver()
+    assert (done, host.in_flight, host.store.place.position.sequence) == ([0, 1, 2], 0, 3)
+    await host.handle(usage(1), lambda: done.append(99))
+    assert done[-1] == 99, "taken before: acknowledged, and no record"
+    assert len(bench.logs.log("ledger", 0)) == 4
+    digest = host.state.digest()
+    host.store.close()
+    fresh = await bench.host("b")
+    assert fresh.state.digest() == digest
+    fresh.store.close()
+
+
+async def test_at_most_so_many_are_in_flight(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    host = await bench.host(in_flight_max=2)
+    for offset in range(2):
+        await host.handle(usage(offset), lambda: None)
+    third = asyncio.ensure_future(host.handle(usage(2), lambda: None))
+    await asyncio.sleep(0)
+    assert not third.done()
+    await bench.logs.deliver()
+    await third
+    draining = asyncio.ensure_future(host.drain(5.0))
+    await asyncio.sleep(0)
+    assert not draining.done()
+    await bench.logs.deliver()
+    assert await draining
+    with pytest.raises(HostStopped, match="does not own"):
+        await host.handle(usage(3), lambda: None)
+    assert await host.resume()
+    host.store.close()
+
+
+async def test_a_foreign_record_or_a_delivery_error_stops_it_and_nothing_is_applied(tmp_path: Path) -> None:
+    for name, disturb in (("foreign", b"x"), ("error", b"")):
+        bench = Bench(tmp_path / name)
+        host = await bench.host()
+        if disturb:
+            bench.logs.log("ledger", 0).append(bench.logs.log("ledger", 0)[0])
+        else:
+            bench.logs.problem = "timed out"
+        done: list[int] = []
+        await host.handle(usage(0), lambda done=done: done.append(0))  # type: ignore[misc]
+        await host.handle(usage(1), lambda done=done: done.append(1))  # type: ignore[misc]
+        await bench.logs.deliver()
+        assert done == []
+        assert host.store.place.position.sequence == 0
+        assert len(bench.stopped) == 1
+        with pytest.raises(HostStopped):
+            await host.handle(usage(2), lambda: None)
+        assert not await host.drain(1.0)
+        host.store.close()
+        bench.logs.problem = ""
+        heir = await bench.host()
+        assert heir.state.sequence == (2 if disturb else 0), "the log tells"
+        heir.store.close()
+
+
+async def test_what_is_forwarded_is_acknowledged_before_its_record_is_written(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, partitions=2)
+    host = await bench.host()
+    stray = next(f"tenant-{i}" for i in range(99) if partition_of(f"tenant-{i}", 2) == 1)
+    handling = asyncio.ensure_future(host.handle(usage(0, stray), lambda: None))
+    await asyncio.sleep(0)
+    assert len(bench.logs.log("events", 1)) == 1
+    assert len(bench.logs.log("ledger", 0)) == 1
+    await bench.logs.deliver()
+    await handling
+    assert len(bench.logs.log("ledger", 0)) == 2
+    host.store.close()
+
+
+async def test_a_log_that_lost_or_changed_what_the_store_has_is_refused(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    host = await bench.host()
+    for offset in range(3):
+        await host.handle(usage(offset), lambda: None)
+    await bench.logs.deliver()
+    host.store.close()
+    log = bench.logs.log("ledger", 0)
+    kept = list(log)
+    for broken in ([], kept[:2], [*kept[:3], kept[1]], [found_other(), *kept[1:]][:1]):
+        log[:] = broken
+        with pytest.raises(RefusedToStart, match="deleted, cut, or recreated"):
+            await bench.host()
+    log[:] = kept
+    with pytest.raises(RefusedToStart, match="founded with 1 partitions"):
+        await bench.host(partitions=2)
+    log[:] = []
+    with pytest.raises(RefusedToStart, match="run: taximeter topics apply"):
+        await bench.host("empty disk")
+    log[:] = kept
+    host = await bench.host()
+    assert host.replayed_records == 0
+    host.store.close()
+
+
+def found_other() -> bytes:
+    settings = LedgerSettings(partitions=1, dedupe_key=b"e" * 32)
+    return found(settings, 0, b"h" * 16, NOW_MS, KEYS.seal_key, "test")[1]
