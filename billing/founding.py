@@ -80,6 +80,8 @@ def found_again(
     """
     founding = Founding()
     founding.CopyFrom(state.settings)
+    # Of a state that was itself carried on, the settings hold the books that it began with; all of them are stated below.
+    founding.ClearField("price_books")
     founding.founded_ms = founded_ms
     founding.predecessor.CopyFrom(LedgerPosition(generation=state.generation, sequence=state.sequence))
     founding.predecessor_hash = state.record_hash

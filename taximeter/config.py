@@ -34,6 +34,7 @@ __all__ = [
     "ModelsConfig",
     "PricesConfig",
     "ProducerConfig",
+    "is_anything_set",
     "load",
     "read_secret",
 ]
@@ -283,6 +284,13 @@ def load(
         return Config(**arguments)
     except ValidationError as error:
         raise ConfigError(_explain(error, file_values, values, origin)) from None
+
+
+def is_anything_set() -> bool:
+    """Whether there is a configuration to speak of, beyond the defaults: a file here, or something in the environment."""
+    return DEFAULT_FILE.is_file() or any(
+        name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() not in _COMMAND_LINE_VARIABLES for name in os.environ
+    )
 
 
 def read_secret(section: BaseModel, field: str, *, needed_for: str) -> bytes:

@@ -100,7 +100,9 @@ def _secrets(config: Config) -> Check:
 def _kafka(config: Config) -> Check:
     name = "Kafka"
     try:
-        metadata = AdminClient(compose.kafka_settings(config).client()).list_topics(timeout=_KAFKA_TIMEOUT_S)
+        metadata = AdminClient({**compose.kafka_settings(config).client(), "log_level": 0}).list_topics(
+            timeout=_KAFKA_TIMEOUT_S
+        )
     except KafkaException as error:
         return Check(name, State.ILL, f"{config.kafka.bootstrap}: {explain(error)}", "start the broker, or set kafka.bootstrap")
     names = compose.topic_names(config)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from taximeter.config import Config, load
+from taximeter.config import Config, is_anything_set, load
 from taximeter.embedded.state import DataDir, RunState
 from taximeter.errors import NotReadyError, TaximeterError
 from taximeter.failures import explain
@@ -56,19 +56,16 @@ class Context:
         """The file that was named; else that of the `up` that runs; else `taximeter.toml` or the defaults."""
         if self.config_path is None and (state := self.running) is not None:
             return load(state.config_path, self.flags)
+        if self.config_path is None and not self.flags and not is_anything_set():
+            raise NotReadyError(
+                f"nothing runs in data directory {self.data_dir.path}, and there is no taximeter.toml: start `taximeter up` "
+                "there, name that directory with --data-dir, or name a configuration with --config"
+            )
         return load(self.config_path, self.flags)
 
     def own_config(self) -> Config:
         """The configuration without a look at what runs: for what starts it."""
         return load(self.config_path, self.flags)
-
-    def require_running(self) -> RunState:
-        state = self.running
-        if state is None:
-            raise NotReadyError(
-                f"nothing runs in data directory {self.data_dir.path}: start `taximeter up --data-dir {self.data_dir.path}`"
-            )
-        return state
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

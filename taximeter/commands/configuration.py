@@ -9,7 +9,7 @@ __all__ = ["show"]
 @command
 def show(context: Context, json: JsonOption = False) -> None:
     """Show the whole configuration, secrets masked."""
-    config = context.config()
+    config = context.own_config() if context.running is None else context.config()
     if json:
         context.output.json(to_json_values(config))
     else:
