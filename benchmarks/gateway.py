@@ -254,17 +254,15 @@ def run() -> list[Measurement]:
             ):
                 runner.run(_measure([direct, bare, gateway]))
     rows = []
-    for kind, what, target in (("unary", "requests", ">= 0.6"), ("stream", "chunks", ">= 0.75")):
-        ratio = gateway.rate_a_core(kind) / bare.rate_a_core(kind)
+    for kind, what in (("unary", "requests"), ("stream", "chunks")):
         rows += [
             Measurement(
                 f"gateway: {kind}, a core",
                 gateway.rate_a_core(kind),
                 f"{what}/s",
                 f"bare byte proxy {bare.rate_a_core(kind):,.0f}",
-                ratio,
+                gateway.rate_a_core(kind) / bare.rate_a_core(kind),
             ),
-            Measurement(f"gateway: {kind}, a core, share of the bare proxy", ratio, "ratio", target=target),
             Measurement(
                 f"gateway: {kind}, client and back end on the same cores",
                 gateway.rate(kind),
@@ -273,10 +271,10 @@ def run() -> list[Measurement]:
                 gateway.rate(kind) / bare.rate(kind),
             ),
         ]
-    for share, name, target in ((0.5, "p50", "<= 1"), (0.99, "p99", "<= 5")):
+    for share, name in ((0.5, "p50"), (0.99, "p99")):
         added_ms = gateway.latency_ms(share) - bare.latency_ms(share)
         baseline = f"bare byte proxy {bare.latency_ms(share):.2f} in all"
-        rows.append(Measurement(f"gateway: added latency, unary, {name}", added_ms, "ms", baseline, target=target))
+        rows.append(Measurement(f"gateway: added latency, unary, {name}", added_ms, "ms", baseline))
     return rows
 
 

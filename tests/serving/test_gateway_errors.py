@@ -268,11 +268,15 @@ async def test_no_chunk_leaves_that_the_journal_does_not_take(tmp_path: Path) ->
         triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
     ):
         got: list[str] = []
-        with pytest.raises(grpc.aio.AioRpcError, match="usage cannot be recorded"):
+
+        async def read() -> None:
             async for result, _ in client.stream_infer(_each((ENTRY,)), headers=HEADERS):
                 got.append(result.as_numpy("text_output")[0].decode())
                 await asyncio.to_thread(server.meter.journal.close)
                 journal_gone.set()
+
+        with pytest.raises(grpc.aio.AioRpcError, match="usage cannot be recorded"):
+            await read()
         assert got == ["one"]
     async with running(gateway_settings(tmp_path, address)) as again:
         assert again.recovered == 1
