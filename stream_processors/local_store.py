@@ -17,6 +17,7 @@ dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -179,10 +180,10 @@ class LocalStore:
 
     def trim_unconfirmed(self, through: int) -> None:
         """The sink has everything through this sequence of the present generation: let those bytes go."""
-        last = _SEQUENCE.pack(through + 1)
-        gone = sum(len(value) for key, value in self._range(b"u") if key[1:] < last)
+        end = b"u" + _SEQUENCE.pack(through + 1)
+        gone = sum(len(value) for _, value in itertools.takewhile(lambda pair: pair[0] < end, self._range(b"u")))
         if gone:
-            self._db.delete_range(b"u", b"u" + last)
+            self._db.delete_range(b"u", end)
             self.unconfirmed_bytes -= gone
 
     def close(self) -> None:

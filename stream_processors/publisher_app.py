@@ -279,7 +279,13 @@ class PublisherApp:
     async def _flush(self, partition: int) -> None:
         async with self._flushing[partition]:
             batch = self._batches.get(partition)
-            if batch is None or batch.place is None:
+            if batch is None:
+                return
+            if batch.place is None:
+                # Nothing, or only what the chain ignored.
+                for event in batch.events:
+                    event.ack()
+                batch.events.clear()
                 return
             self._batches[partition] = Batch()
             if self._gate is not None:
