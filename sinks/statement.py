@@ -1,7 +1,7 @@
 """One tenant's statement: what was used, at which price, what was granted, and what was left before and after.
 
-Promise: every line is quantity times price, exactly, and the lines add up to what was charged; if they don't, no statement is made
-and the error says to run the audit. Usage counts by when it ended, credit by when the ledger took it.
+Promise: every line is quantity times price, exactly, and the lines add up to what was charged; if they don't, no statement is
+made and the error says to run the audit. Usage counts by when it ended, credit by when the ledger took it.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _lines(group: _Group, books: PriceBooks, currency: str) -> list[StatementLin
         rate = books.rate(currency, group.ended_ms, group.model, operation, service_class)
         if rate is None or rate.version != group.price_version:
             raise StatementError(
-                f"price version {group.price_version} of {group.model} ({currency}) is not in price_books; run `taximeter audit`"
+                f"price version {group.price_version} of {group.model} ({currency}) is not known here; run `taximeter audit`"
             )
         prices = {**dict(zip(TOKEN_COLUMNS, rate.token_pico, strict=True)), **rate.unit_pico}
     lines = [
@@ -226,8 +226,8 @@ def _lines(group: _Group, books: PriceBooks, currency: str) -> list[StatementLin
     amount = sum(line.amount_pico for line in lines)
     if amount != group.cost_pico:
         raise StatementError(
-            f"{group.model}, price version {group.price_version}: the lines add up to {amount} pico, and {group.cost_pico} were "
-            "charged; run `taximeter audit`"
+            f"{group.model}, price version {group.price_version}: the lines add up to {amount} pico, and "
+            f"{group.cost_pico} were charged; run `taximeter audit`"
         )
     return lines
 

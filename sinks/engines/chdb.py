@@ -117,7 +117,7 @@ class ChdbEngine:
         try:
             return self._run(reader, bounded, "JSONCompact")
         except BaseException:
-            # What a broken query had already written would stand before the next one's answer: chDB keeps it with the connection.
+            # What a broken query has written already would stand before the next answer: chDB keeps it with the connection.
             reader.close()
             reader = self._connect()
             raise

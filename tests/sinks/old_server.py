@@ -1,8 +1,8 @@
 """What Debian's ClickHouse of December 2018 lacks, substituted in the DDL that it is sent: the product's own stays as it is.
 
-Types that it has not become ones that hold the same values (DateTime64(3) is Int64 in milliseconds, LowCardinality is plain, arrays of
-LowCardinality too); codecs, comments, skip indexes and settings of tables are left out. Inserts and the writer's own query are the
-product's. Views are not made: all SQL for people runs on chDB.
+Types that it has not become ones that hold the same values (DateTime64(3) is Int64 in milliseconds, LowCardinality is plain);
+codecs, comments, skip indexes and settings of tables are left out. Inserts and the writer's own query are the product's. Views
+are not made: all SQL for people runs on chDB.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A sink in a process of its own that a test kills: feeds a file of records to chDB, then prints what the audit says.
 
-arguments: folder, file of length-prefixed records, crash: "no", "wait" (prints a line, then is killed from outside), or N: kill -9 right
-after the N-th insert; "position-first:N" breaks the order of inserts on purpose, to show that the test would notice.
+Arguments: a folder, a file of length-prefixed records, and a crash: "no"; "wait" (prints a line, is killed from outside);
+N: kill -9 right after the N-th insert; "position-first:N" breaks the order of inserts on purpose, to show that a test would
+notice.
 """
 
 from __future__ import annotations

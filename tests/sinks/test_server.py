@@ -23,7 +23,6 @@ from taximeter.embedded.broker import TansuBroker
 from tests.billing.ledgers import KEYS, Ledger
 from tests.services.clickhouse import ClickHouseServer
 from tests.sinks.old_server import count, create_tables
-from tests.sinks.test_audit import ledger  # noqa: F401 - a fixture
 from tests.sinks.test_loop import PARTITION, WAIT_S, filled, make_topics, produce
 
 pytestmark = pytest.mark.clickhouse_server
@@ -69,8 +68,8 @@ def test_values_come_back_as_they_went(server_engine: ServerEngine, compression:
         },
     )
     engine.execute(
-        "CREATE TABLE exact (t String, b String, u UInt64, p Decimal(38, 12), s DateTime('UTC'), a Array(String), n Array(UInt64)) "
-        "ENGINE = MergeTree ORDER BY u"
+        "CREATE TABLE exact (t String, b String, u UInt64, p Decimal(38, 12), s DateTime('UTC'), a Array(String), "
+        "n Array(UInt64)) ENGINE = MergeTree ORDER BY u"
     )
     texts = ["", "'; DROP TABLE exact; --", "日本語 🚕 \\n \t\n\0 {t:String} %(t)s", "x" * 4096]
     pico = [0, 1, -(10**38) + 1, 10**38 - 1]
@@ -107,7 +106,7 @@ def fields_of(settings: ServerSettings) -> dict[str, object]:
     return {name: getattr(settings, name) for name in ServerSettings.__dataclass_fields__}
 
 
-def test_a_ledger_is_written_as_on_chdb(server_engine: ServerEngine, engine: ChdbEngine, ledger: Ledger) -> None:  # noqa: F811
+def test_a_ledger_is_written_as_on_chdb(server_engine: ServerEngine, engine: ChdbEngine, ledger: Ledger) -> None:
     """The same rows on both engines: every column of every table."""
     for each in (server_engine, engine):
         feed(each, ledger.stored, KEYS.seal_key)
@@ -131,7 +130,7 @@ def listed(row: tuple[object, ...]) -> list[object]:
     return [list(value) if isinstance(value, tuple) else value for value in row]
 
 
-def test_a_repeated_batch_changes_nothing(server_engine: ServerEngine, ledger: Ledger) -> None:  # noqa: F811
+def test_a_repeated_batch_changes_nothing(server_engine: ServerEngine, ledger: Ledger) -> None:
     feed(server_engine, ledger.stored, KEYS.seal_key)
     once = {table.name: count(server_engine, table) for table in ALL_TABLES}
     server_engine.execute("ALTER TABLE sink_positions DELETE WHERE 1")
@@ -155,7 +154,7 @@ def test_errors_say_whether_to_try_again(server_engine: ServerEngine, clickhouse
     away = ServerEngine(settings_of(clickhouse_server, "default", port=1, attempts=1))
     with pytest.raises(EngineUnavailable, match="does not answer"):
         away.query("SELECT 1")
-    with pytest.raises(EngineError, match="readonly|Cannot insert|READONLY"):
+    with pytest.raises(EngineError, match=r"readonly|READONLY"):
         server_engine.query("INSERT INTO sink_positions SELECT * FROM sink_positions")
     with pytest.raises(EngineUnavailable):
         server_engine.query("SELECT sleep(2)", timeout_s=0.5)
