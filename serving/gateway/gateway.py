@@ -158,11 +158,17 @@ class Gateway:
         try:
             return await self._begin(request, key, stream=stream)
         except BaseException:
-            self.end(tenant_id)
+            self._free_slot(tenant_id)
             raise
 
-    def end(self, tenant_id: str) -> None:
-        """The request is over: it makes room for another."""
+    def end(self, admitted: Admitted, caller: Caller) -> None:
+        """The request is over, however it ended: it makes room for another, and a bill that nobody has written by now, because
+        the client is gone or the journal failed, is written apart from the call."""
+        self._free_slot(admitted.tenant_id)
+        if not admitted.meter.is_closed:
+            self._settle(admitted.meter, self._cut_off_outcome(caller))
+
+    def _free_slot(self, tenant_id: str) -> None:
         self._running -= 1
         self._tenant_running[tenant_id] -= 1
         if not self._tenant_running[tenant_id]:
@@ -206,10 +212,9 @@ class Gateway:
             self.metrics["journal_full"] += 1
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"usage cannot be recorded: {error}") from error
         except ProducerError as error:
-            self.metrics["journal_errors"] += 1
-            raise CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}") from error
+            raise self.unrecorded(error) from error
         except asyncio.CancelledError:
-            self.settle(meter, OUTCOME_CANCELLED)
+            self._settle(meter, OUTCOME_CANCELLED)
             raise
         self.metrics["requests_admitted"] += 1
         return Admitted(request, profile, prepared, meter, key.tenant_id)
@@ -278,19 +283,22 @@ class Gateway:
         left_s = caller.time_left_s()
         return self.settings.limits.upstream_timeout_s if left_s is None else left_s
 
-    def cancel_outcome(self, caller: Caller) -> int:
-        """What a call that was cut off is billed as."""
+    def unrecorded(self, error: ProducerError) -> CallError:
+        """What a client is told when the journal does not take what its answer costs: the answer does not leave."""
+        self.metrics["journal_errors"] += 1
+        return CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}")
+
+    def _cut_off_outcome(self, caller: Caller) -> int:
         if self.stopping:
             return OUTCOME_INTERRUPTED
         return OUTCOME_DEADLINE_EXCEEDED if caller.is_late() else OUTCOME_CANCELLED
 
-    def settle(self, meter: RequestMeter, outcome: int) -> None:
-        """Write the bill of a request whose handler is being cancelled, apart from it."""
-        self.spawn(self.close(meter, outcome))
-
-    async def close(self, meter: RequestMeter, outcome: int) -> None:
-        """Write the bill where nobody waits for the answer any more; a journal that fails keeps the last progress."""
+    def _settle(self, meter: RequestMeter, outcome: int) -> None:
         self.metrics["requests_cut_off"] += 1
+        self.spawn(self._close(meter, outcome))
+
+    async def _close(self, meter: RequestMeter, outcome: int) -> None:
+        """Write a bill that nobody waits for; a journal that fails keeps the last progress."""
         try:
             await meter.close(outcome)
         except ProducerError:

@@ -133,6 +133,11 @@ class RequestMeter:
         self._open = self._parts.meter.open(self._event)
         await self._open.receipt.wait(self._parts.durable_timeout_s)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the bill is written, or being written."""
+        return self._closed
+
     def forwarded(self) -> None:
         """From here on the request costs."""
         self._forwarded = True

@@ -18,7 +18,6 @@ from billing.v1.usage_pb2 import (
     OUTCOME_BACKEND_ERROR_PARTIAL,
     OUTCOME_COMPLETED,
     OUTCOME_DEADLINE_EXCEEDED,
-    OUTCOME_INTERRUPTED,
 )
 from producers.errors import ProducerError
 from serving import kserve
@@ -48,6 +47,10 @@ class _End:
 
     status: grpc.StatusCode | None
     message: str
+
+
+class _ClientGoneError(Exception):
+    """The client's stream has ended under a write: it cancelled, or its connection broke."""
 
 
 class _RequestFlow:
@@ -81,15 +84,12 @@ class _RequestFlow:
         reading = asyncio.get_running_loop().create_task(self._read(call))
         try:
             await self._deliver()
-        except asyncio.CancelledError:
-            # What the back end has sent by now was produced, whether or not it reached the client.
-            call.cancel()
-            self._count_arrived()
-            await self._gateway.close(self._meter, self._gateway.cancel_outcome(self._caller))
-            raise
         finally:
             call.cancel()
             reading.cancel()
+            if not self._meter.is_closed:
+                # What the back end has sent by now was produced, whether or not it reached the client.
+                self._count_arrived()
 
     async def _read(self, call: Any) -> None:
         """Fill the queue until the back end's stream ends; a full queue holds the back end up."""
@@ -253,12 +253,19 @@ class _ClientStream:
             # One message at a time may be on its way in a gRPC stream.
             async with self._writing:
                 for response in responses:
-                    await self._context.write(response)
+                    try:
+                        await self._context.write(response)
+                    except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+                        raise _ClientGoneError from error
 
         try:
-            await self._answer(request, write)
-        except CallError as error:
-            await self._tell(error, client_id, write)
+            try:
+                await self._answer(request, write)
+            except CallError as error:
+                await self._tell(error, client_id, write)
+        except _ClientGoneError:
+            # gRPC is about to cancel the whole call; the bill is in the gateway's hands.
+            self._gateway.metrics["clients_gone"] += 1
         finally:
             if done is not None and not done.done():
                 done.set_result(None)
@@ -269,11 +276,9 @@ class _ClientStream:
         try:
             await _RequestFlow(gateway, self._caller, admitted, write).run()
         except ProducerError as error:
-            gateway.metrics["journal_errors"] += 1
-            gateway.settle(admitted.meter, OUTCOME_INTERRUPTED)
-            raise CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}") from error
+            raise gateway.unrecorded(error) from error
         finally:
-            gateway.end(admitted.tenant_id)
+            gateway.end(admitted, self._caller)
 
     async def _tell(
         self, error: CallError, client_id: str, write: Callable[[Sequence[StreamResponse]], Awaitable[None]]

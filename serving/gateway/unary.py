@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED, OUTCOME_DEADLINE_EXCEEDED, OUTCOME_INTERRUPTED
+from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED, OUTCOME_DEADLINE_EXCEEDED
 from producers.errors import ProducerError
 from serving.gateway.errors import CallError
 from serving.gateway.metering import tell_usage
@@ -60,15 +59,10 @@ def make_model_infer(gateway: Gateway, policy: Policy) -> Callable[[ModelInferRe
             admitted = await gateway.begin(request, caller, policy, stream=False)
             try:
                 return await _answer(gateway, admitted, caller)
-            except asyncio.CancelledError:
-                gateway.settle(admitted.meter, gateway.cancel_outcome(caller))
-                raise
             except ProducerError as error:
-                gateway.metrics["journal_errors"] += 1
-                gateway.settle(admitted.meter, OUTCOME_INTERRUPTED)
-                raise CallError(grpc.StatusCode.UNAVAILABLE, f"usage cannot be recorded: {error}") from error
+                raise gateway.unrecorded(error) from error
             finally:
-                gateway.end(admitted.tenant_id)
+                gateway.end(admitted, caller)
         except CallError as error:
             await context.abort(error.status, error.message)
             raise AssertionError("abort raises") from error
