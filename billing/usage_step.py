@@ -16,7 +16,7 @@ from billing.abuse import Evidence, Rules
 from billing.accounts import AccountState
 from billing.amounts import to_amount
 from billing.identity import identities, partition_of
-from billing.limits import PLAIN_EVENT_BYTES_MAX, QUANTITY_MAX, SCHEMA_VERSION, TIME_MS_MAX
+from billing.limits import ID_CHARS_MAX, PLAIN_EVENT_BYTES_MAX, QUANTITY_MAX, SCHEMA_VERSION, TIME_MS_MAX
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
 from billing.sequences import ProducerSequences
@@ -39,7 +39,7 @@ from billing.v1.usage_pb2 import (
     RawUsageBatch,
     UsageBatch,
 )
-from billing.validation import TOKEN_FIELDS, event_problem
+from billing.validation import OPTIONAL_IDS, TOKEN_FIELDS, event_problem
 from billing.windows import MINUTE_MS, Key, Window
 
 _FIELDS = attrgetter(
@@ -54,8 +54,11 @@ _FIELDS = attrgetter(
     "ended_ms",
     *TOKEN_FIELDS,
 )
-# The tag of UsageEvent.units on the wire. An event whose bytes lack it has no units; one that holds it may have some.
+# Of those that no sum looks at; only long events can hold one over its bound.
+_OTHER_TEXTS = attrgetter(*(name for name in OPTIONAL_IDS if name != "project_id"))
+# The tags of UsageEvent.units and .attributes on the wire. Bytes that lack one have none; bytes that hold it may have some.
 _UNITS_TAG = b"\xaa\x01"
+_ATTRIBUTES_TAG = b"\xfa\x01"
 _LOW = (1 << 64) - 1
 _INPUT, _CACHE_READ = 0, 2
 _REQUEST_IDS_NAMED = 3
@@ -132,7 +135,7 @@ class _Batch:
     def _well_formed(self) -> bool:
         """Whether no event can have a problem; False means only that each must be looked at."""
         return (
-            max(map(len, self.raws)) <= PLAIN_EVENT_BYTES_MAX
+            self._texts_bounded()
             and min(self.started_ms) > 0
             and max(self.ended_ms) <= TIME_MS_MAX
             and not any(map(gt, self.started_ms, self.ended_ms))
@@ -142,6 +145,15 @@ class _Batch:
             and all(self.models)
             and not self.maybe_units
         )
+
+    def _texts_bounded(self) -> bool:
+        if max(map(len, self.raws)) <= PLAIN_EVENT_BYTES_MAX:
+            return True
+        if any(_ATTRIBUTES_TAG in raw for raw in self.raws):
+            return False
+        others = zip(*map(_OTHER_TEXTS, self.events), strict=True)
+        columns = (self.tenant_ids, self.request_ids, self.projects, self.models, *others)
+        return all(max(map(len, column)) <= ID_CHARS_MAX for column in columns)
 
     def _lives_here(self, tenant_id: str) -> bool:
         return partition_of(tenant_id, self.state.settings.partitions) == self.state.partition
@@ -235,7 +247,11 @@ class _Batch:
 
     def charge(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Rate the admitted events and add them to their windows and accounts."""
-        minutes = [ended_ms // MINUTE_MS for ended_ms in self.ended_ms]
+        first_minute = min(self.ended_ms) // MINUTE_MS
+        if max(self.ended_ms) // MINUTE_MS == first_minute:
+            minutes = [first_minute] * len(self.ended_ms)
+        else:
+            minutes = [ended_ms // MINUTE_MS for ended_ms in self.ended_ms]
         keys = list(
             zip(self.tenant_ids, self.projects, self.models, self.operations, self.service_classes, minutes, strict=True)
         )
