@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -389,6 +390,41 @@ async def test_a_cancel_reaches_exactly_one_request(server: GatewayServer, clien
     assert events[OUTCOME_CANCELLED].output_tokens < events[OUTCOME_COMPLETED].output_tokens == 20
     produced = await asyncio.to_thread(production, production_folder, events[OUTCOME_CANCELLED].request_id)
     assert produced["outcome"] == "cancelled"
+
+
+async def test_no_request_escapes_its_bill_when_clients_go_at_random(
+    server: GatewayServer, client: Any, production_folder: Path
+) -> None:
+    """Also while a chunk is being written: each request that reached the back end is closed, once, for what came of it."""
+    chance = random.Random(7)
+    requests = 60
+
+    async def go(number: int) -> None:
+        inputs = trace_inputs(5, 60, chunk_tokens=1, chunk_delay_ms=1)
+        ends = chance.choice(("cancel", "deadline", "complete"))
+        after_s = chance.uniform(0.01, 0.15)
+        entry = {"model_name": "trace", "inputs": inputs, "request_id": str(number)}
+        stream = client.stream_infer(one(entry), headers=HEADERS, stream_timeout=after_s if ends == "deadline" else 60)
+        if ends == "cancel":
+            asyncio.get_running_loop().call_later(after_s, stream.cancel)
+        try:
+            async for _ in stream:
+                pass
+        except (grpc.aio.AioRpcError, asyncio.CancelledError):
+            assert ends != "complete"
+
+    for first in range(0, requests, 10):
+        await asyncio.gather(*(go(number) for number in range(first, first + 10)))
+    events = await settled(server, 1)
+    assert {event.outcome for event in events} == {OUTCOME_COMPLETED, OUTCOME_CANCELLED, OUTCOME_DEADLINE_EXCEEDED}
+    assert len({event.request_id for event in events}) == len(events) <= requests
+    for event in events:
+        # A request that was cancelled before it was forwarded has no line there, and costs nothing.
+        if event.output_tokens:
+            line = await asyncio.to_thread(production, production_folder, event.request_id)
+            assert event.output_tokens <= line["output_tokens"]
+        if event.outcome == OUTCOME_COMPLETED:
+            assert event.output_tokens == 60
 
 
 @pytest.mark.parametrize("stream", [True, False])
