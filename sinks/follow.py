@@ -19,7 +19,7 @@ from sinks.writer import Position, Writer
 
 __all__ = ["Follower", "describe", "feed", "gap", "generation_of"]
 
-_FEED_BYTES_MAX = 16_000_000
+_FEED_BYTES_MAX = 8_000_000
 
 
 class Follower:

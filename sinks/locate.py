@@ -124,7 +124,7 @@ def _not_found(
     if first.sequence > follower.sequence:
         return LedgerGap(
             f"{log}: the log starts at {describe(first.generation, first.sequence)}, after this database's {follower}: "
-            "retention was shorter than the sink was away; hand over the records in between from the ledger worker's local copy",
+            "retention was shorter than the sink was away; hand over the records in between from the worker's copy",
             partition=log.partition,
             position=str(follower),
             needed=describe(first.generation, first.sequence - 1),

@@ -24,9 +24,9 @@ class SinkSettings:
     name: str = "sink/clickhouse"
     # librdkafka's own names (security.protocol, sasl.*, ssl.*).
     security: Mapping[str, str] = field(default_factory=dict, repr=False)
-    # A batch is written when it is this old or this large.
+    # A batch is written when it is this old or this large; larger ones fall out of the processor's cache and are slower.
     linger_ms: int = 100
-    batch_bytes: int = 16_000_000
+    batch_bytes: int = 8_000_000
     retry_ms_max: int = 10_000
     accept_gap: bool = False
 
