@@ -163,6 +163,10 @@ class Commander:
                 )
             time.sleep(_LOOK_S)
 
+    def was_applied(self, reader: Reader, command_id: str) -> bool:
+        """Whether a command of this ID took effect before, in any partition."""
+        return any(row[2] for row in reader.query(_COMMANDS_SQL, {"ids": [command_id]}).rows)
+
     def _missing(self, reader: Reader, wanted: Mapping[str, int]) -> list[str]:
         try:
             rows = reader.query(_COMMANDS_SQL, {"ids": list(wanted)}).rows

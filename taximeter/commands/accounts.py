@@ -41,13 +41,13 @@ def create_tenant(
 ) -> None:
     """Create a tenant, or change its plan."""
     _check_id("TENANT", tenant)
-    config = context.config()
-    commander = Commander(config, issuer())
     terms = PlanTerms(
         prepaid=not postpaid,
         prompt_tokens_max=prompt_tokens_max,
         credit_limit_pico=_amount("--credit-limit", credit_limit),
     )
+    config = context.config()
+    commander = Commander(config, issuer())
     with open_reader(config) as reader:
         commander.give([commander.tenant(tenant, name, currency, terms)], reader)
     _tell(context, {"tenant_id": tenant, "plan": "postpaid" if postpaid else "prepaid", "currency": currency}, json=json)
@@ -101,11 +101,14 @@ def grant_credit(
         account = next(iter(queries.balances(reader, tenant)), None)
         if account is None:
             raise TaximeterError(f"tenant {tenant!r} is not known: create it with `taximeter tenant create {tenant}`")
-        commander.give([commander.credit(tenant, amount_pico, account.currency, reason, command_id=grant_id)], reader)
+        repeated = bool(grant_id) and commander.was_applied(reader, grant_id)
+        if not repeated:
+            grant = commander.credit(tenant, amount_pico, account.currency, reason, command_id=grant_id)
+            commander.give([grant], reader)
         after = queries.balances(reader, tenant)[0]
     values: dict[str, object] = {
         "tenant_id": tenant,
-        "granted": format_pico(amount_pico, account.currency),
+        "granted": "nothing: this ID was granted before" if repeated else format_pico(amount_pico, account.currency),
         "balance": format_pico(after.balance_pico, after.currency),
     }
     _tell(context, values, json=json)
@@ -125,6 +128,11 @@ def apply_prices(
         commander = Commander(config, issuer())
         with open_reader(config) as reader:
             command_id = f"prices-{book.currency}-{book.version}"
+            if commander.was_applied(reader, command_id):
+                raise TaximeterError(
+                    f"version {book.version} of {book.currency} was applied before: "
+                    f"a changed book is version {book.version + 1}"
+                )
             commander.give([commander.prices(book, command_id=command_id)], reader)
     values: dict[str, object] = {
         "version": book.version,

