@@ -300,7 +300,7 @@ def model_server_settings(config: Config) -> ServerSettings:
     embedded = config.embedded
     if not embedded.model_server_port:
         raise ConfigError("embedded.model_server_port is 0: name a port, or let `taximeter up` choose one")
-    return ServerSettings(host=embedded.host, port=embedded.model_server_port)
+    return ServerSettings(host=embedded.host, port=embedded.model_server_port, models=tuple(embedded.models.split(",")))
 
 
 def _read(key: str, path: Path) -> bytes:

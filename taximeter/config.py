@@ -208,6 +208,8 @@ class EmbeddedConfig(_Section):
     model_server_port: PortOrNone = 0
     loopback_port: PortOrNone = 0
     model_server: bool = True
+    # What the model server serves: a real small language model, and one that reports the counts that it is told.
+    models: Literal["smollm2,trace", "smollm2", "trace"] = "smollm2,trace"
     gateway: bool = True
     workers: Annotated[int, Field(ge=1, le=16)] = 1
     ready_timeout_s: Annotated[float, Field(gt=0, le=600)] = 60.0

@@ -11,20 +11,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sinks.queries import AlertRow, Balance, Quantities, UsageRow
+    from sinks.statement import Statement
     from taximeter.output import Output
 
 __all__ = [
-    "STATEMENT_BY",
     "alert_values",
     "balance_values",
     "print_alerts",
     "print_balances",
     "print_statement",
     "print_usage",
+    "statement_values",
     "usage_values",
 ]
 
-STATEMENT_BY: Final = ("day", "project", "model", "operation", "class")
+_PER_UNITS: Final = 1_000_000
 
 
 def print_balances(output: Output, rows: Sequence[Balance]) -> None:
@@ -78,14 +79,42 @@ def print_usage(output: Output, title: str, names: Sequence[str], rows: Sequence
     output.table(title, columns, cells, empty="No usage in this period.")
 
 
-def print_statement(output: Output, account: Balance, names: Sequence[str], rows: Sequence[UsageRow]) -> None:
-    """One tenant's lines, their sum, and the account."""
-    print_usage(output, f"Statement of {account.display_name or account.tenant_id}", names, rows)
+def print_statement(output: Output, statement: Statement) -> None:
+    """Each line as quantity times price, and the way from the opening to the closing balance."""
+    currency = statement.currency
+    output.table(
+        f"Statement of {statement.display_name or statement.tenant_id}",
+        ("project", "model", "operation", "class", "what", "quantity ", "per million ", "amount "),
+        [
+            (
+                line.project_id,
+                line.model,
+                line.operation,
+                line.service_class,
+                line.quantity_of.replace("_", " "),
+                line.quantity,
+                format_pico(line.price_pico * _PER_UNITS, currency),
+                format_pico(line.amount_pico, currency),
+            )
+            for line in statement.lines
+        ],
+        empty="No charges in this period.",
+    )
+    output.table(
+        "",
+        ("granted", "why", "by", "amount "),
+        [
+            (show_time(line.log_time_ms), line.reason, line.issuer, format_pico(line.amount_pico, currency))
+            for line in statement.credits
+        ],
+        empty="No credit in this period.",
+    )
     output.say(
-        f"granted {format_pico(account.credit_pico, account.currency)}"
-        f" - spent {format_pico(account.spend_pico, account.currency)}"
-        f" = balance {format_pico(account.balance_pico, account.currency)}"
-        f" (as of {show_time(account.log_time_ms)})"
+        f"opening {format_pico(statement.opening_pico, currency)}"
+        f" + granted {format_pico(statement.credited_pico, currency)}"
+        f" - charged {format_pico(statement.charged_pico, currency)}"
+        f" = closing {format_pico(statement.closing_pico, currency)}"
+        f"; {statement.events:,} requests, {statement.free_events:,} free, {statement.unrated_events:,} without a price"
     )
 
 
@@ -116,6 +145,48 @@ def balance_values(row: Balance) -> dict[str, object]:
         "plan_id": row.plan_id,
         "billing_mode": row.billing_mode,
         "as_of": show_time(row.log_time_ms),
+    }
+
+
+def statement_values(statement: Statement) -> dict[str, object]:
+    """A statement for programs."""
+    return {
+        "tenant_id": statement.tenant_id,
+        "display_name": statement.display_name,
+        "currency": statement.currency,
+        "start": show_time(statement.start_ms),
+        "end": show_time(statement.end_ms),
+        "opening": _decimal(statement.opening_pico),
+        "credited": _decimal(statement.credited_pico),
+        "charged": _decimal(statement.charged_pico),
+        "closing": _decimal(statement.closing_pico),
+        "requests": statement.events,
+        "free_requests": statement.free_events,
+        "unrated_requests": statement.unrated_events,
+        "lines": [
+            {
+                "project_id": line.project_id,
+                "model": line.model,
+                "operation": line.operation,
+                "service_class": line.service_class,
+                "what": line.quantity_of,
+                "quantity": line.quantity,
+                "unit_price": _decimal(line.price_pico),
+                "amount": _decimal(line.amount_pico),
+                "price_version": line.price_version,
+            }
+            for line in statement.lines
+        ],
+        "credits": [
+            {
+                "time": show_time(line.log_time_ms),
+                "command_id": line.command_id,
+                "issuer": line.issuer,
+                "reason": line.reason,
+                "amount": _decimal(line.amount_pico),
+            }
+            for line in statement.credits
+        ],
     }
 
 

@@ -32,7 +32,7 @@ def replay(
     tenants: Annotated[int, typer.Option(min=1, max=100_000, help="Spread the requests over so many tenants.")] = 50,
     start: Annotated[str | None, typer.Option(help="When the first request happens (default: 00:00 UTC of yesterday).")] = None,
     speed: Annotated[float, typer.Option(min=0, help="1: as in the trace; 10: ten times; 0: as fast as possible.")] = 0,
-    model: Annotated[str, typer.Option(help="The model's name on the events.")] = "trace",
+    model: Annotated[str, typer.Option(help="The model's name (default: trace; through the gateway: trace-unary).")] = "",
     through: Annotated[
         Literal["journal", "gateway"],
         typer.Option(help="As usage events, or as requests to the gateway's model of that name."),
@@ -42,6 +42,7 @@ def replay(
     json: JsonOption = False,
 ) -> None:
     """Replay a trace. The same file, tenants and start are the same events: a second run is all duplicates."""
+    model = model or ("trace-unary" if through == "gateway" else "trace")
     trace = read_trace(file)
     now = now_ms()
     start_ms = yesterday_ms(now) if start is None else parse_time_ms("--start", start, now=now)

@@ -8,17 +8,18 @@ import typer
 from sinks import queries
 from sinks.engine import Reader
 from sinks.queries import AlertRow
+from sinks.statement import statement as make_statement
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import open_reader
 from taximeter.errors import TaximeterError
 from taximeter.reports import (
-    STATEMENT_BY,
     alert_values,
     balance_values,
     print_alerts,
     print_balances,
     print_statement,
     print_usage,
+    statement_values,
     usage_values,
 )
 from taximeter.times import MINUTE_MS, now_ms, parse_time_ms, show_time
@@ -71,18 +72,16 @@ def usage(
 def statement(
     context: Context, tenant: TenantArgument, start: StartOption = None, end: EndOption = None, json: JsonOption = False
 ) -> None:
-    """Show one tenant's usage line by line, what it cost, and the balance."""
+    """Show one tenant's charges line by line, as quantity times price, and the balance before and after."""
     start_ms, end_ms = _period(start, end)
     with open_reader(context.config()) as reader:
-        found = queries.balances(reader, tenant)
-        if not found:
-            raise TaximeterError(f"tenant {tenant!r} is not known: see `taximeter balance` for those that are")
-        rows = queries.usage(reader, tenant, STATEMENT_BY, start_ms, end_ms)
+        found = make_statement(reader, tenant, start_ms, end_ms)
+    if found is None:
+        raise TaximeterError(f"tenant {tenant!r} is not known: see `taximeter balance` for those that are")
     if json:
-        lines = [usage_values(STATEMENT_BY, row) for row in rows]
-        context.output.json({"tenant_id": tenant, "lines": lines, "account": balance_values(found[0])})
+        context.output.json(statement_values(found))
     else:
-        print_statement(context.output, found[0], STATEMENT_BY, rows)
+        print_statement(context.output, found)
 
 
 @command

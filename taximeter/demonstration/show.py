@@ -21,6 +21,7 @@ from billing.v1.usage_pb2 import (
     UsageEvent,
 )
 from sinks import queries
+from sinks.statement import statement as make_statement
 from taximeter.commanding import Commander, PlanTerms
 from taximeter.compose import meter_settings, open_reader, publisher_settings
 from taximeter.demonstration.clients import Answer, ask_all, ask_for_refusal
@@ -29,7 +30,7 @@ from taximeter.errors import TaximeterError
 from taximeter.feeding import Feed
 from taximeter.ledger_view import accepted_events
 from taximeter.reports import print_alerts, print_balances, print_statement
-from taximeter.times import now_ms
+from taximeter.times import MINUTE_MS, now_ms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,8 +74,9 @@ class Demonstration:
             self._compare(reader, answers)
             print_balances(self.output, queries.balances(reader))
             tenant = TENANTS[0].tenant_id
-            rows = queries.usage(reader, tenant, ("day", "model", "operation"))
-            print_statement(self.output, queries.balances(reader, tenant)[0], ("day", "model", "operation"), rows)
+            statement = make_statement(reader, tenant, 0, -(-now_ms() // MINUTE_MS) * MINUTE_MS)
+            assert statement is not None, "its balance was just shown"
+            print_statement(self.output, statement)
             self._show_refusal(reader, refusal, began_ms)
             self._burst(reader)
 

@@ -158,20 +158,18 @@ def _overrides(
 
 def _models(base: Config) -> dict[str, Any]:
     """The profiles of the small model server's models, beside what the configuration names."""
-    from serving.model_server import find_smollm2_weights
+    own: dict[str, dict[str, object]] = {}
+    tokenizers: dict[str, Path] = {}
+    if "trace" in base.embedded.models:
+        own |= {"trace": {"backend": "vllm"}, "trace-unary": {"backend": "vllm", "decoupled": False}}
+    if "smollm2" in base.embedded.models:
+        from serving.model_server import find_smollm2_weights
 
-    weights = find_smollm2_weights()
-    own = {
-        "smollm2": {"backend": "vllm", "tokenizer": "smollm2"},
-        "smollm2-unary": {"backend": "vllm", "tokenizer": "smollm2", "decoupled": False},
-        "trace": {"backend": "vllm"},
-        "trace-unary": {"backend": "vllm", "decoupled": False},
-    }
+        tokenizers["smollm2"] = find_smollm2_weights()
+        smollm2: dict[str, object] = {"backend": "vllm", "tokenizer": "smollm2"}
+        own |= {"smollm2": smollm2, "smollm2-unary": {**smollm2, "decoupled": False}}
     profiles = {name: profile.model_dump() for name, profile in base.models.profiles.items()}
-    return {
-        "profiles": {**own, **profiles},
-        "tokenizers": {"smollm2": weights, **base.models.tokenizers},
-    }
+    return {"profiles": {**own, **profiles}, "tokenizers": {**tokenizers, **base.models.tokenizers}}
 
 
 def _choose_ports(data_dir: DataDir, base: Config) -> dict[str, int]:

@@ -30,6 +30,7 @@ _BACK_OFF_FIRST_S: Final = 0.5
 _BACK_OFF_MAX_S: Final = 30.0
 # A part that lived this long starts over with the shortest pause.
 _STEADY_S: Final = 60.0
+_ABANDONED_GRACE_S: Final = 2.0
 
 
 class Runnable(Protocol):
@@ -51,6 +52,9 @@ class Launchable(Runnable, Protocol):
 
     def launch(self) -> None: ...
     def await_ready(self) -> None: ...
+    def abandon(self) -> None:
+        """Stop it soon: what it stands on has gone, and with it what a clean end would wait for."""
+        ...
 
 
 @dataclass(slots=True)
@@ -86,6 +90,9 @@ class Part:
 
     def stop(self) -> None:
         self.child.stop(self.grace_s)
+
+    def abandon(self) -> None:
+        self.child.stop(min(self.grace_s, _ABANDONED_GRACE_S))
 
 
 @dataclass(slots=True)
@@ -192,7 +199,7 @@ class Supervisor:
         self.tell("the broker ended; starting it again, and a new generation of the ledger on the local state")
         for name in self.stop_order:
             if name in self.standing_on_foundation:
-                self.parts[name].stop()
+                self.parts[name].abandon()
         pause_s = _BACK_OFF_FIRST_S
         while not ended.wait(pause_s):
             try:
@@ -203,7 +210,7 @@ class Supervisor:
                 _log.warning("the broker did not come up: %s", error)
                 for name in self.stop_order:
                     if name in self.standing_on_foundation:
-                        self.parts[name].stop()
+                        self.parts[name].abandon()
                 self.foundation.stop()
                 pause_s = min(pause_s * 2, _BACK_OFF_MAX_S)
             else:

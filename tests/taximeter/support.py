@@ -46,7 +46,7 @@ class Up:
 
     def __init__(self, data_dir: Path, *flags: str, gateway: bool = False) -> None:
         self.data_dir = DataDir(data_dir)
-        flags = (*flags, f"embedded.gateway={gateway}", f"embedded.model_server={gateway}")
+        flags = (*flags, f"embedded.gateway={gateway}", f"embedded.model_server={gateway}", "embedded.models=trace")
         settings = [part for flag in flags for part in ("--set", flag)]
         self._child = Child(
             "taximeter up",

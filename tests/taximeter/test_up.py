@@ -122,7 +122,8 @@ def test_statement_and_usage_add_up(up: Up, tmp_path: Path) -> None:
     up.run("import", path)
     until(lambda: balances(up)["books"]["requests"] == 2, what="two events")
     statement = up.json("statement", "books")
-    assert statement["account"]["spend"] == "1.55"
+    assert (statement["charged"], statement["closing"]) == ("1.55", "-1.55")
+    assert sorted(line["amount"] for line in statement["lines"]) == ["0.10", "0.20", "0.50", "0.75"]
     # 0.10 + 0.20 for smollm2, 0.50 + 0.75 for trace.
     assert sorted(line["cost"] for line in up.json("usage", "books", "--by", "model")) == ["0.30", "1.25"]
 
