@@ -50,6 +50,7 @@ class Feed:
         self._meter = UsageMeter(meter)
         self._publisher = Publisher(self._meter.journal, publisher)
         self._timeout_s = 30.0
+        self._publisher.start()
 
     def place(self) -> int:
         """How many events of the file are known to be durable from a run that was cut off."""
@@ -73,7 +74,6 @@ class Feed:
         """
         skipped = self.place()
         began_s = time.monotonic()
-        self._publisher.start()
         recorded = 0
         receipt: Receipt | None = None
         for event in events(skipped):

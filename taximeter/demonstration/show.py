@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from billing.amounts import format_pico, parse_decimal_to_pico
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sinks.engine import Reader
-    from sinks.queries import EventRow
+    from sinks.queries import EventRow, Totals
     from taximeter.config import Config
     from taximeter.output import Output
 
@@ -46,6 +47,7 @@ __all__ = ["Demonstration", "check"]
 T = TypeVar("T")
 _WAIT_S: Final = 30.0
 _LOOK_S: Final = 0.05
+_SETTLE_S: Final = 0.5
 _BURST_EVENTS: Final = 50_000
 _BURST_TENANTS: Final = 20
 _REFUSED_RULE: Final = "prompt_over_limit"
@@ -152,9 +154,11 @@ class Demonstration:
             meter_settings(self.config, self.folder / "burst" / "journal.sqlite"),
             publisher_settings(self.config),
         )
-        before = queries.totals(reader)
-        began_s = time.monotonic()
         try:
+            # Connected, and known to the ledger, before the clock runs.
+            feed.run(lambda _: islice(_burst_events(f"{run}-first", 0), 1), due_s=None, stalled_s=_WAIT_S)
+            before = self._settled(reader)
+            began_s = time.monotonic()
             with self.output.progress("synthetic events recorded", _BURST_EVENTS) as advance:
                 fed = feed.run(lambda skip: _burst_events(run, skip), due_s=None, stalled_s=_WAIT_S, on_recorded=advance)
             arrived = self._await(lambda: queries.totals(reader).events - before.events >= _BURST_EVENTS)
@@ -179,6 +183,16 @@ class Demonstration:
                 "in ClickHouse, events/s": round(_BURST_EVENTS / visible_s),
             },
         )
+
+    def _settled(self, reader: Reader) -> Totals:
+        """The totals once nothing more comes: what was sent before must not count as part of what is measured."""
+        seen = queries.totals(reader)
+        while True:
+            time.sleep(_SETTLE_S)
+            now = queries.totals(reader)
+            if now.events == seen.events:
+                return now
+            seen = now
 
     def _await(self, look: Callable[[], T]) -> T:
         deadline_s = time.monotonic() + _WAIT_S

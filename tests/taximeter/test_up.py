@@ -142,6 +142,20 @@ def test_a_broker_that_was_killed_comes_back_on_the_local_state(up: Up) -> None:
     assert up.json("audit")["findings"] == []
 
 
+def test_the_gateway_serves_and_bills_on_after_the_broker_forgot(tmp_path: Path) -> None:
+    with Up(tmp_path / "data", gateway=True) as up:
+        gateway = up.pids()["gateway"]
+        for kills in range(2):
+            result = up.json("replay", SAMPLE, "--tenants", "2", "--through", "gateway", "--start", "1d")
+            assert result["answered"] == 200
+            in_database(up, 200 * (kills + 1))
+            if kills == 0:
+                up.kill9("broker")
+                until(lambda: "sink" in up.pids(), what="the sink's return")
+        assert up.pids()["gateway"] == gateway
+        assert up.json("audit")["findings"] == []
+
+
 def test_a_second_up_in_the_same_folder_is_refused(up: Up) -> None:
     assert up.run("up", expected=1) == ""
     assert up.alive
