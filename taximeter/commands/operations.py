@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sinks.migrate import migrate as migrate_schema
+from sinks.migrate import pending
 from taximeter import compose
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.commands.parts import LogLevelOption, log_to_stderr
@@ -37,8 +38,14 @@ def apply_topics(context: Context, dry_run: DryRunOption = False, json: JsonOpti
 @command
 def migrate(context: Context, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
     """Bring the database to this version's schema."""
-    with compose.open_engine(context.config()) as engine:
-        applied = [str(migration) for migration in migrate_schema(engine, dry_run=dry_run)]
+    config = context.config()
+    if dry_run:
+        # A look needs no ownership of the database, so it may be had while a sink runs.
+        with compose.open_reader(config) as reader:
+            applied = [str(migration) for migration in pending(reader)]
+    else:
+        with compose.open_engine(config) as engine:
+            applied = [str(migration) for migration in migrate_schema(engine)]
     if json:
         context.output.json({"dry_run": dry_run, "migrations": applied})
         return

@@ -70,6 +70,8 @@ class DataDir:
                     f"data directory {self.path} is in use by another `taximeter up`: "
                     "stop that one, or choose another --data-dir"
                 ) from None
+            # Of one that was killed: it must not be taken for ours before we have started anything.
+            self._state_path.unlink(missing_ok=True)
             try:
                 yield
             finally:

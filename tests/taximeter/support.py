@@ -64,9 +64,19 @@ class Up:
     def __exit__(self, *_: object) -> None:
         self._child.stop(30.0)
 
+    def revive(self) -> None:
+        """Start it again after it was killed."""
+        self.__enter__()
+
     @property
     def alive(self) -> bool:
         return self._child.alive
+
+    def kill9_all(self) -> None:
+        """SIGKILL to the supervisor: the kernel ends its parts with it."""
+        parts = list(self.pids().values())
+        os.kill(self._child.pid, signal.SIGKILL)
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in parts), what="the end of all parts")
 
     def pids(self) -> dict[str, int]:
         state = self.data_dir.running()

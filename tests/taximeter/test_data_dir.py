@@ -40,6 +40,8 @@ def test_one_that_was_killed_is_not_found(tmp_path: Path) -> None:
     assert ended.returncode < 0
     assert (tmp_path / "run" / "state.json").exists()
     assert DataDir(tmp_path).running() is None
+    with DataDir(tmp_path).lock():
+        assert DataDir(tmp_path).running() is None
 
 
 def test_secrets_are_made_once_for_the_owner_alone(tmp_path: Path) -> None:

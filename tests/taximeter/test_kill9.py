@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -92,6 +93,28 @@ def test_a_kill_in_the_middle_changes_nothing(up: Up, trace: Trace, trial: int) 
         up.kill9(target)
         assert replay.wait(300) == 0
     until(lambda: counted(up, start) == expected(trace), what=f"the trace's sums after killing the {target}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the parts with their supervisor")
+@pytest.mark.parametrize("trial", range(2))
+def test_a_kill_of_everything_at_once_changes_nothing(up: Up, trace: Trace, trial: int) -> None:
+    draw = random.Random(SEED + 100 + trial)
+    start = day(10 + trial)
+    arguments: list[str | Path] = ["replay", azure_trace(), "--tenants", str(TENANTS), "--start", start.isoformat()]
+    before = {row["tenant_id"]: row["spend"] for row in up.json("balance")}
+    replay = up.start(*arguments, "--speed", str(SPEED))
+    until(lambda: counted(up, start)[0] > 0, what="the first of the trace")
+    time.sleep(draw.uniform(0.5, 2.0))
+    assert replay.poll() is None, "the replay was over before the kill"
+    os.killpg(replay.pid, signal.SIGKILL)
+    replay.wait()
+    up.kill9_all()
+    up.revive()
+    landed = counted(up, start)[0]
+    assert 0 < landed < len(trace.rows), "the kill did not land in the middle"
+    assert {row["tenant_id"] for row in up.json("balance")} >= set(before)
+    up.run(*arguments)
+    until(lambda: counted(up, start) == expected(trace), what="the trace's sums after killing everything")
 
 
 def test_the_same_start_again_is_all_duplicates(up: Up, trace: Trace) -> None:

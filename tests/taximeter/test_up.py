@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.taximeter.support import SAMPLE, Up, until
+from tests.taximeter.support import ROOT, SAMPLE, Up, environment, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,6 +141,24 @@ def test_a_broker_that_was_killed_comes_back_on_the_local_state(up: Up) -> None:
         what="the replayed events",
     )
     assert up.json("audit")["findings"] == []
+
+
+def test_nothing_is_left_to_apply_and_a_look_changes_nothing(up: Up) -> None:
+    assert up.json("topics", "apply", "--dry-run") == {"dry_run": True, "changes": []}
+    assert up.json("migrate", "--dry-run") == {"dry_run": True, "migrations": []}
+
+
+def test_alerts_are_followed_as_they_come(up: Up, tmp_path: Path) -> None:
+    path = tmp_path / "usage.jsonl"
+    path.write_text(usage_line("a-1", tenant_id="stranger"))
+    with subprocess.Popen(
+        up.command("alerts", "stranger", "--follow", "--json"), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as following:
+        assert following.stdout is not None
+        up.run("import", path)
+        alert = json.loads(following.stdout.readline())
+        following.terminate()
+    assert (alert["tenant_id"], alert["rule"]) == ("stranger", "unknown_tenant")
 
 
 def test_the_gateway_serves_and_bills_on_after_the_broker_forgot(tmp_path: Path) -> None:
