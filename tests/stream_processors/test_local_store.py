@@ -101,5 +101,3 @@ def test_two_processes_cannot_share_a_store_and_another_format_is_refused(tmp_pa
     store.close()
     with pytest.raises(LocalStoreError, match="format"):
         LocalStore(tmp_path, 0)
-
-
