@@ -1,5 +1,6 @@
 """`demo`: start everything, show the whole path, stop everything, and fail if anything did not match."""
 
+import contextlib
 import shutil
 import signal
 import tempfile
@@ -56,7 +57,8 @@ def demo(
                 output.say(f"Everything matched, answer by answer: told = ledger = ClickHouse. {took_s:.0f} s in all.")
                 if keep:
                     _say_what_next(output, folder, show)
-                    ended.wait()
+                    with contextlib.suppress(KeyboardInterrupt):
+                        ended.wait()
             finally:
                 ended.set()
                 watcher.join()
@@ -70,9 +72,11 @@ def demo(
 
 
 def _end_on_signals(ended: threading.Event) -> None:
-    """SIGTERM as Ctrl-C: both interrupt the main thread, so that everything is stopped in order."""
+    """SIGTERM as Ctrl-C: the first of them interrupts the main thread, and nothing disturbs the stopping in order after it."""
 
     def told(_number: int, _frame: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         ended.set()
         raise KeyboardInterrupt
 

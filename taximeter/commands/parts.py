@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,7 +18,9 @@ from taximeter.errors import TaximeterError
 
 __all__ = ["gateway", "model_server", "sink", "worker"]
 
-LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+LogLevelOption = Annotated[
+    Literal["debug", "info", "warning", "error"], typer.Option("--log-level", help="How much is said on standard error.")
+]
 
 
 @command
@@ -99,8 +101,12 @@ async def until_told(work: Coroutine[Any, Any, None]) -> None:
             raise
 
 
-def log_to_stderr(level: str) -> None:
+def log_to_stderr(level: Literal["debug", "info", "warning", "error"]) -> None:
     """A line an event, with its time."""
+    if level != "debug":
+        # Faust and what is under it tell of each of their services' every step.
+        for name in ("faust", "mode", "aiokafka"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 

@@ -8,7 +8,9 @@ Promise: it may be interrupted anywhere and run again. In this order:
  3. Topics are made, and the ledger is founded: new, or a new generation on the local state, which names where the old
  one
     ended. A crash in between leaves partitions to be founded with the same generation.
- 4. A ledger that is new gets the price book. Sent twice, it is applied once, for its ID says which book it is.
+ 4. A ledger without prices gets the price book. Sent twice, it is applied once, for its ID says which book it is; so
+ one that
+    was on its way when the broker died is sent again.
 
 It opens chDB and RocksDB, so no sink and no worker may run meanwhile.
 """
@@ -43,13 +45,13 @@ async def prepare(config: Config) -> None:
         for migration in migrate(engine):
             _log.info("schema: applied %s", migration)
         fed = _feed_the_tail(config, engine)
-    has_state = any(config.ledger.state_dir.glob("partition-*"))
+        has_prices = engine.query("SELECT count() FROM price_books").rows[0][0] != 0
     changes = await topics.apply(compose.apply_settings(config, embedded=True))
     for change in changes:
         _log.info("%s %s: %s", change.kind, change.name, change.detail)
     if fed:
         _log.info("the database was handed %d records of the generation before", fed)
-    if not has_state:
+    if not has_prices:
         path = config.prices.initial_book
         book = default_price_book() if path is None else read_price_book(path)
         commander = Commander(config, "taximeter up")

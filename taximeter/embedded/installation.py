@@ -33,6 +33,7 @@ __all__ = ["Installation", "install"]
 _PORTS: Final = ("broker_port", "gateway_port", "model_server_port", "loopback_port")
 _PROBE_TIMEOUT_S: Final = 1.0
 _PREPARE_TIMEOUT_S: Final = 120.0
+_SESSION_TIMEOUT_S: Final = 6.0
 # The gateway first, so that nobody is admitted whose usage would wait; what feeds the ledger before what reads it.
 _STOP_ORDER: Final = ("gateway", "model-server", "worker", "sink")
 
@@ -129,6 +130,8 @@ def _overrides(
         },
         "ledger": {
             "state_dir": data_dir.path / "ledger",
+            # The embedded broker answers a group's first join after half of it.
+            "session_timeout_s": min(base.ledger.session_timeout_s, _SESSION_TIMEOUT_S),
             "seal_key": None,
             "seal_key_file": secret_files["seal_key"],
             "command_key": None,

@@ -31,6 +31,7 @@ _BACK_OFF_MAX_S: Final = 30.0
 # A part that lived this long starts over with the shortest pause.
 _STEADY_S: Final = 60.0
 _ABANDONED_GRACE_S: Final = 2.0
+_WORDS_CHARS: Final = 300
 
 
 class Runnable(Protocol):
@@ -52,6 +53,10 @@ class Launchable(Runnable, Protocol):
 
     def launch(self) -> None: ...
     def await_ready(self) -> None: ...
+    def last_words(self) -> str:
+        """How it ended, for a person."""
+        ...
+
     def abandon(self) -> None:
         """Stop it soon: what it stands on has gone, and with it what a clean end would wait for."""
         ...
@@ -90,6 +95,10 @@ class Part:
 
     def stop(self) -> None:
         self.child.stop(self.grace_s)
+
+    def last_words(self) -> str:
+        last = self.child.log_tail(1).strip()
+        return f"exit code {self.child.exit_code}" + (f": {last[:_WORDS_CHARS]}" if last else "")
 
     def abandon(self) -> None:
         self.child.stop(min(self.grace_s, _ABANDONED_GRACE_S))
@@ -177,7 +186,7 @@ class Supervisor:
             if now_s - health.started_s >= _STEADY_S:
                 health.pause_s = _BACK_OFF_FIRST_S
             health.due_s = now_s + health.pause_s
-            self.tell(f"{name} ended; starting it again in {health.pause_s:g} s")
+            self.tell(f"{name} ended ({self.parts[name].last_words()}); starting it again in {health.pause_s:g} s")
             health.pause_s = min(health.pause_s * 2, _BACK_OFF_MAX_S)
             return
         if now_s < health.due_s:
