@@ -37,7 +37,9 @@ IDLE_MINUTES_MAX = 64
 class Evidence:
     """What one record adds to one tenant, as the step collected it."""
 
-    request_ids: list[str] = field(default_factory=list)
+    # Of the batch's last window, by index; `request_ids` names a few of them, for rules that speak of all usage.
+    last_indexes: Sequence[int] = ()
+    request_ids: Sequence[str] = ()
     # Event-time minute to the tokens added in it.
     minute_tokens: dict[int, int] = field(default_factory=dict)
     duplicates: list[str] = field(default_factory=list)

@@ -1,9 +1,10 @@
 """The chain of records: how one is sealed, hashed and told from a zombie's.
 
-A record's stored bytes are its serialized fields 1..98 and then field 99, an HMAC-SHA256 over the bytes before it. Its hash is
-SHA-256 over all stored bytes, so anyone with the archive can follow the chain in SQL. A reader accepts a record only if it
-names the hash of the last one that it accepted and moves its source forward: the first valid record wins, and whatever a
-zombie, a retry or a replay writes changes nothing.
+A record's stored bytes are its serialized fields 1..98 and then field 99, its seal: an HMAC-SHA256 over SHA-256 of the bytes
+before it, so that one pass over the bytes gives both the seal and the hash. A record's hash is SHA-256 over all of its stored
+bytes, so anyone with the archive can follow the chain in SQL. A reader accepts a record only if it names the hash of the last
+one that it accepted and moves its source forward: the first valid record wins, and whatever a zombie, a retry or a replay
+writes changes nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +29,16 @@ class UnreadableRecord(ValueError):
 
 def seal(record: LedgerRecord, key: bytes) -> bytes:
     """The stored bytes of `record`, which has no seal yet."""
+    return seal_and_hash(record, key)[0]
+
+
+def seal_and_hash(record: LedgerRecord, key: bytes) -> tuple[bytes, bytes]:
+    """The stored bytes of `record`, which has no seal yet, and their hash, in one pass over them."""
     body = record.SerializeToString()
-    return body + _SEAL_TAG + hmac.digest(key, body, "sha256")
+    running = hashlib.sha256(body)
+    seal_field = _SEAL_TAG + hmac.digest(key, running.digest(), "sha256")
+    running.update(seal_field)
+    return body + seal_field, running.digest()
 
 
 def record_hash(stored: bytes) -> bytes:
@@ -39,8 +48,16 @@ def record_hash(stored: bytes) -> bytes:
 
 def sealed_with(stored: bytes, key: bytes) -> bool:
     """Whether the seal is that of `key`."""
-    body, tag, mac = stored[:-_SEAL_BYTES], stored[-_SEAL_BYTES:-32], stored[-32:]
-    return tag == _SEAL_TAG and hmac.compare_digest(mac, hmac.digest(key, body, "sha256"))
+    return _verify(stored, key)[0]
+
+
+def _verify(stored: bytes, key: bytes) -> tuple[bool, bytes]:
+    """Whether the seal is that of `key`, and the hash of the stored bytes, in one pass."""
+    view = memoryview(stored)
+    running = hashlib.sha256(view[:-_SEAL_BYTES])
+    expected = _SEAL_TAG + hmac.digest(key, running.digest(), "sha256")
+    running.update(view[-_SEAL_BYTES:])
+    return hmac.compare_digest(view[-_SEAL_BYTES:], expected), running.digest()
 
 
 @dataclass(slots=True)
@@ -77,14 +94,15 @@ class Chain:
                 f"partition {self.partition}, sequence {record.sequence}: schema version {record.schema_version} is not "
                 f"known here (this reader speaks {SCHEMA_VERSION}); upgrade this reader first"
             )
-        if self.seal_key is not None and not sealed_with(stored, self.seal_key):
+        is_sealed, stored_hash = (True, record_hash(stored)) if self.seal_key is None else _verify(stored, self.seal_key)
+        if not is_sealed:
             raise UnreadableRecord(
                 f"partition {self.partition}, sequence {record.sequence}: the seal is not the ledger key's; somebody else "
                 "wrote this record, or it was damaged: find out who can write to the ledger topic"
             )
         self.generation = record.generation
         self.sequence = record.sequence
-        self.record_hash = record_hash(stored)
+        self.record_hash = stored_hash
         return record
 
     def _links(self, record: LedgerRecord) -> bool:

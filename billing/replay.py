@@ -62,7 +62,7 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
         # Where it already waits to be let go, so that the index of open windows stays one entry a window.
         window.release_minute = before.release_minute if before else 0
         state.windows[window_key] = window
-        state.touch_window(window_key, window, record.log_time_ms)
+        state.touch_window(window, record.log_time_ms)
     state.remove_windows(key_of(key) for key in record.released)
     for position in record.inputs:
         state.inputs[position.topic] = position.offset

@@ -83,14 +83,15 @@ class LedgerState:
         """Whether a founding record has been applied."""
         return self.sequence >= 0
 
-    def touch_window(self, key: Key, window: Window, log_time_ms: int) -> None:
+    def touch_window(self, window: Window, log_time_ms: int) -> None:
         """Note that `window` changed at `log_time_ms`: it stays open until both its end and this are past the lateness."""
-        last_ms = max((key[5] + 1) * MINUTE_MS, log_time_ms) + self.settings.window_lateness_ms
+        end_ms = (window.key[5] + 1) * MINUTE_MS
+        last_ms = (end_ms if end_ms > log_time_ms else log_time_ms) + self.settings.window_lateness_ms
         due = last_ms // MINUTE_MS + 1
         if window.release_minute != due:
             # The entry under the old minute stays; `due_windows` sees that it is not due and drops it.
             window.release_minute = due
-            self._release.setdefault(due, set()).add(key)
+            self._release.setdefault(due, set()).add(window.key)
 
     def due_windows(self, log_time_ms: int) -> list[Key]:
         """Windows to let go now, at most RELEASED_WINDOWS_MAX, in a stated order. The caller removes them."""

@@ -107,10 +107,9 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
     for number, alert in enumerate(record.alerts):
         alert.alert_id = f"{state.generation.hex()[:12]}-{state.partition}-{record.sequence}-{number}"
         alert.position.CopyFrom(LedgerPosition(generation=state.generation, sequence=record.sequence))
-    stored = chain.seal(record, keys.seal_key)
+    stored, state.record_hash = chain.seal_and_hash(record, keys.seal_key)
     state.log_time_ms = log_time_ms
     state.sequence = record.sequence
-    state.record_hash = chain.record_hash(stored)
     return StepResult(record, stored, forwards)
 
 

@@ -100,7 +100,9 @@ class _Batch:
         self.dropped: list[Dropped] = []
         self.forwards: dict[int, list[bytes]] = {}
         self.costs = [0] * len(raws)
-        self.versions = [0] * len(raws)
+        # Price book versions and the events that each rated.
+        self.rated: list[tuple[int, Sequence[int]]] = []
+        self.with_units: set[int] = set()
         self.duplicates = 0
         self.conflicts = 0
 
@@ -247,8 +249,8 @@ class _Batch:
 
     def charge(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Rate the admitted events and add them to their windows and accounts."""
-        first_minute = min(self.ended_ms) // MINUTE_MS
-        if max(self.ended_ms) // MINUTE_MS == first_minute:
+        first_minute, last_minute = min(self.ended_ms) // MINUTE_MS, max(self.ended_ms) // MINUTE_MS
+        if first_minute == last_minute:
             minutes = [first_minute] * len(self.ended_ms)
         else:
             minutes = [ended_ms // MINUTE_MS for ended_ms in self.ended_ms]
@@ -260,95 +262,97 @@ class _Batch:
             groups[keys[index]].append(index)
         # What most batches have none of is looked for once: free outcomes, classes that stay zero, units.
         free = not FREE_OUTCOMES.isdisjoint(self.outcomes)
-        classes = [position for position, column in enumerate(self.tokens) if any(column)]
-        with_units = {index for index in self.maybe_units if self.events[index].units}
-        for key, indexes in groups.items():
-            self._charge_window(Key(*key), indexes, classes, with_units, free, record)
-
-    def _charge_window(
-        self,
-        key: Key,
-        indexes: list[int],
-        classes: Sequence[int],
-        with_units: set[int],
-        free: bool,
-        record: LedgerRecord,
-    ) -> None:
+        classes = [(position, column) for position, column in enumerate(self.tokens) if any(column)]
+        self.with_units = {index for index in self.maybe_units if self.events[index].units}
+        largest_prompt = max(self.tokens[_INPUT]) + max(self.tokens[_CACHE_READ])
         state = self.state
-        account = self.account(key.tenant_id)
-        window = state.windows.get(key)
-        if window is None:
-            window = state.windows[key] = Window(key, record.sequence, account.currency)
-        evidence = self.evidence[key.tenant_id]
-        evidence.request_ids.extend([self.request_ids[index] for index in indexes[-_REQUEST_IDS_NAMED:]])
-        events = len(indexes)
-        if account.plan.prompt_tokens_max:
-            self._find_oversized(indexes, account.plan.prompt_tokens_max, evidence)
-        if free:
-            refused = [index for index in indexes if self.outcomes[index] in FREE_OUTCOMES]
-            if refused:
-                indexes = [index for index in indexes if self.outcomes[index] not in FREE_OUTCOMES]
-                window.refused_events += len(refused)
-                self._find_refused_prompts(refused, account.plan.prompt_tokens_max, evidence)
-        tokens = 0
-        for position in classes:
-            column = self.tokens[position]
-            added = sum([column[index] for index in indexes])
-            window.tokens[position] += added
-            tokens += added
-        for index in with_units.intersection(indexes):
+        for key, indexes in groups.items():
+            account = self.account(key[0])
+            window = state.windows.get(key)  # type: ignore[call-overload]  # a plain tuple finds its Key
+            if window is None:
+                window = Window(Key(*key), record.sequence, account.currency)
+                state.windows[window.key] = window
+            evidence = self.evidence[key[0]]
+            evidence.last_indexes = indexes
+            window.events += len(indexes)
+            account.events += len(indexes)
+            limit = account.plan.prompt_tokens_max
+            if limit and largest_prompt > limit:
+                self._find_oversized(indexes, limit, evidence)
+            if free:
+                indexes = self._set_free_aside(indexes, window, limit, evidence)
+            tokens = 0
+            for position, column in classes:
+                added = sum([column[index] for index in indexes])
+                window.tokens[position] += added
+                tokens += added
+            evidence.minute_tokens[key[5]] = evidence.minute_tokens.get(key[5], 0) + tokens
+            if self.with_units:
+                self._add_units(indexes, window)
+            cost = self._rate_window(window.key, account, indexes, classes)
+            window.cost_pico += cost
+            account.spend_pico += cost
+            state.touch_window(window, self.log_time_ms)
+            record.totals.append(window.to_total())
+
+    def _set_free_aside(self, indexes: list[int], window: Window, limit: int, evidence: Evidence) -> list[int]:
+        refused = [index for index in indexes if self.outcomes[index] in FREE_OUTCOMES]
+        window.refused_events += len(refused)
+        self._find_refused_prompts(refused, limit, evidence)
+        return [index for index in indexes if self.outcomes[index] not in FREE_OUTCOMES]
+
+    def _add_units(self, indexes: Sequence[int], window: Window) -> None:
+        for index in self.with_units.intersection(indexes):
             for unit, quantity in unit_quantities(self.events[index]).items():
                 window.units[unit] = window.units.get(unit, 0) + quantity
-        cost, unrated = self._rate_window(key, account.currency, indexes, classes, with_units)
-        if unrated:
-            evidence.unrated.setdefault(key.model, []).extend([self.request_ids[index] for index in unrated])
-        window.events += events
-        window.unrated_events += len(unrated)
-        window.cost_pico += cost
-        account.events += events
-        account.unrated_events += len(unrated)
-        account.spend_pico += cost
-        evidence.minute_tokens[key.minute] = evidence.minute_tokens.get(key.minute, 0) + tokens
-        state.touch_window(key, window, self.log_time_ms)
-        record.totals.append(window.to_total())
 
     def _rate_window(
-        self, key: Key, currency: str, indexes: Sequence[int], classes: Sequence[int], with_units: set[int]
-    ) -> tuple[int, list[int]]:
-        """The cost of `indexes`, which is also noted for each, and which of them nothing prices."""
+        self, key: Key, account: AccountState, indexes: Sequence[int], classes: Sequence[tuple[int, tuple[int, ...]]]
+    ) -> int:
+        """The cost of `indexes`, which is also noted for each."""
         books = self.state.books
-        if books.constant_within(currency, key.minute * MINUTE_MS, (key.minute + 1) * MINUTE_MS):
-            rate = books.rate(currency, key.minute * MINUTE_MS, key.model, key.operation, key.service_class)
-            return self._rate_all(rate, indexes, classes, with_units)
+        start_ms = key.minute * MINUTE_MS
+        if books.constant_within(account.currency, start_ms, start_ms + MINUTE_MS):
+            rate = books.rate(account.currency, start_ms, key.model, key.operation, key.service_class)
+            return self._rate_all(rate, key, account, indexes, classes)
         cost = 0
-        unrated: list[int] = []
         for index in indexes:
-            rate = books.rate(currency, self.ended_ms[index], key.model, key.operation, key.service_class)
-            added, without = self._rate_all(rate, [index], classes, with_units)
-            cost += added
-            unrated += without
-        return cost, unrated
+            rate = books.rate(account.currency, self.ended_ms[index], key.model, key.operation, key.service_class)
+            cost += self._rate_all(rate, key, account, [index], classes)
+        return cost
 
     def _rate_all(
-        self, rate: Rate | None, indexes: Sequence[int], classes: Sequence[int], with_units: set[int]
-    ) -> tuple[int, list[int]]:
+        self,
+        rate: Rate | None,
+        key: Key,
+        account: AccountState,
+        indexes: Sequence[int],
+        classes: Sequence[tuple[int, tuple[int, ...]]],
+    ) -> int:
         if rate is None:
-            return 0, list(indexes)
-        priced = [(self.tokens[position], rate.token_pico[position]) for position in classes if rate.token_pico[position]]
+            window = self.state.windows[key]
+            window.unrated_events += len(indexes)
+            account.unrated_events += len(indexes)
+            if indexes:
+                unrated = self.evidence[key.tenant_id].unrated.setdefault(key.model, [])
+                unrated.extend([self.request_ids[index] for index in indexes])
+            return 0
+        priced = [(column, pico) for position, column in classes if (pico := rate.token_pico[position])]
         if len(priced) == 2:
             (first, first_pico), (second, second_pico) = priced
             costs = [first[index] * first_pico + second[index] * second_pico for index in indexes]
         else:
             costs = [sum([column[index] * pico for column, pico in priced]) for index in indexes]
-        if not with_units.isdisjoint(indexes):
+        if self.with_units:
             for place, index in enumerate(indexes):
-                if index in with_units:
+                if index in self.with_units:
                     units = unit_quantities(self.events[index]).items()
                     costs[place] += sum(quantity * rate.unit_pico.get(unit, 0) for unit, quantity in units)
+        self.rated.append((rate.version, indexes))
+        noted = self.costs
         for index, cost in zip(indexes, costs, strict=True):
-            self.costs[index] = cost
-            self.versions[index] = rate.version
-        return sum(costs), []
+            noted[index] = cost
+        return sum(costs)
 
     def _find_oversized(self, indexes: Iterable[int], limit: int, evidence: Evidence) -> None:
         inputs = self.tokens[_INPUT]
@@ -390,15 +394,21 @@ class _Batch:
 
     def state_costs(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Cost and price version beside each admitted event, in their order."""
-        everything = len(admitted) == len(self.raws)
-        costs = self.costs if everything else [self.costs[index] for index in admitted]
-        versions = self.versions if everything else [self.versions[index] for index in admitted]
-        if max(costs, default=0) > _LOW:
+        costs = self.costs if len(admitted) == len(self.raws) else [self.costs[index] for index in admitted]
+        if max(costs) > _LOW:
             record.usage.cost_pico_low.extend([cost & _LOW for cost in costs])
             record.usage.cost_pico_high.extend([cost >> 64 for cost in costs])
         else:
             record.usage.cost_pico_low.extend(costs)
-        record.usage.price_versions.extend(versions[:1] if len(set(versions)) == 1 else versions)
+        versions = {version for version, _ in self.rated}
+        if len(versions) == 1 and sum([len(indexes) for _, indexes in self.rated]) == len(admitted):
+            record.usage.price_versions.extend(versions)
+            return
+        # Several versions, or some events that nothing rated: one entry each, 0 for unrated.
+        of_index = dict.fromkeys(admitted, 0)
+        for version, indexes in self.rated:
+            of_index.update(dict.fromkeys(indexes, version))
+        record.usage.price_versions.extend(of_index.values() if any(of_index.values()) else [0])
 
     def judge(self, record: LedgerRecord) -> None:
         """Let the abuse rules look at every tenant that the batch touched, then state its account."""
@@ -406,7 +416,9 @@ class _Batch:
         rules = Rules(self.log_time_ms, state.settings.alert_cooldown_ms)
         for tenant_id in sorted(self.evidence):
             account = state.accounts[tenant_id]
-            rules.look(account, self.evidence[tenant_id], account.plan.prompt_tokens_max)
+            evidence = self.evidence[tenant_id]
+            evidence.request_ids = [self.request_ids[index] for index in evidence.last_indexes[-_REQUEST_IDS_NAMED:]]
+            rules.look(account, evidence, account.plan.prompt_tokens_max)
             record.accounts.append(account.to_account(state.generation, record.sequence, self.log_time_ms))
         record.alerts.extend(rules.alerts)
 

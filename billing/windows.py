@@ -33,6 +33,7 @@ class Window:
         "cost_pico",
         "currency",
         "events",
+        "key",
         "opened_sequence",
         "refused_events",
         "release_minute",
@@ -42,6 +43,7 @@ class Window:
     )
 
     def __init__(self, key: Key, opened_sequence: int, currency: str) -> None:
+        self.key = key
         self.opened_sequence = opened_sequence
         self.currency = currency
         self.events = 0

@@ -140,7 +140,7 @@ class LocalStore:
             total = WindowTotal.FromString(value[_TOUCHED.size :])
             window_key = key_of(total.key)
             window = state.windows[window_key] = Window.from_total(total)
-            state.touch_window(window_key, window, _TOUCHED.unpack_from(value)[0])
+            state.touch_window(window, _TOUCHED.unpack_from(value)[0])
         return state
 
     def unconfirmed_records(self, after: int) -> Iterator[bytes]:

@@ -94,7 +94,7 @@ class LedgerRecord(_message.Message):
     writer: _builtins.str
     """Who wrote it: host, process and start, for people who look at a zombie."""
     seal: _builtins.bytes
-    """HMAC-SHA256 under the installation's ledger key."""
+    """HMAC-SHA256 under the installation's ledger key, over SHA-256 of the stored bytes before this field."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputPosition]:
         """The last input taken of each topic, this record's included."""
