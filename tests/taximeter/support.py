@@ -23,7 +23,7 @@ __all__ = ["ROOT", "Up", "azure_trace", "environment", "until"]
 
 ROOT: Final = Path(__file__).parents[2]
 START_TIMEOUT_S: Final = 90.0
-COMMAND_TIMEOUT_S: Final = 120.0
+COMMAND_TIMEOUT_S: Final = 240.0
 AZURE: Final = ROOT.parent / "shared" / "data" / "azure_llm_inference_2023_conv.csv"
 SAMPLE: Final = ROOT / "taximeter" / "data" / "azure_trace_sample.csv"
 
