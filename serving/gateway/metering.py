@@ -22,6 +22,7 @@ from billing.v1.usage_pb2 import (
     OUTCOME_COMPLETED,
     OUTCOME_INTERRUPTED,
     OUTCOME_TRUNCATED,
+    SERVICE_CLASS_STANDARD,
     CountSource,
     UsageEvent,
 )
@@ -92,6 +93,8 @@ def new_event(parts: MeterParts, key: KeyView, request_id: str, model: str, oper
         api_key_id=key.key_id,
         model=model[:ID_CHARS_MAX],
         operation=operation,  # type: ignore[arg-type]
+        # The protocol has no word for another class.
+        service_class=SERVICE_CLASS_STANDARD,
         started_ms=started_ms,
         ended_ms=started_ms,
         server_id=parts.server_id,
