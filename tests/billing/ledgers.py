@@ -18,7 +18,17 @@ KEYS = LedgerKeys(seal_key=b"s" * 32, command_key=b"c" * 32)
 NOW_MS = 1_763_880_000_000
 PARTITIONS = 4
 PLAN = Plan(plan_id="test", billing_mode=BILLING_MODE_PREPAID, burst_tokens_floor=1_000, burst_factor=5)
-PRICES = (Price(model="smollm2", uncached_input_pico=10_000, output_pico=40_000, cache_read_pico=1_000),)
+PRICES = (
+    Price(
+        model="smollm2",
+        uncached_input_pico=10_000,
+        output_pico=40_000,
+        cache_read_pico=1_001,
+        reasoning_pico=40_003,
+        audio_output_pico=7,
+        unit_pico={"characters": 13},
+    ),
+)
 
 
 def tenants_in(partition: int, count: int = 3, partitions: int = PARTITIONS) -> list[str]:

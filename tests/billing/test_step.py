@@ -91,6 +91,38 @@ def test_a_key_lives_for_the_whole_horizon_and_then_the_event_is_too_old(priced:
     assert not priced.usage(backfill, NOW_MS + 37 * DAY_MS).record.usage.dropped
 
 
+def test_a_backfill_is_remembered_from_when_it_was_seen(priced: Ledger) -> None:
+    value = batch([usage("r1", A, started_ms=1, ended_ms=NOW_MS - 60 * DAY_MS, backfill=True)])
+    assert not priced.usage(value).record.usage.dropped
+    later = NOW_MS + 34 * DAY_MS
+    priced.tick(later)
+    assert priced.usage(value, later).record.usage.duplicates == 1
+
+
+def test_each_event_names_the_version_that_rated_it(priced: Ledger) -> None:
+    assert priced.price(
+        [Price(model="smollm2", output_pico=50_000)], version=2, effective_ms=NOW_MS - 30_000
+    ).record.command.applied
+    events = [usage("new", A), usage("old", A, ended_ms=NOW_MS - 30_001, started_ms=1), usage("none", A, model="other")]
+    record = priced.usage(batch(events)).record
+    assert list(record.usage.price_versions) == [2, 1, 0]
+    assert list(record.usage.cost_pico_low) == [500_000, 1_400_000, 0]
+
+
+def test_a_released_window_is_gone_after_a_replay_too(priced: Ledger) -> None:
+    priced.usage(batch([usage("r1", A)]))
+    assert priced.tick(NOW_MS + 20 * 60_000).record.released
+    assert priced.replayed().digest() == priced.state.digest()
+    assert not priced.state.windows
+
+
+def test_what_a_conflict_would_have_cost_counts_every_class_and_unit(priced: Ledger) -> None:
+    priced.usage(batch([usage("r1", A)]))
+    other = usage("r1", A, audio_output_tokens=3, reasoning_tokens=2, units=[u.UnitQuantity(unit="characters", quantity=5)])
+    (dropped,) = priced.usage(batch([other])).record.usage.dropped
+    assert from_amount(dropped.would_have_cost) == 1_400_000 + 3 * 7 + 2 * 40_003 + 5 * 13
+
+
 def test_future_usage_is_remembered_until_its_own_time_plus_the_horizon(priced: Ledger) -> None:
     value = batch([usage("r1", A, ended_ms=NOW_MS + 23 * HOUR_MS)])
     assert not priced.usage(value).record.usage.dropped
@@ -248,7 +280,13 @@ def test_a_founding_on_old_state_forgets_nothing_that_was_charged(priced: Ledger
 
 # -- against an independent reading of the rules ------------------------------------------------------------------------
 
-PRICE = {"uncached_input_tokens": Fraction(10_000), "output_tokens": Fraction(40_000), "cache_read_tokens": Fraction(1_000)}
+PRICE = {
+    "uncached_input_tokens": Fraction(10_000),
+    "output_tokens": Fraction(40_000),
+    "cache_read_tokens": Fraction(1_001),
+    "reasoning_tokens": Fraction(40_003),
+    "audio_output_tokens": Fraction(7),
+}
 
 events_strategy = st.lists(
     st.builds(
@@ -264,6 +302,7 @@ events_strategy = st.lists(
         output_tokens=st.integers(0, 5_000),
         cache_read_tokens=st.integers(0, 5_000),
         reasoning_tokens=st.sampled_from([0, 0, 7]),
+        audio_output_tokens=st.sampled_from([0, 0, 0, 5]),
         units=st.sampled_from([[], [u.UnitQuantity(unit="characters", quantity=3)]]),
         backfill=st.booleans(),
     ),
@@ -316,10 +355,13 @@ def test_the_step_agrees_with_the_rules_read_one_event_at_a_time(batches: list[l
     for tenant_id in (A, B, C):
         mine = [event for (tenant, _), event in charged.items() if tenant == tenant_id]
         spend = sum(
-            price * getattr(event, name)
+            price
             for event in mine
             if event.model == "smollm2" and event.outcome in (u.OUTCOME_COMPLETED, u.OUTCOME_CANCELLED)
-            for name, price in PRICE.items()
+            for price in [
+                *(PRICE[name] * getattr(event, name) for name in PRICE),
+                *(Fraction(13) * unit.quantity for unit in event.units),
+            ]
         )
         account = made.state.accounts.get(tenant_id)
         assert (account.spend_pico if account else 0) == spend
