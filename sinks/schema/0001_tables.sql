@@ -3,6 +3,8 @@
 -- Every table is a ReplacingMergeTree: a row that is written again (a crash between two inserts, a replay) replaces itself.
 -- `version` orders what is said about one key: (ordinal of the ledger generation << 40) | sequence of the ledger record.
 -- Money is Decimal(38, 12), exact: one unit of the last decimal is one pico.
+-- A part below 100 MiB is one packed file: an insert then makes and syncs one file, not a dozen (a hundred, of usage_events),
+-- which is most of what a small insert costs. Older servers know the setting and keep their parts as they do.
 -- No partition key takes part of a key away from its duplicates: a partition is a function of the key, or there is none.
 
 CREATE TABLE IF NOT EXISTS usage_events
@@ -55,7 +57,7 @@ CREATE TABLE IF NOT EXISTS usage_events
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (tenant_id, request_id)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'Every accepted usage event with its cost, one row per (tenant_id, request_id). Read it through usage_events_current';
 
 CREATE TABLE IF NOT EXISTS usage_totals
@@ -90,7 +92,7 @@ CREATE TABLE IF NOT EXISTS usage_totals
 ENGINE = ReplacingMergeTree(version)
 PARTITION BY toYear(minute)
 ORDER BY (tenant_id, minute, project_id, model, operation, service_class, ledger_partition, generation, opened_sequence)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'Absolute totals of one-minute windows; replaced, never added to. Read it through tenant_usage_minutes or tenant_usage_daily';
 
 CREATE TABLE IF NOT EXISTS accounts
@@ -117,7 +119,7 @@ CREATE TABLE IF NOT EXISTS accounts
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY tenant_id
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'The state of each account, absolute. Read it through tenant_balances';
 
 CREATE TABLE IF NOT EXISTS alerts
@@ -140,7 +142,7 @@ CREATE TABLE IF NOT EXISTS alerts
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (tenant_id, alert_id)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'What somebody should know. Read it through alerts_recent';
 
 CREATE TABLE IF NOT EXISTS rejected
@@ -165,7 +167,7 @@ CREATE TABLE IF NOT EXISTS rejected
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (ledger_partition, generation, sequence, record_index)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'What was not charged because it could not or must not be. Duplicates are counted in accounts, not kept here';
 
 CREATE TABLE IF NOT EXISTS price_books
@@ -190,7 +192,7 @@ CREATE TABLE IF NOT EXISTS price_books
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (currency, book_version, model, operation, service_class)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'Every version of the price book that took effect';
 
 CREATE TABLE IF NOT EXISTS commands
@@ -213,7 +215,7 @@ CREATE TABLE IF NOT EXISTS commands
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (ledger_partition, generation, sequence)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'Every command that reached the ledger, applied or not';
 
 CREATE TABLE IF NOT EXISTS api_keys
@@ -230,7 +232,7 @@ CREATE TABLE IF NOT EXISTS api_keys
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY key_id
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'API keys without their secrets';
 
 CREATE TABLE IF NOT EXISTS producer_marks
@@ -247,7 +249,7 @@ CREATE TABLE IF NOT EXISTS producer_marks
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (producer_id, ledger_partition)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'What the ledger has of each producer''s numbering: a hole is lost usage or a broken meter';
 
 CREATE TABLE IF NOT EXISTS ledger_records
@@ -265,7 +267,7 @@ CREATE TABLE IF NOT EXISTS ledger_records
 )
 ENGINE = ReplacingMergeTree
 ORDER BY (ledger_partition, generation_ordinal, sequence)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'The ledger itself, byte for byte: the proof outlives the retention of the log';
 
 CREATE TABLE IF NOT EXISTS generations
@@ -281,7 +283,7 @@ CREATE TABLE IF NOT EXISTS generations
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (ledger_partition, generation_ordinal)
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'Each time the log was founded, in order';
 
 CREATE TABLE IF NOT EXISTS sink_positions
@@ -298,5 +300,5 @@ CREATE TABLE IF NOT EXISTS sink_positions
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY ledger_partition
-SETTINGS fsync_after_insert = 1, fsync_part_directory = 1
+SETTINGS fsync_after_insert = 1, fsync_part_directory = 1, min_bytes_for_full_part_storage = 104857600
 COMMENT 'How far this database is; the row of a batch is written after everything else of it';
