@@ -6,6 +6,7 @@ key (totals, accounts, keys, marks) only the last one of the batch is kept: the 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -25,10 +26,12 @@ from billing.v1.ledger_pb2 import (
     Dropped,
     DropReason,
     LedgerRecord,
+    WindowTotal,
 )
 from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
 from sinks import tables
-from sinks.engine import Columns, Table
+from sinks.coded import Coded
+from sinks.engine import Columns, Table, whole
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames, EventColumns
 
 __all__ = ["NO_OFFSET", "SEQUENCE_BITS", "Accepted", "build_columns", "version_of"]
@@ -102,22 +105,26 @@ def _last_by_key(entries: Iterable[tuple[object, Accepted, Any]]) -> list[tuple[
     return list({key: (accepted, message) for key, accepted, message in entries}.values())
 
 
+def _whole(column: str) -> array[int]:
+    return whole(tables.USAGE_EVENTS.columns[column])
+
+
 class _Usage:
     """The events of a batch and what stands beside each, in the same order."""
 
     def __init__(self) -> None:
         self.events = EventColumns()
         self.cost_pico: list[int] = []
-        self.currencies: list[str] = []
-        self.price_versions: list[int] = []
-        self.producer_ids: list[str] = []
-        self.producer_sequences: list[int] = []
-        self.accepted_ms: list[int] = []
-        self.partitions: list[int] = []
-        self.generations: list[str] = []
-        self.sequences: list[int] = []
-        self.indexes: list[int] = []
-        self.versions: list[int] = []
+        self.currencies = Coded()
+        self.price_versions = _whole("price_version")
+        self.producer_ids = Coded()
+        self.producer_sequences = _whole("producer_sequence")
+        self.accepted_ms = _whole("accepted")
+        self.partitions = _whole("ledger_partition")
+        self.generations = Coded()
+        self.sequences = _whole("sequence")
+        self.indexes = _whole("record_index")
+        self.versions = _whole("version")
         self.rejected: list[tuple[object, ...]] = []
 
     def take(self, accepted: Accepted, usage_topic: str) -> None:
@@ -141,26 +148,26 @@ class _Usage:
             costs = [high << 64 | low for high, low in pairs]
         versions: Sequence[int] = usage.price_versions
         if len(versions) == 1:
-            versions = [versions[0]] * count
+            versions = array("I", versions) * count
         assert len(costs) == len(versions) == count, (record.partition, record.sequence, len(costs), len(versions), count)
         events = everything if count == total else [everything[index] for index in indexes]
         currency_of = {account.tenant_id: account.currency for account in record.accounts}
         if len(set(currency_of.values())) == 1:
-            self.currencies += [record.accounts[0].currency] * count
+            self.currencies.repeat(record.accounts[0].currency, count)
         else:
-            self.currencies += [currency_of[event.tenant_id] for event in events]
+            self.currencies.extend(currency_of[event.tenant_id] for event in events)
         self.events.extend(usage.batch, events)
         self.cost_pico += costs
-        self.price_versions += versions
-        self.producer_ids += [batch.producer_id] * count
+        self.price_versions.extend(versions)
+        self.producer_ids.repeat(batch.producer_id, count)
         first = batch.first_sequence
-        self.producer_sequences += [first + index for index in indexes] if first else [0] * count
-        self.accepted_ms += [record.log_time_ms] * count
-        self.partitions += [record.partition] * count
-        self.generations += [record.generation.hex()] * count
-        self.sequences += [record.sequence] * count
-        self.indexes += indexes
-        self.versions += [accepted.version] * count
+        self.producer_sequences.extend([first + index for index in indexes] if first else array("Q", bytes(8 * count)))
+        self.accepted_ms += array("q", [record.log_time_ms]) * count
+        self.partitions += array("I", [record.partition]) * count
+        self.generations.repeat(record.generation.hex(), count)
+        self.sequences += array("Q", [record.sequence]) * count
+        self.indexes.extend(indexes)
+        self.versions += array("Q", [accepted.version]) * count
 
     def _reject(self, accepted: Accepted, batch: UsageBatch, usage_topic: str) -> None:
         usage = accepted.record.usage
@@ -276,14 +283,14 @@ def _ledger_records(batch: Sequence[Accepted]) -> Columns:
 
 
 def _totals(batch: Sequence[Accepted]) -> Columns:
-    last = _last_by_key(
-        ((accepted.record.partition, accepted.generation_ordinal, total.key.SerializeToString()), accepted, total)
-        for accepted in batch
-        for total in accepted.record.totals
-    )
+    last: dict[tuple[int, int, bytes], tuple[Accepted, WindowTotal]] = {}
+    for accepted in batch:
+        partition, ordinal = accepted.record.partition, accepted.generation_ordinal
+        for total in accepted.record.totals:
+            last[partition, ordinal, total.key.SerializeToString()] = (accepted, total)
     counts = attrgetter(*_TOTAL_COUNTS)
     rows = []
-    for accepted, total in last:
+    for accepted, total in last.values():
         key = total.key
         units = sorted(total.units.items())
         rows.append(

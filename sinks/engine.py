@@ -7,6 +7,7 @@ int, str, bytes (inserts only), Decimal, list, dict, None; money is Decimal(38, 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
@@ -27,6 +28,7 @@ __all__ = [
     "decimal_to_pico",
     "pico_to_decimal",
     "row_count",
+    "whole",
 ]
 
 # Decimal(38, 12) holds 38 digits.
@@ -61,6 +63,22 @@ class Table:
 
 
 Columns = Mapping[str, Sequence[object]]
+
+# Of whole numbers: how an array.array keeps them, which is how engines take them fastest.
+_TYPE_CODES = {
+    Kind.UINT8: "B",
+    Kind.UINT32: "I",
+    Kind.UINT64: "Q",
+    Kind.INT32: "i",
+    Kind.INT64: "q",
+    Kind.MILLIS: "q",
+    Kind.SECONDS: "q",
+}
+
+
+def whole(kind: Kind) -> array[int]:
+    """An empty column for whole numbers of `kind`."""
+    return array(_TYPE_CODES[kind])
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor
 
 from billing.v1.usage_pb2 import CountSource, Operation, Outcome, RefusalReason, ServiceClass, UsageBatch, UsageEvent
-from sinks.tables import TOKEN_COLUMNS
+from sinks.coded import Coded
+from sinks.engine import Columns, whole
+from sinks.tables import TOKEN_COLUMNS, USAGE_EVENTS
 
 __all__ = ["EVENT_COLUMNS", "OPERATIONS", "SERVICE_CLASSES", "EnumNames", "EventColumns"]
 
@@ -37,32 +39,22 @@ _OUTCOMES = EnumNames(Outcome.items(), "OUTCOME_")
 _COUNT_SOURCES = EnumNames(CountSource.items(), "COUNT_SOURCE_")
 _REFUSALS = EnumNames(RefusalReason.items(), "REFUSAL_REASON_")
 
-Read = Callable[[Sequence[UsageEvent]], list[Any]]
+Read = Callable[[Sequence[UsageEvent]], Iterable[Any]]
 
 
 def _plain(field: str) -> Read:
     get = attrgetter(field)
-    return lambda events: list(map(get, events))
+    return lambda events: map(get, events)
 
 
 def _named(field: str, names: EnumNames) -> Read:
     get = attrgetter(field)
-    return lambda events: [names[get(event)] for event in events]
+    return lambda events: map(names.__getitem__, map(get, events))
 
 
-# Column: the field that it is read from, how, and what it is where no event has the field.
-_TEXTS = (
-    "tenant_id",
-    "request_id",
-    "project_id",
-    "user_id",
-    "api_key_id",
-    "model",
-    "tokenizer",
-    "server_id",
-    "region",
-    "client_request_id",
-)
+# Texts of which many events have the same, and those of which each has its own.
+_COMMON_TEXTS = ("tenant_id", "project_id", "api_key_id", "model", "tokenizer", "server_id", "region")
+_OWN_TEXTS = ("request_id", "user_id", "client_request_id")
 _NUMBERS = (*TOKEN_COLUMNS, "context_tokens", "time_to_first_token_ms", "latency_ms")
 _ENUMS = {
     "operation": OPERATIONS,
@@ -71,13 +63,19 @@ _ENUMS = {
     "count_source": _COUNT_SOURCES,
     "refusal_reason": _REFUSALS,
 }
-_READERS: dict[str, tuple[str, Read, object]] = {
-    **{name: (name, _plain(name), "") for name in _TEXTS},
-    **{name: (name, _plain(name), 0) for name in _NUMBERS},
+# Column: the field that it is read from, how, and what it is where no event has the field.
+_CODED: dict[str, tuple[str, Read, str]] = {
+    **{name: (name, _plain(name), "") for name in _COMMON_TEXTS},
     **{name: (name, _named(name, names), names[0]) for name, names in _ENUMS.items()},
-    "started": ("started_ms", _plain("started_ms"), 0),
-    "ended": ("ended_ms", _plain("ended_ms"), 0),
-    "backfill": ("backfill", lambda events: [int(event.backfill) for event in events], 0),
+}
+_WHOLE: dict[str, tuple[str, Read]] = {
+    **{name: (name, _plain(name)) for name in _NUMBERS},
+    "started": ("started_ms", _plain("started_ms")),
+    "ended": ("ended_ms", _plain("ended_ms")),
+    "backfill": ("backfill", _plain("backfill")),
+}
+_LISTED: dict[str, tuple[str, Read, object]] = {
+    **{name: (name, _plain(name), "") for name in _OWN_TEXTS},
     "unit_names": ("units", lambda events: [[unit.unit for unit in event.units] for event in events], ()),
     "unit_quantities": ("units", lambda events: [[unit.quantity for unit in event.units] for event in events], ()),
     "attribute_names": ("attributes", lambda events: [sorted(event.attributes) for event in events], ()),
@@ -87,21 +85,39 @@ _READERS: dict[str, tuple[str, Read, object]] = {
         (),
     ),
 }
-EVENT_COLUMNS = tuple(_READERS)
+EVENT_COLUMNS = (*_CODED, *_WHOLE, *_LISTED)
 
 
 class EventColumns:
     """Columns that grow by the events of one batch at a time."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, list[object]] = {name: [] for name in _READERS}
+        self._coded = {name: Coded() for name in _CODED}
+        self._whole = {name: whole(USAGE_EVENTS.columns[name]) for name in _WHOLE}
+        self._listed: dict[str, list[object]] = {name: [] for name in _LISTED}
+
+    @property
+    def columns(self) -> Columns:
+        """Each column under its name."""
+        return {**self._coded, **self._whole, **self._listed}
 
     def extend(self, batch_bytes: bytes, events: Sequence[UsageEvent]) -> None:
         """Add `events`, which are all or some of those in `batch_bytes`."""
         present = {field.name for field, _ in _probe(batch_bytes)}
         count = len(events)
-        for name, (field, read, absent) in _READERS.items():
-            self.columns[name] += read(events) if field in present else [absent] * count
+        for name, (field, read, text) in _CODED.items():
+            if field in present:
+                self._coded[name].extend(read(events))
+            else:
+                self._coded[name].repeat(text, count)
+        for name, (field, read) in _WHOLE.items():
+            numbers = self._whole[name]
+            if field in present:
+                numbers.extend(read(events))
+            else:
+                numbers.frombytes(bytes(numbers.itemsize * count))
+        for name, (field, read, absent) in _LISTED.items():
+            self._listed[name] += read(events) if field in present else [absent] * count
 
 
 def _probe_class() -> Any:

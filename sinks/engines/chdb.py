@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 import chdb
 import pyarrow as pa
 
+from sinks.coded import Coded
 from sinks.engine import PICO_LIMIT, Columns, Kind, Parameter, Rows, Table, row_count
 from sinks.engines.json_rows import decode_rows
 from sinks.errors import EngineError, EngineUnavailable
@@ -189,18 +190,32 @@ def _translated() -> Iterator[None]:
 
 
 def _arrow(kind: Kind, values: Sequence[object]) -> pa.Array:
+    arrow = _ARROW[kind]
+    if isinstance(values, Coded):
+        return pa.DictionaryArray.from_arrays(_from_memory(pa.int32(), values.codes), pa.array(values.names, arrow))
+    if isinstance(values, array) and values.itemsize * 8 == arrow.bit_width:
+        return _from_memory(arrow, values)
     special = _SPECIAL.get(kind)
-    return special(values) if special is not None else pa.array(values, _ARROW[kind])
+    return special(values) if special is not None else pa.array(values, arrow)
+
+
+def _from_memory(arrow: pa.DataType, numbers: array[int]) -> pa.Array:
+    return pa.Array.from_buffers(arrow, len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def _decimals(values: Sequence[object]) -> pa.Array:
     """128-bit numbers as they are in memory: no decimal is computed, so none is rounded."""
     pico = cast("Sequence[int]", values)
-    if max(pico) >= PICO_LIMIT or min(pico) <= -PICO_LIMIT:
-        raise EngineError(f"an amount of {max(pico, key=abs)} pico does not fit in Decimal(38, 12)")
-    if min(pico) >= 0 and max(pico) < 1 << 64:
+    try:
+        low = array("Q", pico)
+    except OverflowError:
+        if max(pico) >= PICO_LIMIT or min(pico) <= -PICO_LIMIT:
+            raise EngineError(f"an amount of {max(pico, key=abs)} pico does not fit in Decimal(38, 12)") from None
+        words = None
+    else:
         words = array("Q", bytes(16 * len(pico)))
-        words[::2] = array("Q", pico)
+        words[::2] = low
+    if words is not None:
         content = pa.py_buffer(words)
     else:
         content = pa.py_buffer(b"".join([value.to_bytes(16, "little", signed=True) for value in pico]))
@@ -222,7 +237,7 @@ def _lists(kind: Kind) -> Callable[[Sequence[object]], pa.Array]:
         else:
             offsets = array("i", bytes(4 * (len(lists) + 1)))
             content = pa.array([], arrow.value_type)
-        return pa.ListArray.from_arrays(pa.Array.from_buffers(pa.int32(), len(offsets), [None, pa.py_buffer(offsets)]), content)
+        return pa.ListArray.from_arrays(_from_memory(pa.int32(), offsets), content)
 
     return convert
 
