@@ -13,6 +13,9 @@ LOCKS := requirements/dev.txt requirements/model.txt
 CODE := billing producers serving sinks stream_processors taximeter tests $(if $(wildcard benchmarks/*.py),benchmarks)
 PROTOS := $(sort $(wildcard proto/billing/v1/*.proto))
 PYTEST_ARGS ?=
+# Most tests wait for another process: three at a time keep two cores busy. A file stays together, for what its tests share.
+TEST_WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -52,7 +55,7 @@ check: venv ## Lint, format, types, import rules, generated code current
 		|| { echo "billing/v1 is not what proto/ generates: run 'make proto' and commit the result" >&2; exit 1; }
 
 test: venv ## All tests; PYTEST_ARGS="-k name" narrows them
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 demo: venv ## The whole path on this machine, with a real language model
 	$(BIN)/taximeter demo $(DEMO_ARGS)
@@ -61,7 +64,7 @@ bench: venv ## The measured claims
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 chaos: venv ## The tests that kill real processes
-	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
+	$(PYTEST) -m chaos $(PYTEST_ARGS)
 
 kafka: venv ## Fetch Apache Kafka's jars for the tests (a JDK and Maven are needed)
 	$(BIN)/python -m tests.services.kafka
