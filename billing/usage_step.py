@@ -269,7 +269,8 @@ class _Batch:
         for key, indexes in groups.items():
             account = self.account(key[0])
             window = state.windows.get(key)  # type: ignore[call-overload]  # a plain tuple finds its Key
-            if window is None:
+            if window is None or window.currency != account.currency:
+                # A tenant without amounts may change its currency within the minute: one window holds one currency.
                 window = Window(Key(*key), record.sequence, account.currency)
                 state.windows[window.key] = window
             evidence = self.evidence[key[0]]

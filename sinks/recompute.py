@@ -196,7 +196,7 @@ class Recomputed:
             event.ended_ms // MINUTE_MS,
         )
         entry = self.open.get(key)
-        if entry is None:
+        if entry is None or entry[1].currency != account.currency:
             window_id = WindowId(key, record.generation, record.sequence)
             entry = self.open[key] = (window_id, ExpectedWindow(account.currency))
             self.windows_by_tenant[event.tenant_id] += 1

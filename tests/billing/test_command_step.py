@@ -10,7 +10,8 @@ from billing.amounts import PICO, to_amount
 from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, ApiKey
 from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND
 from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, Price, PriceBook, SignedCommand, TenantUpsert
-from tests.billing.ledgers import NOW_MS, Ledger, tenants_in
+from billing.v1.usage_pb2 import OUTCOME_REJECTED
+from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
 
 A, B = tenants_in(1, 2)
 ELSEWHERE = tenants_in(2, 1)[0]
@@ -103,4 +104,13 @@ def test_command_ids_are_forgotten_after_the_horizon_only(ledger: Ledger) -> Non
     assert "g1" in ledger.state.commands
     ledger.tick(NOW_MS + 37 * 86_400_000)
     assert "g1" not in ledger.state.commands
+    assert ledger.replayed().digest() == ledger.state.digest()
+
+
+def test_a_window_holds_one_currency(ledger: Ledger) -> None:
+    ledger.command(price_book=PriceBook(version=1, currency="EUR", prices=[Price(model="*", output_pico=5)]))
+    ledger.usage(batch([usage("free", A, outcome=OUTCOME_REJECTED)]))
+    ledger.command(tenant_upsert=TenantUpsert(tenant_id=A, currency="EUR"))
+    (total,) = ledger.usage(batch([usage("paid", A)])).record.totals
+    assert (total.currency, total.events) == ("EUR", 1)
     assert ledger.replayed().digest() == ledger.state.digest()

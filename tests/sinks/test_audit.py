@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from billing.v1.command_pb2 import Price, PriceBook, TenantUpsert
+from billing.v1.usage_pb2 import OUTCOME_REJECTED
 from sinks.audit import audit
 from sinks.engines.chdb import ChdbEngine
 from sinks.engines.loopback import LoopbackEngine
 from sinks.follow import feed
-from tests.billing.ledgers import KEYS, Ledger, tenants_in
+from tests.billing.ledgers import KEYS, Ledger, batch, tenants_in, usage
 
 ONE, TWO = tenants_in(1)[:2]
 
@@ -53,6 +55,20 @@ def test_each_change_is_named(engine: ChdbEngine, ledger: Ledger, change: str, k
     engine.execute(f"{change}{' SETTINGS mutations_sync = 2' if change.startswith('ALTER') else ''}")
     kinds = {finding.kind for finding in audit(engine, KEYS.seal_key).findings}
     assert kind in kinds, kinds
+
+
+def test_a_tenant_that_changes_its_currency_is_clean(engine: ChdbEngine) -> None:
+    changing = Ledger()
+    changing.tenant(ONE)
+    book = PriceBook(version=1, currency="EUR", prices=[Price(model="*", output_pico=5)])
+    changing.command(price_book=book)
+    changing.usage(batch([usage("free", ONE, outcome=OUTCOME_REJECTED)]))
+    changing.command(tenant_upsert=TenantUpsert(tenant_id=ONE, currency="EUR"))
+    changing.usage(batch([usage("paid", ONE)]))
+    feed(engine, changing.stored, KEYS.seal_key)
+    assert audit(engine, KEYS.seal_key).findings == []
+    rows = engine.query("SELECT currency, sum(events) FROM usage_totals FINAL GROUP BY currency ORDER BY currency").rows
+    assert [tuple(row) for row in rows] == [("EUR", 1), ("USD", 1)]
 
 
 def test_a_forged_record_is_named(engine: ChdbEngine, ledger: Ledger) -> None:
