@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv proto check test demo bench chaos lock kafka clean
+.PHONY: help venv proto check test demo bench simulate chaos lock kafka clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -62,6 +62,9 @@ demo: venv ## The whole path on this machine, with a real language model
 
 bench: venv ## The measured claims
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+simulate: venv ## The simulator: SEEDS=500 from FROM=0; one again: SEED=123
+	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),500) --from $(or $(FROM),0))
 
 chaos: venv ## The tests that kill real processes
 	$(PYTEST) -m chaos $(PYTEST_ARGS)

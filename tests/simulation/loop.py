@@ -99,12 +99,12 @@ class SimLoop(asyncio.BaseEventLoop):
         self._choices = choices
         self._now_s = 0.0
         self._steps_max = steps_max
-        self._ready: list[asyncio.Handle] = []  # type: ignore[assignment]
+        self._ready: list[asyncio.Handle] = []
         self.outside: Context = copy_context()
         self.steps = 0
         self.violation: Violation | None = None
         self._tasks: list[asyncio.Task[Any]] = []
-        self.set_task_factory(self._make_task)
+        self.set_task_factory(self._make_task)  # type: ignore[arg-type]
         self.set_exception_handler(self._on_exception)
 
     def time(self) -> float:
@@ -133,7 +133,7 @@ class SimLoop(asyncio.BaseEventLoop):
         handle = ready.pop(self._choices.randrange(len(ready)))
         if handle._cancelled:
             return
-        process = handle._context.get(PROCESS)
+        process = handle._context.get(PROCESS)  # type: ignore[attr-defined]
         if process is not None:
             if not process.alive:
                 return
@@ -187,7 +187,7 @@ class SimLoop(asyncio.BaseEventLoop):
             else:
                 coroutine = task.get_coro()
                 with contextlib.suppress(BaseException):
-                    coroutine.close()  # type: ignore[union-attr]
+                    coroutine.close()
         self._tasks.clear()
         self._ready.clear()
         self._scheduled.clear()  # type: ignore[attr-defined]

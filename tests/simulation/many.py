@@ -1,4 +1,4 @@
-"""Many seeds on all cores. One process runs a seed after the other; what a seed did is told by its `Report` or by what failed."""
+"""Many seeds on all cores; what became of each is told by its `Report` or by what failed."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from billing.identity import partition_of
 from billing.v1.account_pb2 import Amount, Plan
 from billing.v1.command_pb2 import Command, CreditGrant, Price, PriceBook, TenantUpsert
 from billing.v1.usage_pb2 import (
+    OPERATION_GENERATE,
     OUTCOME_BACKEND_ERROR,
     OUTCOME_CANCELLED,
     OUTCOME_COMPLETED,
@@ -52,7 +53,7 @@ def make_event(world: World, request_id: str) -> bytes:
         tenant_id=choices.choice(world.tenants),
         project_id="p",
         model=choices.choices(MODELS, (8, 4, 1))[0],
-        operation=1,
+        operation=OPERATION_GENERATE,
         service_class=SERVICE_CLASS_STANDARD,
         outcome=choices.choices((OUTCOME_COMPLETED, OUTCOME_CANCELLED, OUTCOME_BACKEND_ERROR), (8, 1, 1))[0],
         started_ms=ended_ms - choices.randint(0, 3_000),
@@ -234,7 +235,7 @@ async def send(client: Client, topic: str, partition: int, value: bytes) -> str:
 
 
 async def send_until_acknowledged(client: Client, topic: str, partition: int, value: bytes) -> None:
-    while await send(client, topic, partition, value):
+    while await send(client, topic, partition, value):  # noqa: ASYNC110
         await asyncio.sleep(0.2)
 
 
@@ -285,7 +286,9 @@ class Commander:
             # The second takes effect in the middle of the run, within a minute that has usage.
             effective_ms = 0 if version == 1 else world.clock_ms() + 10_000
             prices = [
-                Price(model=model, uncached_input_pico=10**4 * factor * version, output_pico=4 * 10**4 * factor, cache_read_pico=7)
+                Price(
+                    model=model, uncached_input_pico=10**4 * factor * version, output_pico=4 * 10**4 * factor, cache_read_pico=7
+                )
                 for factor, model in enumerate(("small", "large"), start=1)
             ]
             book = PriceBook(version=version, currency="USD", effective_ms=effective_ms, prices=prices)

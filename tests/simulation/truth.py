@@ -215,8 +215,10 @@ class Truth:
             elif drop.reason == DROP_REASON_TOO_FAR_IN_FUTURE:
                 fits = ahead_ms > settings.future_reject_ms
             else:
-                fits = not event.model or event.started_ms > event.ended_ms or (
-                    partition_of(event.tenant_id, len(self.partitions)) != truth.partition
+                fits = (
+                    not event.model
+                    or event.started_ms > event.ended_ms
+                    or (partition_of(event.tenant_id, len(self.partitions)) != truth.partition)
                 )
             if not fits:
                 self._fail(truth, record, f"event {identity} was dropped for reason {drop.reason}, which it is not")
@@ -272,7 +274,9 @@ class Truth:
         for account in record.accounts:
             own = truth.accounts[account.tenant_id]
             if (account.events, pico(account.spend)) != (own.events, own.cost_pico):
-                self._fail(truth, record, f"account {account.tenant_id} states {account.events} events, {own.events} were charged")
+                self._fail(
+                    truth, record, f"account {account.tenant_id} states {account.events} events, {own.events} were charged"
+                )
             if pico(account.credit) != truth.credit_pico[account.tenant_id]:
                 self._fail(truth, record, f"account {account.tenant_id} states another credit than was granted")
 
@@ -285,7 +289,9 @@ class Truth:
             return
         sequence = place.position.sequence
         if sequence > truth.sequence:
-            self.loop.fail(f"partition {place.partition}: the local store stands at {sequence}, the log ends at {truth.sequence}")
+            self.loop.fail(
+                f"partition {place.partition}: the local store stands at {sequence}, the log ends at {truth.sequence}"
+            )
         elif truth.hashes[sequence] != place.record_hash or truth.generation != place.position.generation:
             self.loop.fail(f"partition {place.partition}: the local store stands on another record {sequence} than the log has")
         elif self.offset_moves(truth, sequence, place.ledger_offset):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from faust.types import TP
 
+from billing.chain import record_hash
 from billing.founding import LedgerSettings
 from billing.step import CommandInput, LedgerKeys, UsageInput
 from stream_processors.errors import LocalStoreError, RefusedToStart
@@ -69,9 +70,7 @@ class _Stream:
         if self.closed or self._position >= len(log):
             raise StopAsyncIteration
         key, value = log[self._position]
-        message = SimpleNamespace(
-            topic=self._topic, partition=self._partition, offset=self._position, key=key, value=value
-        )
+        message = SimpleNamespace(topic=self._topic, partition=self._partition, offset=self._position, key=key, value=value)
         self._position += 1
         return SimpleNamespace(message=message, ack=lambda: None)
 
@@ -85,7 +84,7 @@ class _Member:
         self._worker = worker
         self._assigned: set[TP] = set()
         self._streams: list[_Stream] = []
-        self.app = SimpleNamespace(consumer=SimpleNamespace(assignment=lambda: self._assigned))
+        self.app = SimpleNamespace(consumer=SimpleNamespace(assignment=lambda: sorted(self._assigned)))
 
     def _forget_streams(self) -> None:
         for stream in self._streams:
@@ -136,7 +135,10 @@ class SimLedgerApp(_Member, LedgerApp):
             raise RefusedToStart(f"partition {partition}: the log is being restored: cannot be read")
         await super()._take_over(partition)
         host = self.hosts[partition]
-        if cut_at is not None and cut_at == world.truth.cut.get(partition):
+        place, log = host.store.place, world.broker.log(TOPICS.ledger, partition)
+        # A duplicate that came late may have brought its record back.
+        is_there = place.ledger_offset < len(log) and record_hash(log[place.ledger_offset][1]) == place.record_hash
+        if cut_at is not None and cut_at == world.truth.cut.get(partition) and not is_there:
             world.loop.fail(f"{host.where}: took over a log that does not have what its store has")
         world.truth.compare_state(host.state, f"{self._worker.process.name}, after its takeover")
         world.takeovers += 1

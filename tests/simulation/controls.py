@@ -1,0 +1,170 @@
+"""Negative controls: each breaks one rule of the product, in one place. A simulation that stays green then is worthless.
+
+Only tests turn them. Each is a context in which the named rule does not hold; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from billing import usage_step
+from billing.chain import Chain
+from billing.v1.ledger_pb2 import LedgerRecord
+from producers.publisher import Publisher
+from sinks.tables import SINK_POSITIONS
+from sinks.writer import Writer
+from stream_processors.ledger_app import LedgerApp
+from stream_processors.ledger_host import LedgerHost
+from stream_processors.local_store import Acknowledged
+
+__all__ = ["CONTROLS"]
+
+Control = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+@contextlib.contextmanager
+def store_before_the_acknowledgement() -> Iterator[None]:
+    """The local store applies a record when it is produced, not when the log has it."""
+    handle, apply = LedgerHost.handle, LedgerHost._apply
+
+    async def handle_early(self: LedgerHost, *arguments: Any) -> None:
+        known = {id(entry) for entry in self._in_flight}
+        await handle(self, *arguments)
+        for entry in self._in_flight:
+            if id(entry) not in known:
+                self.store.apply([Acknowledged(entry[0], entry[1], entry[2])])
+
+    def apply_nothing(self: LedgerHost) -> None:
+        with mock.patch.object(self.store, "apply"):
+            apply(self)
+
+    with mock.patch.object(LedgerHost, "handle", handle_early), mock.patch.object(LedgerHost, "_apply", apply_nothing):
+        yield
+
+
+@contextlib.contextmanager
+def one_token_dropped() -> Iterator[None]:
+    """One output token of a batch's last window is not counted."""
+    charge = usage_step._Batch.charge
+
+    def charge_less(self: Any, admitted: Any, record: LedgerRecord) -> None:
+        charge(self, admitted, record)
+        if record.totals and record.totals[-1].output_tokens:
+            total = record.totals[-1]
+            total.output_tokens -= 1
+            window = next(w for w in self.state.windows.values() if w._total.key == total.key)
+            window.tokens[1] -= 1
+
+    with mock.patch.object(usage_step._Batch, "charge", charge_less):
+        yield
+
+
+@contextlib.contextmanager
+def dedupe_by_payload() -> Iterator[None]:
+    """An event is known again by what it says, not by its tenant and request ID."""
+    identities = usage_step.identities  # type: ignore[attr-defined]
+
+    def by_payload(*arguments: Any) -> tuple[list[bytes], list[bytes]]:
+        _, fingerprints = identities(*arguments)
+        return [fingerprint * 2 for fingerprint in fingerprints], fingerprints
+
+    with mock.patch.object(usage_step, "identities", by_payload):
+        yield
+
+
+@contextlib.contextmanager
+def readers_accept_what_does_not_link() -> Iterator[None]:
+    """A reader takes any record of its generation that moves forward, whatever it names as the one before."""
+    links = Chain._links
+
+    def links_loosely(self: Chain, record: LedgerRecord) -> bool:
+        return links(self, record) or (record.generation == self.generation and record.sequence >= self.sequence > 0)
+
+    with mock.patch.object(Chain, "_links", links_loosely):
+        yield
+
+
+@contextlib.contextmanager
+def journal_freed_on_kafkas_word() -> Iterator[None]:
+    """A producer lets go of its journal when Kafka has acknowledged, not when the ledger covers it."""
+    on_delivery = Publisher._on_delivery
+
+    def free_early(self: Publisher, delivery: Any, epoch: int, first: int, last: int, *rest: Any) -> None:
+        on_delivery(self, delivery, epoch, first, last, *rest)
+        if rest[2] is None:
+            self._journal.free(delivery.partition, last)
+
+    with mock.patch.object(Publisher, "_on_delivery", free_early):
+        yield
+
+
+@contextlib.contextmanager
+def offset_mismatch_ignored() -> Iterator[None]:
+    """The host believes an acknowledgement whatever offset it names."""
+    on_delivered = LedgerHost._on_delivered
+
+    def believe(self: LedgerHost, offset: int, problem: str) -> None:
+        if self._in_flight and not problem:
+            offset = self._in_flight[0][2]
+        on_delivered(self, offset, problem)
+
+    with mock.patch.object(LedgerHost, "_on_delivered", believe):
+        yield
+
+
+@contextlib.contextmanager
+def position_before_the_insert() -> Iterator[None]:
+    """The sink writes how far it is before it has written what it read."""
+    store = Writer.store
+
+    def position_first(self: Writer, prepared: Any) -> Any:
+        inserts, positions = list(prepared.inserts), {}
+        prepared.inserts.clear()
+        positions = store(self, prepared)
+        for table, columns in inserts:
+            assert table is not SINK_POSITIONS
+            self._engine.insert(table, columns)
+        return positions
+
+    with mock.patch.object(Writer, "store", position_first):
+        yield
+
+
+@contextlib.contextmanager
+def forwards_not_waited_for() -> Iterator[None]:
+    """A record says that an event was sent on before the other partition has it."""
+
+    async def send_and_forget(self: LedgerHost, partition: int, value: bytes) -> None:
+        self._writer.write(self._settings.events_topic, partition, value, lambda *_: None)
+
+    with mock.patch.object(LedgerHost, "_forward", send_and_forget):
+        yield
+
+
+@contextlib.contextmanager
+def inputs_resume_at_the_end() -> Iterator[None]:
+    """After a takeover input resumes at the end of its log, not behind the position that the ledger records."""
+    positions = LedgerApp._positions
+
+    def at_the_end(self: Any) -> Any:
+        logs = self._worker.world.broker
+        return {tp: max(at, len(logs.log(tp.topic, tp.partition))) for tp, at in positions(self).items()}
+
+    with mock.patch.object(LedgerApp, "_positions", at_the_end):
+        yield
+
+
+CONTROLS: dict[str, Control] = {
+    "the local store is written before the acknowledgement": store_before_the_acknowledgement,
+    "one token is dropped": one_token_dropped,
+    "dedupe is by payload": dedupe_by_payload,
+    "readers accept what does not link": readers_accept_what_does_not_link,
+    "the journal is freed on Kafka's acknowledgement": journal_freed_on_kafkas_word,
+    "another acknowledged offset is ignored": offset_mismatch_ignored,
+    "the sink's position is written before its inserts": position_before_the_insert,
+    "what is forwarded is not waited for": forwards_not_waited_for,
+    "input resumes at the log's end": inputs_resume_at_the_end,
+}

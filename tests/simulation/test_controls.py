@@ -1,0 +1,19 @@
+"""Each rule that is broken on purpose turns the simulation red within a bounded number of seeds."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.controls import CONTROLS
+from tests.simulation.many import attempt
+
+SEEDS_MAX = 30
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_broken_rule_is_seen(name: str) -> None:
+    with CONTROLS[name]():
+        outcomes = (attempt(seed) for seed in range(SEEDS_MAX))
+        found = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
+    assert found is not None, f"{SEEDS_MAX} seeds stay green although {name}"
+    assert "again: python -m tests.simulation --seed" in found, f"the simulator broke, not a rule: {found}"
