@@ -5,7 +5,8 @@ log, because `apply` is called for acknowledged records only and writes all of t
 
 Nothing is synced here beyond what RocksDB does by itself: the log is the truth. A kill of the process loses nothing (the
 write-ahead log is in the page cache); a power loss loses the last records' batches as a whole, in order, and they are replayed.
-What lies behind the list of runs is synced before the list names it (`seen_runs`).
+What lies behind the list of runs is synced before the list names it (`seen_runs`), and the list before what it no longer
+names is removed.
 
 In embedded mode, where the broker forgets everything with a restart, the store also keeps the stored bytes of records that the
 sink has not confirmed, so that the sink can be fed the missing tail from here.
@@ -268,6 +269,9 @@ class LocalStore:
         if change.blobs_through_sequence is not None:
             batch.delete_range(b"b", b"b" + _SEQUENCE.pack(change.blobs_through_sequence + 1))
         self._db.write(batch)
+        if change.removed:
+            # Their files go next: a power loss must not bring back a list that names them.
+            self._db.flush_wal(sync=True)
         self.seen.adopt(change)
 
     def _head(self) -> LedgerRecord:

@@ -150,6 +150,11 @@ class MemoryDb:
             # After the write, before anything that follows it.
             self._owner.die()
 
+    def flush_wal(self, sync: bool = True) -> None:
+        """What was written so far outlives a power loss."""
+        if self._owner is None or self._owner.alive:
+            self._content.undo.clear()
+
     def close(self) -> None:
         if self._content.owner is self._owner:
             self._content.owner = None

@@ -205,17 +205,15 @@ class World:
     def _operate(self, machine: Machine, worker: Worker) -> None:
         """What the refusal says to do, if that is so."""
         refusal = worker.refusal
-        if refusal is None or "cannot be read" in str(refusal):
+        if refusal is None or self.truth.cut:
             return
         said = str(refusal)
-        if isinstance(refusal, LocalStoreError):
-            damaged = [p for p in range(self.partitions) if str(machine.store(p)) in said]
-            self.note("damaged store deleted")
-        else:
+        if not isinstance(refusal, LocalStoreError) and "cannot be read" in said:
+            return
+        damaged: list[int] = []
+        if not isinstance(refusal, LocalStoreError) and self.faults["log cut"]:
             # Its disk stands on what was written while the log was cut: the operator knows that the restored log is right.
-            damaged = [p for p in range(self.partitions) if str(machine.store(p)) in said and self.faults["log cut"]]
-            if self.truth.cut:
-                return
+            damaged = [p for p in range(self.partitions) if str(machine.store(p)) in said]
         if not damaged:
             self.loop.fail(f"{worker.process.name} refused to start and nothing is wrong: {said}")
         for partition in damaged:
