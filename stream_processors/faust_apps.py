@@ -11,8 +11,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import aiokafka
 import faust
-from faust.transport.drivers.aiokafka import Consumer, Transport
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 from faust.types import TP
 from mode import CrashingSupervisor
 
@@ -24,6 +25,10 @@ __all__ = ["Failure", "Positions", "make_app", "raw_agent"]
 
 # A worker that has more peers than there are partitions fetches nothing; it must not be thrown out of the group for it.
 _IDLE_POLL_S = 86_400.0 * 7
+# aiokafka has one fetch on its way to each broker. While messages of one topic wait in its buffer it asks for the others alone,
+# and when those are empty the broker keeps that fetch for as long as it may: input that is there waits for input that is not.
+# Faust asks for 1.5 s; less than a buffer takes to work off costs nothing.
+_FETCH_WAIT_MS = 40
 
 Positions = Callable[[], Mapping[TP, int]]
 
@@ -46,8 +51,19 @@ class Failure:
         await self._happened.wait()
 
 
+class _QuickThread(AIOKafkaConsumerThread):
+    def _create_worker_consumer(self, transport: Transport) -> aiokafka.AIOKafkaConsumer:
+        consumer = super()._create_worker_consumer(transport)
+        # Faust has no setting for it. It is read when the consumer starts, which comes after this.
+        consumer._fetch_max_wait_ms = _FETCH_WAIT_MS
+        return consumer
+
+
 class _SeekingConsumer(Consumer):
     """Resumes where `app.taximeter_positions` says. A partition that is not named there is left where it is, paused."""
+
+    def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
+        return _QuickThread(self, loop=self.loop, beacon=self.beacon)
 
     async def perform_seek(self) -> None:
         positions: Mapping[TP, int] = self.app.taximeter_positions()  # type: ignore[attr-defined]

@@ -87,11 +87,13 @@ class KafkaLogReader:
             return
         consumer = self._consumer()
         try:
+            # Assigned before it knows the leader, librdkafka starts to fetch half a second later.
+            await asyncio.to_thread(consumer.list_topics, topic, self._timeout_s)
             consumer.assign([TopicPartition(topic, partition, start if start > 0 else OFFSET_BEGINNING)])
             heard = time.monotonic()
             reached = start
             while reached < end:
-                messages = await asyncio.to_thread(consumer.consume, _CHUNK_MESSAGES, _POLL_S)
+                messages = await asyncio.to_thread(_take, consumer)
                 chunk, reached = _values(messages, reached, end)
                 if chunk:
                     heard = time.monotonic()
@@ -105,6 +107,12 @@ class KafkaLogReader:
             raise RefusedToStart(f"{topic}[{partition}]: cannot be read from offset {start} ({error})") from error
         finally:
             await asyncio.to_thread(consumer.close)
+
+
+def _take(consumer: Consumer) -> list[Message]:
+    """What is there, as soon as there is something: asked for many at once, librdkafka waits until it has as many."""
+    messages = consumer.consume(1, _POLL_S)
+    return messages + consumer.consume(_CHUNK_MESSAGES, 0) if messages else messages
 
 
 def _values(messages: Sequence[Message], reached: int, end: int) -> tuple[list[tuple[int, bytes]], int]:

@@ -38,6 +38,9 @@ __all__ = ["HostSettings", "LedgerHost", "LogReader", "LogWriter"]
 logger = logging.getLogger(__name__)
 
 _REPLAY_RECORDS_MAX = 64
+# One batch of the local store for so many records, while more are on their way: of a window or an account that all of them
+# touched it writes one state. With nothing on its way it is written at once.
+_APPLY_RECORDS = 16
 
 
 class LogReader(Protocol):
@@ -104,8 +107,9 @@ class LedgerHost:
         self._owned = False
         self._stopped: HostStopped | None = None
         self._next_offset = 0
-        # Produced and not yet acknowledged, oldest first: (record, stored, expected offset, what to tell the input).
-        self._in_flight: deque[tuple[LedgerRecord, bytes, int, Callable[[], None]]] = deque()
+        # Produced and not yet acknowledged, oldest first: as it will be applied if it gets the offset that is expected,
+        # and what to tell the input.
+        self._in_flight: deque[tuple[Acknowledged, Callable[[], None]]] = deque()
         self._delivered: list[tuple[Acknowledged, Callable[[], None]]] = []
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -203,15 +207,20 @@ class LedgerHost:
                 record = follow.accept(stored)
                 if record is None:
                     continue
-                replay.apply(self.state, record, stored)
-                pending.append(Acknowledged(record, stored, offset))
-                if len(pending) >= _REPLAY_RECORDS_MAX:
-                    self.replayed_records += len(pending)
-                    self.store.apply(pending)
+                if len(pending) >= _REPLAY_RECORDS_MAX or record.sequence == 0:
+                    self._replay_together(pending)
                     pending = []
                     await asyncio.sleep(0)  # heartbeats go on
-        self.replayed_records += len(pending)
-        self.store.apply(pending)
+                pending.append(Acknowledged(record, stored, offset, follow.record_hash))
+        self._replay_together(pending)
+
+    def _replay_together(self, records: Sequence[Acknowledged]) -> None:
+        """Apply records of one generation, then write what they leave behind."""
+        _leave_last_statements([each.record for each in records])
+        for each in records:
+            replay.apply(self.state, each.record, each.stored)
+        self.store.apply(records)
+        self.replayed_records += len(records)
 
     # --- working ---
 
@@ -234,7 +243,8 @@ class LedgerHost:
                 self.stop(f"the step after sequence {self.state.sequence} was interrupted ({error!r})")
                 raise
             self._check_stopped()
-            self._in_flight.append((result.record, result.stored, self._next_offset, done))
+            expected = Acknowledged(result.record, result.stored, self._next_offset, self.state.record_hash)
+            self._in_flight.append((expected, done))
             self._next_offset += 1
             self._writer.write(self._settings.ledger_topic, self.partition, result.stored, self._on_delivered)
 
@@ -294,19 +304,21 @@ class LedgerHost:
     def _on_delivered(self, offset: int, problem: str) -> None:
         if self._stopped is not None:
             return
-        record, stored, expected, done = self._in_flight.popleft()
+        expected, done = self._in_flight.popleft()
+        sequence = expected.record.sequence
         if problem:
-            self.stop(f"the record of sequence {record.sequence} was not acknowledged ({problem}); the log will tell")
+            self.stop(f"the record of sequence {sequence} was not acknowledged ({problem}); the log will tell")
             return
-        if offset != expected:
+        if offset != expected.ledger_offset:
             self.stop(
-                f"the record of sequence {record.sequence} got offset {offset}, expected {expected}: somebody else wrote "
-                "to this partition; starting over from the log"
+                f"the record of sequence {sequence} got offset {offset}, expected {expected.ledger_offset}: somebody else "
+                "wrote to this partition; starting over from the log"
             )
             return
-        self._delivered.append((Acknowledged(record, stored, offset), done))
-        if not self._apply_scheduled:
-            # Deliveries come in bunches: one batch of the local store takes all that arrive in this turn of the loop.
+        self._delivered.append((expected, done))
+        self._changed.set()
+        if not self._apply_scheduled and (not self._in_flight or len(self._delivered) >= _APPLY_RECORDS):
+            # Deliveries come in bunches too: the batch takes all that arrive in this turn of the loop.
             self._apply_scheduled = True
             asyncio.get_running_loop().call_soon(self._apply)
 
@@ -324,6 +336,29 @@ class LedgerHost:
         for _, done in delivered:
             done()
         self._changed.set()
+
+
+def _leave_last_statements(records: Sequence[LedgerRecord]) -> None:
+    """Of each window and account leave the last statement: they are absolute, so the ones before it change nothing any more.
+
+    Of one generation: a window's name holds the sequence that opened it, so one that was let go and opened again is another.
+    """
+    stated: set[bytes | str] = set()
+    for record in reversed(records):
+        totals = []
+        for total in record.totals:
+            name = total.key.SerializeToString(deterministic=True)
+            if name not in stated:
+                stated.add(name)
+                totals.append(total)
+        if len(totals) < len(record.totals):
+            del record.totals[:]
+            record.totals.extend(totals)
+        accounts = [account for account in record.accounts if account.tenant_id not in stated]
+        stated.update(account.tenant_id for account in accounts)
+        if len(accounts) < len(record.accounts):
+            del record.accounts[:]
+            record.accounts.extend(accounts)
 
 
 def _nothing() -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rocksdict import Options, Rdict, WriteBatch
@@ -55,6 +55,37 @@ class Acknowledged:
     record: LedgerRecord
     stored: bytes
     ledger_offset: int
+    # Of `stored`, where the caller knows it already.
+    record_hash: bytes = b""
+
+
+@dataclass(slots=True)
+class _Effect:
+    """What some records leave behind: of everything that they state in full, the last statement only."""
+
+    # By name; None: let go. With the log time that touched it.
+    windows: dict[bytes, tuple[int, WindowTotal] | None] = field(default_factory=dict)
+    states: dict[bytes, Account | ApiKey | ProducerMark] = field(default_factory=dict)
+    commands: dict[bytes, int | None] = field(default_factory=dict)
+    values: dict[bytes, bytes] = field(default_factory=dict)
+    remembered: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
+
+    def write(self, batch: WriteBatch) -> None:
+        put, delete = batch.put, batch.delete
+        for name, window in self.windows.items():
+            if window is None:
+                delete(name)
+            else:
+                put(name, _TOUCHED.pack(window[0]) + window[1].SerializeToString())
+        for name, state in self.states.items():
+            put(name, state.SerializeToString())
+        for name, seen_ms in self.commands.items():
+            if seen_ms is None:
+                delete(name)
+            else:
+                put(name, _TOUCHED.pack(seen_ms))
+        for name, value in self.values.items():
+            put(name, value)
 
 
 class LocalStore:
@@ -87,6 +118,7 @@ class LocalStore:
         self.place = Progress(partition=partition)
         self.place.MergeFromString(self._get(b"m"))
         self._expired_through_day = self._head().tick.expired_through_day
+        self._dedupe_horizon_ms = Founding.FromString(self._get(b"f")).dedupe_horizon_ms
         self.unconfirmed_bytes = sum(len(value) for _, value in self._range(b"u")) if keep_unconfirmed else 0
         self.seen = self._open_seen()
 
@@ -152,18 +184,32 @@ class LocalStore:
     # --- writing ---
 
     def apply(self, records: Sequence[Acknowledged]) -> None:
-        """Write the effect of these records, in the chain's order, in one batch."""
-        if not records:
-            return
-        if any(each.record.sequence == 0 for each in records):
-            self._finish_runs()
+        """Write the effect of these records, in the chain's order: all of it in one batch.
+
+        Where a ledger was founded again between them, in one batch before and one from there on: each ends at a record.
+        """
+        start = 0
+        for index, each in enumerate(records):
+            if each.record.sequence == 0 and index > start:
+                self._apply(records[start:index])
+                start = index
+        if start < len(records):
+            self._apply(records[start:])
+
+    def _apply(self, records: Sequence[Acknowledged]) -> None:
         batch = WriteBatch(raw_mode=True)
-        keys = [self._put_record(batch, acknowledged) for acknowledged in records]
+        if records[0].record.WhichOneof("source") == "founding":
+            self._finish_runs()
+            self._put_founding(batch, records[0].record)
+        effect = _Effect()
+        for acknowledged in records:
+            self._add_record(effect, acknowledged)
+        effect.write(batch)
         last = records[-1]
         place = Progress(
             partition=self.partition,
             position=LedgerPosition(generation=last.record.generation, sequence=last.record.sequence),
-            record_hash=chain.record_hash(last.stored),
+            record_hash=last.record_hash or chain.record_hash(last.stored),
             ledger_offset=last.ledger_offset,
         )
         head = LedgerRecord(
@@ -175,7 +221,7 @@ class LocalStore:
         batch.put(b"h", head.SerializeToString())
         self._db.write(batch)
         self.place = place
-        for sequence, entries in keys:
+        for sequence, entries in effect.remembered:
             self.seen.acknowledged(sequence, entries, self._expired_through_day)
         self._note_runs()
 
@@ -193,45 +239,42 @@ class LocalStore:
         self._note_runs()
         self._db.close()
 
-    def _put_record(self, batch: WriteBatch, acknowledged: Acknowledged) -> tuple[int, list[tuple[int, bytes]]]:
+    def _add_record(self, effect: _Effect, acknowledged: Acknowledged) -> None:
         record = acknowledged.record
-        put = batch.put
         source = record.WhichOneof("source")
         entries: list[tuple[int, bytes]] = []
         if source == "usage":
             entries = [(keys.expires_day, keys.entries) for keys in record.usage.remembered]
             if entries:
-                put(b"b" + _SEQUENCE.pack(record.sequence), _join_blob(entries))
-        elif source == "founding":
-            self._put_founding(batch, record)
+                effect.values[b"b" + _SEQUENCE.pack(record.sequence)] = _join_blob(entries)
         elif source == "command" and record.command.applied:
             command_id = Command.FromString(record.command.command).command_id
-            put(b"c" + command_id.encode(), _TOUCHED.pack(record.log_time_ms))
+            effect.commands[b"c" + command_id.encode()] = record.log_time_ms
             if record.command.HasField("price_book"):
                 book = record.command.price_book
                 # Each currency has its own line of versions, read back in its order.
-                put(b"p" + book.currency.encode() + _SEQUENCE.pack(book.version), book.SerializeToString())
+                effect.values[b"p" + book.currency.encode() + _SEQUENCE.pack(book.version)] = book.SerializeToString()
         elif source == "tick" and record.tick.expired_through_day > self._expired_through_day:
             self._expired_through_day = record.tick.expired_through_day
-            self._forget_commands(batch, record.log_time_ms)
+            self._forget_commands(effect, record.log_time_ms)
         for account in record.accounts:
-            put(b"a" + account.tenant_id.encode(), account.SerializeToString())
+            effect.states[b"a" + account.tenant_id.encode()] = account
         for key in record.keys:
-            put(b"k" + key.key_id.encode(), key.SerializeToString())
+            effect.states[b"k" + key.key_id.encode()] = key
         for mark in record.producers:
-            put(b"n" + mark.producer_id.encode(), mark.SerializeToString())
-        touched = _TOUCHED.pack(record.log_time_ms)
+            effect.states[b"n" + mark.producer_id.encode()] = mark
         for total in record.totals:
-            put(_window_name(total.key), touched + total.SerializeToString())
+            effect.windows[_window_name(total.key)] = record.log_time_ms, total
         for window_key in record.released:
-            batch.delete(_window_name(window_key))
+            effect.windows[_window_name(window_key)] = None
         if self._keep_unconfirmed:
-            put(b"u" + _SEQUENCE.pack(record.sequence), acknowledged.stored)
+            effect.values[b"u" + _SEQUENCE.pack(record.sequence)] = acknowledged.stored
             self.unconfirmed_bytes += len(acknowledged.stored)
-        return record.sequence, entries
+        effect.remembered.append((record.sequence, entries))
 
     def _put_founding(self, batch: WriteBatch, record: LedgerRecord) -> None:
         batch.put(b"f", record.founding.SerializeToString())
+        self._dedupe_horizon_ms = record.founding.dedupe_horizon_ms
         # Of the generation before: its windows were let go, its price books stand in the founding record, its sequences
         # were other numbers. Dedupe keys in no run keep their blobs: they are re-keyed below everything of this generation.
         for key, _ in [*self._range(b"w"), *self._range(b"p"), *self._range(b"u")]:
@@ -244,12 +287,12 @@ class LocalStore:
         if carried:
             batch.put(b"b" + _SEQUENCE.pack(0), _join_blob(carried))
 
-    def _forget_commands(self, batch: WriteBatch, log_time_ms: int) -> None:
-        founding = Founding.FromString(self._get(b"f"))
-        before_ms = log_time_ms - founding.dedupe_horizon_ms
-        for key, value in self._range(b"c"):
-            if _TOUCHED.unpack(value)[0] < before_ms:
-                batch.delete(key)
+    def _forget_commands(self, effect: _Effect, log_time_ms: int) -> None:
+        before_ms = log_time_ms - self._dedupe_horizon_ms
+        known = {name: _TOUCHED.unpack(value)[0] for name, value in self._range(b"c")} | effect.commands
+        for name, seen_ms in known.items():
+            if seen_ms is not None and seen_ms < before_ms:
+                effect.commands[name] = None
 
     def _finish_runs(self) -> None:
         """Before a founding record, whose sequence starts again: no work under way may name blobs by the old ones."""

@@ -77,6 +77,7 @@ class Ledger:
     prefix: str = field(default_factory=lambda: f"t{uuid.uuid4().hex[:8]}.")
     sent: dict[str, UsageEvent] = field(default_factory=dict)
     workers: list[Child] = field(default_factory=list)
+    producers: dict[str, Producer] = field(default_factory=dict)
 
     @property
     def names(self) -> TopicNames:
@@ -128,7 +129,12 @@ class Ledger:
             self.send_bytes(UsageBatch(schema_version=1, events=group).SerializeToString(), number)
 
     def send_bytes(self, value: bytes, partition: int, topic: str | None = None) -> None:
-        producer = Producer({"bootstrap.servers": self.bootstrap, "enable.idempotence": True})
+        # One for all: an idempotent producer takes half a second for its first message.
+        producer = self.producers.get(self.bootstrap)
+        if producer is None:
+            producer = self.producers[self.bootstrap] = Producer(
+                {"bootstrap.servers": self.bootstrap, "enable.idempotence": True}
+            )
         producer.produce(topic or self.names.events, value=value, partition=partition)
         assert producer.flush(20) == 0
 

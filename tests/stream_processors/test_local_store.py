@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from billing import replay
+from billing.commands import sign
 from billing.founding import LedgerSettings, found, found_again
-from billing.state import DAY_MS, LedgerState
-from billing.step import LedgerKeys, TickInput, UsageInput, step
+from billing.state import DAY_MS, LedgerState, MemorySeenKeys
+from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
+from billing.v1.command_pb2 import Command, PriceBook
 from billing.v1.usage_pb2 import UsageBatch
 from stream_processors.errors import LocalStoreError
 from stream_processors.local_store import Acknowledged, LocalStore
@@ -91,6 +93,66 @@ def test_a_new_generation_carries_on_and_still_knows_what_was_charged(tmp_path: 
     result = step(loaded, UsageInput("usage.events", 0, batch), NOW_MS, keys=KEYS, writer="test")
     assert result.record.usage.duplicates == 1
     store.close()
+
+
+def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: Path) -> None:
+    """Windows touched again and let go, a command that is forgotten, a ledger founded again: all within one call."""
+    state = LedgerState(MemorySeenKeys())
+    record, stored = found(SETTINGS, 0, b"g" * 16, NOW_MS, KEYS.seal_key, "test")
+    replay.apply(state, record, stored)
+    records = [Acknowledged(record, stored, 0)]
+
+    def take(source: Input, moment_ms: int) -> None:
+        result = step(state, source, moment_ms, keys=KEYS, writer="test")
+        records.append(Acknowledged(result.record, result.stored, len(records)))
+
+    book = PriceBook(version=1, currency="USD", effective_ms=1)
+    book.prices.add(model="*", uncached_input_pico=150_000, output_pico=600_000)
+    command = Command(schema_version=1, command_id="book", issued_ms=1, issuer="test", reason="test", price_book=book)
+    take(CommandInput("billing.commands", 0, sign(command, KEYS.command_key)), NOW_MS)
+    for number in range(6):
+        batch = UsageBatch(schema_version=1, events=[event(f"tenant-{i}", f"{number}-{i}") for i in range(4)])
+        take(UsageInput("usage.events", number, batch.SerializeToString()), NOW_MS + number)
+    take(TickInput(), NOW_MS + DAY_MS)
+    assert state.windows == {}
+    assert state.commands
+    middle = state.digest(), list(records)
+    known = UsageBatch(schema_version=1, events=[event("tenant-1", "charged-before")]).SerializeToString()
+    take(UsageInput("usage.events", 6, known), NOW_MS + DAY_MS)
+    take(TickInput(), NOW_MS + 36 * DAY_MS)
+    assert state.commands == {}
+    late = event("tenant-2", "late")
+    late.started_ms = late.ended_ms = NOW_MS + 36 * DAY_MS
+    recent = UsageBatch(schema_version=1, events=[late]).SerializeToString()
+    take(UsageInput("usage.events", 7, recent), NOW_MS + 36 * DAY_MS)
+    assert state.windows
+    record, stored = found_again(state, b"h" * 16, NOW_MS + 36 * DAY_MS, KEYS.seal_key, "test")
+    replay.apply(state, record, stored)
+    records.append(Acknowledged(record, stored, 0))
+    take(UsageInput("usage.events", 0, recent), NOW_MS + 36 * DAY_MS)
+    assert records[-1].record.usage.duplicates == 1
+
+    store = LocalStore(tmp_path / "middle", 0)
+    store.apply(middle[1])
+    loaded = store.load()
+    assert loaded is not None
+    assert loaded.digest() == middle[0]
+    store.close()
+    for name, groups in (("each", [[one] for one in records]), ("all", [records])):
+        store = LocalStore(tmp_path / name, 0, keep_unconfirmed=True)
+        for group in groups:
+            store.apply(group)
+        kept = list(store.unconfirmed_records(-1))
+        assert kept == [one.stored for one in records[-2:]], "those of this generation"
+        assert store.unconfirmed_bytes == sum(map(len, kept))
+        store.close()
+        store = LocalStore(tmp_path / name, 0, keep_unconfirmed=True)
+        loaded = store.load()
+        assert loaded is not None
+        assert loaded.digest() == state.digest()
+        again = step(loaded, UsageInput("usage.events", 1, recent), NOW_MS + 36 * DAY_MS, keys=KEYS, writer="test")
+        assert again.record.usage.duplicates == 1
+        store.close()
 
 
 def test_two_processes_cannot_share_a_store_and_another_format_is_refused(tmp_path: Path) -> None:
