@@ -1,9 +1,9 @@
 """What can stop a worker. Each says what happened and what to do; none is raised for bad input, which becomes a record.
 
-    WorkerError
-    ├── RefusedToStart     the configuration, a topic or a log is not what the ledger was founded with
-    ├── HostStopped        this process may no longer write; a new one starts over from the log
-    └── LocalStoreError    the local store cannot be used; it can always be rebuilt from the log
+WorkerError
+├── RefusedToStart     the configuration, a topic or a log is not what the ledger was founded with
+├── HostStopped        this process may no longer write; a new one starts over from the log
+└── LocalStoreError    the local store cannot be used; it can always be rebuilt from the log
 """
 
 from __future__ import annotations

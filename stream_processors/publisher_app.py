@@ -44,9 +44,7 @@ logger = logging.getLogger(__name__)
 READER_NAME = "publisher"
 _FLUSH_INTERVAL_S = 0.05
 _BATCH_MESSAGES_MAX = 10_000
-_SHOWN_DROPS = frozenset(
-    (DROP_REASON_CONFLICT, DROP_REASON_INVALID, DROP_REASON_TOO_FAR_IN_FUTURE, DROP_REASON_TOO_OLD)
-)
+_SHOWN_DROPS = frozenset((DROP_REASON_CONFLICT, DROP_REASON_INVALID, DROP_REASON_TOO_FAR_IN_FUTURE, DROP_REASON_TOO_OLD))
 
 # Waits until (partition, sequence) is on local disk: where the broker may forget, producers are told nothing before that.
 Gate = Callable[[int, int], Awaitable[None]]

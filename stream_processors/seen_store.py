@@ -166,9 +166,7 @@ class SeenStore:
         # What is being merged stays until that is over.
         busy = set(self._merge.sources) if self._merge is not None and self._merge not in done else set()
         removed = {run.name for work in done for run in work.sources}
-        removed |= {
-            run.name for _, run in self._runs if run.last_day <= self._acknowledged_forgotten_day and run not in busy
-        }
+        removed |= {run.name for _, run in self._runs if run.last_day <= self._acknowledged_forgotten_day and run not in busy}
         if not done and not removed:
             return None
         made = [run.name for work in done if (run := work.future.result()) is not None]
@@ -227,17 +225,11 @@ class SeenStore:
         if self._closing:
             return
         forgotten = self._acknowledged_forgotten_day
-        if (
-            self._rotation is None
-            and self._frozen_at_keys is not None
-            and self._acknowledged_keys >= self._frozen_at_keys
-        ):
+        if self._rotation is None and self._frozen_at_keys is not None and self._acknowledged_keys >= self._frozen_at_keys:
             # Whatever else is pending goes along: it is then both in `recent` and in the run, which is harmless.
             entries, self._pending = self._pending, []
             path = self._next_path(0)
-            self._rotation = _Work(
-                self._threads.submit(_write, path, entries, forgotten), (), 0, self._last_sequence
-            )
+            self._rotation = _Work(self._threads.submit(_write, path, entries, forgotten), (), 0, self._last_sequence)
         if self._merge is None:
             for level in range(LEVELS - 1):
                 sources = tuple(run for of_level, run in self._runs if of_level == level)[:RUNS_PER_LEVEL]
