@@ -42,6 +42,7 @@ class Rates:
     late: float = 0.0
     reorder: float = 0.0
     unreadable: float = 0.0
+    stale: float = 0.0
     delay_s: float = 0.01
 
 

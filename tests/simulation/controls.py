@@ -18,7 +18,6 @@ from sinks.tables import SINK_POSITIONS
 from sinks.writer import Writer
 from stream_processors.ledger_app import LedgerApp
 from stream_processors.ledger_host import LedgerHost
-from stream_processors.local_store import Acknowledged
 
 __all__ = ["CONTROLS"]
 
@@ -35,7 +34,7 @@ def store_before_the_acknowledgement() -> Iterator[None]:
         await handle(self, *arguments)
         for entry in self._in_flight:
             if id(entry) not in known:
-                self.store.apply([Acknowledged(entry[0], entry[1], entry[2])])
+                self.store.apply([entry[0]])
 
     def apply_nothing(self: LedgerHost) -> None:
         with mock.patch.object(self.store, "apply"):
@@ -108,7 +107,7 @@ def offset_mismatch_ignored() -> Iterator[None]:
 
     def believe(self: LedgerHost, offset: int, problem: str) -> None:
         if self._in_flight and not problem:
-            offset = self._in_flight[0][2]
+            offset = self._in_flight[0][0].ledger_offset
         on_delivered(self, offset, problem)
 
     with mock.patch.object(LedgerHost, "_on_delivered", believe):
@@ -157,6 +156,17 @@ def inputs_resume_at_the_end() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def first_input_not_checked() -> Iterator[None]:
+    """After a takeover the host takes whatever input its consumer hands over first."""
+
+    async def check_nothing(self: LedgerHost, source: object) -> None:
+        return
+
+    with mock.patch.object(LedgerHost, "_check_none_passed_over", check_nothing):
+        yield
+
+
 CONTROLS: dict[str, Control] = {
     "the local store is written before the acknowledgement": store_before_the_acknowledgement,
     "one token is dropped": one_token_dropped,
@@ -166,5 +176,6 @@ CONTROLS: dict[str, Control] = {
     "another acknowledged offset is ignored": offset_mismatch_ignored,
     "the sink's position is written before its inserts": position_before_the_insert,
     "what is forwarded is not waited for": forwards_not_waited_for,
+    "the first input after a takeover is not checked": first_input_not_checked,
     "input resumes at the log's end": inputs_resume_at_the_end,
 }

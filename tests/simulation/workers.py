@@ -51,6 +51,11 @@ class _Stream:
     def __init__(self, broker: Broker, topic: str, partition: int, position: int) -> None:
         self._broker, self._topic, self._partition, self._position = broker, topic, partition, position
         self.closed = False
+        # A consumer's buffer may still hold a message from before the rebalance, further on.
+        self._stale = 0
+        if broker.choices.random() < broker.rates.stale:
+            broker.count(f"stale {topic}")
+            self._stale = broker.choices.randint(1, 3)
 
     def noack(self) -> _Stream:
         return self
@@ -69,9 +74,11 @@ class _Stream:
         log = broker.log(self._topic, self._partition)
         if self.closed or self._position >= len(log):
             raise StopAsyncIteration
-        key, value = log[self._position]
-        message = SimpleNamespace(topic=self._topic, partition=self._partition, offset=self._position, key=key, value=value)
-        self._position += 1
+        offset, self._stale = min(self._position + self._stale, len(log) - 1), 0
+        if offset == self._position:
+            self._position += 1
+        key, value = log[offset]
+        message = SimpleNamespace(topic=self._topic, partition=self._partition, offset=offset, key=key, value=value)
         return SimpleNamespace(message=message, ack=lambda: None)
 
 

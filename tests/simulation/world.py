@@ -315,6 +315,7 @@ class World:
             late=choices.choice((0, 0.02)),
             reorder=choices.choice((0, 0.3)),
             unreadable=choices.choice((0, 0.05)),
+            stale=choices.choice((0, 0.2)),
             delay_s=choices.choice((0.002, 0.02, 0.2)),
         )
         self.loop.call_later(choices.uniform(0.5, 6), self._mend_messages, context=self.loop.outside)
