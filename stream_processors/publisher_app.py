@@ -247,6 +247,12 @@ class PublisherApp:
 
     async def _take(self, partition: int, offset: int, stored: bytes, event: Any) -> None:
         record = self._chains[partition].accept(stored)
+        if record is None and offset > self._resume[partition]:
+            # Going on would ignore everything that follows, silently, for the chain has a hole here.
+            raise HostStopped(
+                f"{self.settings.topics.ledger}[{partition}]: offset {offset} came and {self._resume[partition]} was due; "
+                "starting over from the published position"
+            )
         batch = self._batches[partition]
         batch.events.append(event)
         self._resume[partition] = offset + 1

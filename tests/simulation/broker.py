@@ -42,7 +42,6 @@ class Rates:
     late: float = 0.0
     reorder: float = 0.0
     unreadable: float = 0.0
-    stale: float = 0.0
     delay_s: float = 0.01
 
 
@@ -72,6 +71,8 @@ class Broker:
         self.choices = choices
         self.rates = Rates()
         self.down_until_s = 0.0
+        # How often a consumer still holds a message from before a rebalance.
+        self.stale_rate = 0.0
         self.reordered: frozenset[str] = frozenset()
         self.counts: dict[str, int] = {}
         self._on_append = on_append

@@ -18,6 +18,8 @@ from sinks.tables import SINK_POSITIONS
 from sinks.writer import Writer
 from stream_processors.ledger_app import LedgerApp
 from stream_processors.ledger_host import LedgerHost
+from stream_processors.publisher_app import PublisherApp
+from tests.simulation.disk import MemoryDb
 
 __all__ = ["CONTROLS"]
 
@@ -167,6 +169,26 @@ def first_input_not_checked() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def publisher_goes_on_over_a_hole() -> Iterator[None]:
+    """The publisher takes what its consumer hands over for what was due."""
+    take = PublisherApp._take
+
+    async def take_anything(self: PublisherApp, partition: int, offset: int, stored: bytes, event: Any) -> None:
+        self._resume[partition] = offset
+        await take(self, partition, offset, stored, event)
+
+    with mock.patch.object(PublisherApp, "_take", take_anything):
+        yield
+
+
+@contextlib.contextmanager
+def runs_removed_before_the_list_is_synced() -> Iterator[None]:
+    """A run's file goes while a power loss can still bring back the list that names it."""
+    with mock.patch.object(MemoryDb, "flush_wal"):
+        yield
+
+
 CONTROLS: dict[str, Control] = {
     "the local store is written before the acknowledgement": store_before_the_acknowledgement,
     "one token is dropped": one_token_dropped,
@@ -177,5 +199,7 @@ CONTROLS: dict[str, Control] = {
     "the sink's position is written before its inserts": position_before_the_insert,
     "what is forwarded is not waited for": forwards_not_waited_for,
     "the first input after a takeover is not checked": first_input_not_checked,
+    "the publisher goes on over a hole": publisher_goes_on_over_a_hole,
+    "a run is removed before its list is synced": runs_removed_before_the_list_is_synced,
     "input resumes at the log's end": inputs_resume_at_the_end,
 }

@@ -1,4 +1,7 @@
-"""Each rule that is broken on purpose turns the simulation red within a bounded number of seeds."""
+"""Each rule that is broken on purpose turns the simulation red within a bounded number of seeds.
+
+What the simulator once found stands here too: the mend taken away is found again, however its seeds have changed meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import pytest
 from tests.simulation.controls import CONTROLS
 from tests.simulation.many import attempt
 
-SEEDS_MAX = 30
+SEEDS_MAX = 60
 
 
 @pytest.mark.parametrize("name", CONTROLS)

@@ -53,7 +53,7 @@ class _Stream:
         self.closed = False
         # A consumer's buffer may still hold a message from before the rebalance, further on.
         self._stale = 0
-        if broker.choices.random() < broker.rates.stale:
+        if broker.choices.random() < broker.stale_rate:
             broker.count(f"stale {topic}")
             self._stale = broker.choices.randint(1, 3)
 

@@ -123,6 +123,7 @@ class World:
         self.truth = Truth(self.loop, self.partitions)
         self.broker = Broker(self.loop, choices, self.truth.on_append)
         self.broker.reordered = frozenset({TOPICS.events})
+        self.broker.stale_rate = choices.choice((0.0, 0.1, 0.5))
         self.disks = Disks(choices, self.truth.on_place)
         self.database = Database()
         self.faults: Counter[str] = Counter()
@@ -315,7 +316,6 @@ class World:
             late=choices.choice((0, 0.02)),
             reorder=choices.choice((0, 0.3)),
             unreadable=choices.choice((0, 0.05)),
-            stale=choices.choice((0, 0.2)),
             delay_s=choices.choice((0.002, 0.02, 0.2)),
         )
         self.loop.call_later(choices.uniform(0.5, 6), self._mend_messages, context=self.loop.outside)
@@ -356,7 +356,7 @@ class World:
     async def _heal(self) -> None:
         self.is_faulty = False
         self.broker.rates = Rates()
-        self.broker.down_until_s = 0.0
+        self.broker.down_until_s = self.broker.stale_rate = 0.0
         for partition in list(self.truth.cut):
             self._restore_log(partition)
         self.skews_ms.clear()
