@@ -30,6 +30,8 @@ from sinks.parameters import bind
 
 __all__ = ["ChdbEngine"]
 
+# Its own types are partial, and differ with the order in which its two wheels were installed.
+_chdb: Any = chdb
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _CODE = re.compile(r"Code: (\d+)\.")
 # TIMEOUT_EXCEEDED, TOO_MANY_SIMULTANEOUS_QUERIES, NO_FREE_CONNECTION, MEMORY_LIMIT_EXCEEDED, NOT_ENOUGH_SPACE, TOO_MANY_PARTS.
@@ -66,7 +68,7 @@ class ChdbEngine:
         self._writing = threading.Lock()
         self._closed = False
         try:
-            with closing(chdb.connect(str(self._folder))) as first:
+            with closing(_chdb.connect(str(self._folder))) as first:
                 self._run(first, f"CREATE DATABASE IF NOT EXISTS {database}")
             self._writer = self._connect()
             self._readers: queue.LifoQueue[Any] = queue.LifoQueue()
@@ -138,7 +140,7 @@ class ChdbEngine:
             _release(self._folder)
 
     def _connect(self) -> Any:
-        connection = chdb.connect(str(self._folder))
+        connection = _chdb.connect(str(self._folder))
         self._run(connection, f"USE {self._database}")
         return connection
 
