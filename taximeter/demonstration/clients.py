@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "ask_all", "ask_for_refusal"]
 
-_TIMEOUT_S: Final = 60.0
+_TIMEOUT_S: Final = 180.0
 _CLIENTS: Final = 3
 
 
