@@ -8,7 +8,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="taximeter",
-    help="The meter for AI inference: every token of every request becomes a balance within a second, charged once.",
+    help="The meter for AI inference: every token of every request becomes a balance within seconds, charged once.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
