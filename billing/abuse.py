@@ -40,6 +40,8 @@ class Evidence:
     # Of the batch's last window, by index; `request_ids` names a few of them, for rules that speak of all usage.
     last_indexes: Sequence[int] = ()
     request_ids: Sequence[str] = ()
+    # What the batch costs the tenant.
+    cost_pico: int = 0
     # Event-time minute to the tokens added in it.
     minute_tokens: dict[int, int] = field(default_factory=dict)
     duplicates: list[str] = field(default_factory=list)

@@ -27,6 +27,8 @@ class AccountState:
     duplicates: int = 0
     conflicts: int = 0
     unrated_events: int = 0
+    # What gateways hold of the balance: the sum of what remains of their leases.
+    leased_pico: int = 0
     minute: int = 0
     minute_tokens: int = 0
     baseline_tokens_x256: int = 0
@@ -54,6 +56,7 @@ class AccountState:
         account.display_name = self.display_name
         set_amount(account.credit, self.credit_pico)
         set_amount(account.spend, self.spend_pico)
+        set_amount(account.leased, self.leased_pico)
         account.events = self.events
         account.duplicates = self.duplicates
         account.conflicts = self.conflicts
@@ -84,6 +87,7 @@ class AccountState:
             display_name=account.display_name,
             credit_pico=from_amount(account.credit),
             spend_pico=from_amount(account.spend),
+            leased_pico=from_amount(account.leased),
             events=account.events,
             duplicates=account.duplicates,
             conflicts=account.conflicts,

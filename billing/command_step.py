@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from billing.accounts import AccountState
-from billing.amounts import from_amount
-from billing.commands import CommandRefused, verify
+from billing.amounts import format_pico, from_amount
+from billing.commands import CommandRefused, remembered_id, verify
 from billing.identity import partition_of
-from billing.limits import ID_CHARS_MAX
+from billing.limits import ID_CHARS_MAX, RELEASED_LEASES_MAX
 from billing.prices import PriceBookRefused
 from billing.state import LedgerState
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN, ApiKey
 from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
-from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, PriceBook, SignedCommand, TenantUpsert
+from billing.v1.command_pb2 import (
+    Command,
+    CreditGrant,
+    KeyUpsert,
+    LeaseRequest,
+    LeaseRetirement,
+    PriceBook,
+    SignedCommand,
+    TenantUpsert,
+)
 from billing.v1.ledger_pb2 import CommandApplied, LedgerRecord
 
 
@@ -20,7 +29,8 @@ def apply_command(state: LedgerState, signed: SignedCommand, record: LedgerRecor
     applied = CommandApplied(command=signed.command, signature=signed.signature)
     try:
         command = verify(signed, command_key)
-        if command.command_id in state.commands:
+        remembered = remembered_id(command)
+        if remembered in state.commands:
             raise CommandRefused(f"command_id: {command.command_id} was applied before; a repeat changes nothing")
         _dispatch(state, command, record, applied)
     except (CommandRefused, PriceBookRefused) as refused:
@@ -36,7 +46,8 @@ def apply_command(state: LedgerState, signed: SignedCommand, record: LedgerRecor
             )
     else:
         applied.applied = True
-        state.commands[command.command_id] = record.log_time_ms
+        if remembered:
+            state.commands[remembered] = record.log_time_ms
     record.command.CopyFrom(applied)
 
 
@@ -50,6 +61,10 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
             _upsert_key(state, command.key_upsert, record)
         case "price_book":
             _take_book(state, command.price_book, applied)
+        case "lease_request":
+            _lease(state, command.lease_request, record, applied)
+        case "lease_retirement":
+            _retire_leases(state, command.lease_retirement, record, applied)
         case other:
             raise CommandRefused(f"action: {other} is not known here; upgrade the workers first")
 
@@ -124,6 +139,31 @@ def _upsert_key(state: LedgerState, upsert: KeyUpsert, record: LedgerRecord) -> 
     key.version.sequence = record.sequence
     state.keys[key.key_id] = key
     record.keys.append(key)
+
+
+def _lease(state: LedgerState, request: LeaseRequest, record: LedgerRecord, applied: CommandApplied) -> None:
+    _own_tenant(state, request.tenant_id)
+    account = _known_account(state, request.tenant_id)
+    holder = state.producers.get(request.holder_id)
+    covered = holder.covered if holder else 0
+    changed, applied.outcome = state.leases.answer(request, account, covered, record.log_time_ms)
+    record.leases.extend(lease.to_lease(state.generation, record.sequence) for lease in changed)
+    _state_account(state, account, record)
+
+
+def _retire_leases(state: LedgerState, retirement: LeaseRetirement, record: LedgerRecord, applied: CommandApplied) -> None:
+    gone, bound_pico = state.leases.retire(
+        retirement.holder_id, retirement.unexpired, state.accounts, record.log_time_ms, RELEASED_LEASES_MAX
+    )
+    record.leases.extend(lease.to_lease(state.generation, record.sequence) for lease in gone)
+    for tenant_id in sorted({lease.tenant_id for lease in gone}):
+        _state_account(state, state.accounts[tenant_id], record)
+    bounds = " and ".join(format_pico(pico, currency) for currency, pico in sorted(bound_pico.items()))
+    applied.outcome = f"{len(gone)} lease(s) let go"
+    if bounds:
+        applied.outcome += f"; usage worth up to {bounds} may still come from that gateway's journal"
+    if state.leases.held_by(retirement.holder_id):
+        applied.outcome += "; more are left, repeat it with another command ID"
 
 
 def _take_book(state: LedgerState, book: PriceBook, applied: CommandApplied) -> None:

@@ -6,7 +6,8 @@ BATCH_EVENTS_MAX = 1_000
 BATCH_BYTES_MAX = 1_000_000
 
 # A record holds its input (1 MB at most) and per event, at worst, one window (2 KB with its strings and units), its release
-# (1 KB), one account (1.5 KB), one dropped entry and a few numbers: 1 MB and 1,000 times 6 KB stay under this.
+# (1 KB), one account (1.5 KB), one lease (0.7 KB), one dropped entry and a few numbers: 1 MB and 1,000 times 6.7 KB stay under
+# this.
 RECORD_BYTES_MAX = 8_000_000
 
 # Of an identifier: tenant, project, user, key, model, request.
@@ -27,4 +28,7 @@ ALERT_REQUEST_IDS_MAX = 10
 RELEASED_WINDOWS_MAX = 2_000
 # Ranges remembered beyond a hole in a producer's numbering; further ones are merged over the smallest gap and counted missing.
 PRODUCER_RANGES_MAX = 64
+# Gateways that hold leases in one partition, and leases let go by one record; more wait for the next.
+LEASE_HOLDERS_MAX = 1_000
+RELEASED_LEASES_MAX = 1_000
 REJECTED_PAYLOAD_BYTES_MAX = 65_536

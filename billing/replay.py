@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from billing import chain
 from billing.accounts import AccountState
+from billing.commands import remembered_id
 from billing.identity import DEDUPE_KEY_BYTES, FINGERPRINT_BYTES
+from billing.leases import LeaseState
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
 from billing.state import LedgerState
@@ -44,13 +46,17 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
     elif source == "command" and record.command.applied:
         if record.command.HasField("price_book"):
             state.books.add(record.command.price_book)
-        state.commands[Command.FromString(record.command.command).command_id] = record.log_time_ms
+        command_id = remembered_id(Command.FromString(record.command.command))
+        if command_id:
+            state.commands[command_id] = record.log_time_ms
     elif source == "tick" and record.tick.expired_through_day > state.expired_through_day:
         state.expired_through_day = record.tick.expired_through_day
         state.seen.expire(state.expired_through_day)
         state.forget_commands(record.log_time_ms - state.settings.dedupe_horizon_ms)
     for account in record.accounts:
         state.accounts[account.tenant_id] = AccountState.from_account(account)
+    for lease in record.leases:
+        state.leases.put(LeaseState.from_lease(lease))
     for key in record.keys:
         state.keys[key.key_id] = key
     for mark in record.producers:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from billing.accounts import AccountState
+from billing.leases import Leases
 from billing.limits import RELEASED_WINDOWS_MAX
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
@@ -73,6 +74,7 @@ class LedgerState:
         self.keys: dict[str, ApiKey] = {}
         self.windows: dict[Key, Window] = {}
         self.producers: dict[str, ProducerSequences] = {}
+        self.leases = Leases()
         # Command ID to the log time when it came: a repeat within the horizon is applied once.
         self.commands: dict[str, int] = {}
         self.expired_through_day = 0
@@ -151,5 +153,7 @@ class LedgerState:
             add(window.to_total().SerializeToString(deterministic=True), window.release_minute)
         for producer_id in sorted(self.producers):
             add(self.producers[producer_id].to_mark().SerializeToString(deterministic=True))
+        for lease in self.leases:
+            add(lease.to_lease(b"", 0).SerializeToString(deterministic=True))
         add(sorted(self.commands.items()))
         return h.hexdigest()

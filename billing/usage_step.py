@@ -16,7 +16,15 @@ from billing.abuse import Evidence, Rules
 from billing.accounts import AccountState
 from billing.amounts import to_amount
 from billing.identity import identities, partition_of
-from billing.limits import ID_CHARS_MAX, PLAIN_EVENT_BYTES_MAX, QUANTITY_MAX, SCHEMA_VERSION, TIME_MS_MAX
+from billing.leases import Leases
+from billing.limits import (
+    ID_CHARS_MAX,
+    PLAIN_EVENT_BYTES_MAX,
+    QUANTITY_MAX,
+    RELEASED_LEASES_MAX,
+    SCHEMA_VERSION,
+    TIME_MS_MAX,
+)
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
 from billing.sequences import ProducerSequences
@@ -293,6 +301,7 @@ class _Batch:
             cost = self._rate_window(window.key, account, indexes, classes)
             window.cost_pico += cost
             account.spend_pico += cost
+            evidence.cost_pico += cost
             state.touch_window(window, self.log_time_ms)
             record.totals.append(window.to_total())
 
@@ -411,6 +420,20 @@ class _Batch:
             of_index.update(dict.fromkeys(indexes, version))
         record.usage.price_versions.extend(of_index.values() if any(of_index.values()) else [0])
 
+    def charge_leases(self, batch: UsageBatch, admitted: Sequence[int], record: LedgerRecord) -> None:
+        """What the batch's producer held of the tenants' balances for these events is spend now."""
+        held = self.state.leases.held_by(batch.producer_id)
+        if not held:
+            return
+        for tenant_id in sorted(self.evidence.keys() & held.keys()):
+            epochs, account = held[tenant_id], self.state.accounts[tenant_id]
+            if batch.first_sequence > max(lease.last_sequence for lease in epochs):
+                costs = [(batch.first_sequence, self.evidence[tenant_id].cost_pico)]
+            else:
+                costs = [(batch.first_sequence + i, self.costs[i]) for i in admitted if self.tenant_ids[i] == tenant_id]
+            changed = Leases.charge(epochs, account, costs)
+            record.leases.extend(lease.to_lease(self.state.generation, record.sequence) for lease in changed)
+
     def judge(self, record: LedgerRecord) -> None:
         """Let the abuse rules look at every tenant that the batch touched, then state its account."""
         state = self.state
@@ -433,21 +456,28 @@ def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, record: Led
         work.charge(admitted, record)
         work.remember(admitted, record)
         work.state_costs(admitted, record)
+        work.charge_leases(batch, admitted, record)
     record.usage.dropped.extend(work.dropped)
     record.usage.duplicates = work.duplicates
     record.usage.conflicts = work.conflicts
+    released = _mark(state, batch, record) if batch.producer_id else set()
     work.judge(record)
-    if batch.producer_id:
-        _mark(state, batch, record)
+    for tenant_id in sorted(released - work.evidence.keys()):
+        account = state.accounts[tenant_id]
+        record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
     return [_forward(partition, raws) for partition, raws in sorted(work.forwards.items())]
 
 
-def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> None:
+def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> set[str]:
+    """Note the producer's numbering. Returns tenants of which an earlier start of the producer holds nothing any more."""
     producer = state.producers.get(batch.producer_id)
     if producer is None:
         producer = state.producers[batch.producer_id] = ProducerSequences(batch.producer_id)
     producer.take(batch.first_sequence, len(batch.events), batch.highest_sequence, record.log_time_ms)
     record.producers.append(producer.to_mark())
+    gone = state.leases.settle(batch.producer_id, producer.covered, state.accounts, RELEASED_LEASES_MAX)
+    record.leases.extend(lease.to_lease(state.generation, record.sequence) for lease in gone)
+    return {lease.tenant_id for lease in gone}
 
 
 def _forward(partition: int, raws: list[bytes]) -> Forward:

@@ -12,8 +12,8 @@ In embedded mode, where the broker forgets everything with a restart, the store 
 sink has not confirmed, so that the sink can be fed the missing tail from here.
 
 Keys, by their first byte: m place, h head (log time, inputs, expiry), f founding record's settings, p price books, w open
-windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, s runs of the
-dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence).
+windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, s
+runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence).
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from rocksdict import Options, Rdict, WriteBatch
 
 from billing import chain
 from billing.accounts import AccountState
+from billing.commands import remembered_id
+from billing.leases import LeaseState
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
 from billing.state import LedgerState
-from billing.v1.account_pb2 import Account, ApiKey, LedgerPosition, Progress
+from billing.v1.account_pb2 import Account, ApiKey, Lease, LedgerPosition, Progress
 from billing.v1.command_pb2 import Command, PriceBook
 from billing.v1.ledger_pb2 import Founding, LedgerRecord, ProducerMark, Tick, WindowKey, WindowTotal
 from billing.windows import Window, key_of
@@ -43,6 +45,7 @@ __all__ = ["Acknowledged", "LocalStore"]
 
 _FORMAT = b"1"
 _SEQUENCE = struct.Struct(">Q")
+_EPOCH = struct.Struct(">QI")
 _TOUCHED = struct.Struct("<q")
 _BLOB_HEADER = struct.Struct("<II")
 _WRITE_BUFFER_BYTES = 16 << 20
@@ -65,7 +68,7 @@ class _Effect:
 
     # By name; None: let go. With the log time that touched it.
     windows: dict[bytes, tuple[int, WindowTotal] | None] = field(default_factory=dict)
-    states: dict[bytes, Account | ApiKey | ProducerMark] = field(default_factory=dict)
+    states: dict[bytes, Account | ApiKey | Lease | ProducerMark | None] = field(default_factory=dict)
     commands: dict[bytes, int | None] = field(default_factory=dict)
     values: dict[bytes, bytes] = field(default_factory=dict)
     remembered: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
@@ -78,7 +81,10 @@ class _Effect:
             else:
                 put(name, _TOUCHED.pack(window[0]) + window[1].SerializeToString())
         for name, state in self.states.items():
-            put(name, state.SerializeToString())
+            if state is None:
+                delete(name)
+            else:
+                put(name, state.SerializeToString())
         for name, seen_ms in self.commands.items():
             if seen_ms is None:
                 delete(name)
@@ -167,6 +173,8 @@ class LocalStore:
         for _, value in self._range(b"n"):
             mark = ProducerMark.FromString(value)
             state.producers[mark.producer_id] = ProducerSequences.from_mark(mark)
+        for _, value in self._range(b"l"):
+            state.leases.put(LeaseState.from_lease(Lease.FromString(value)))
         for name, value in self._range(b"c"):
             state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
         for _, value in self._range(b"w"):
@@ -248,8 +256,9 @@ class LocalStore:
             if entries:
                 effect.values[b"b" + _SEQUENCE.pack(record.sequence)] = _join_blob(entries)
         elif source == "command" and record.command.applied:
-            command_id = Command.FromString(record.command.command).command_id
-            effect.commands[b"c" + command_id.encode()] = record.log_time_ms
+            command_id = remembered_id(Command.FromString(record.command.command))
+            if command_id:
+                effect.commands[b"c" + command_id.encode()] = record.log_time_ms
             if record.command.HasField("price_book"):
                 book = record.command.price_book
                 # Each currency has its own line of versions, read back in its order.
@@ -261,6 +270,9 @@ class LocalStore:
             effect.states[b"a" + account.tenant_id.encode()] = account
         for key in record.keys:
             effect.states[b"k" + key.key_id.encode()] = key
+        for lease in record.leases:
+            name = b"l" + _EPOCH.pack(lease.epoch, len(lease.holder_id)) + f"{lease.holder_id}{lease.tenant_id}".encode()
+            effect.states[name] = None if lease.gone else lease
         for mark in record.producers:
             effect.states[b"n" + mark.producer_id.encode()] = mark
         for total in record.totals:

@@ -72,6 +72,11 @@ def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
         batch.states[topics.accounts, account.tenant_id] = AccountUpdate(account=account).SerializeToString()
     tick = LedgerTick(partition=partition, version=version, log_time_ms=record.log_time_ms)
     batch.states[topics.accounts, f"tick/{partition}"] = AccountUpdate(tick=tick).SerializeToString()
+    for lease in record.leases:
+        if not lease.ended:
+            # What its holder looks for. That an earlier epoch of it has ended or is gone, the holder need not know.
+            update = AccountUpdate(lease=lease)
+            batch.states[topics.accounts, f"lease/{lease.tenant_id}/{lease.holder_id}"] = update.SerializeToString()
     for key in record.keys:
         batch.states[topics.keys, key.key_id] = key.SerializeToString()
     for mark in record.producers:

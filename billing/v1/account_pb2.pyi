@@ -198,6 +198,7 @@ class Account(_message.Message):
     LOG_TIME_MS_FIELD_NUMBER: _builtins.int
     ABUSE_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    LEASED_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     status: Global___AccountStatus.ValueType
     currency: _builtins.str
@@ -223,6 +224,10 @@ class Account(_message.Message):
     def abuse(self) -> Global___AbuseState:
         """What the abuse rules remember of this tenant."""
 
+    @_builtins.property
+    def leased(self) -> Global___Amount:
+        """What gateways hold of the balance. Nobody holds credit (and credit limit) - spend - leased."""
+
     def __init__(
         self,
         *,
@@ -240,14 +245,80 @@ class Account(_message.Message):
         log_time_ms: _builtins.int = ...,
         abuse: Global___AbuseState | None = ...,
         display_name: _builtins.str = ...,
+        leased: Global___Amount | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "credit", b"credit", "plan", b"plan", "spend", b"spend", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "credit", b"credit", "leased", b"leased", "plan", b"plan", "spend", b"spend", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "display_name", b"display_name", "duplicates", b"duplicates", "events", b"events", "log_time_ms", b"log_time_ms", "plan", b"plan", "spend", b"spend", "status", b"status", "tenant_id", b"tenant_id", "unrated_events", b"unrated_events", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "display_name", b"display_name", "duplicates", b"duplicates", "events", b"events", "leased", b"leased", "log_time_ms", b"log_time_ms", "plan", b"plan", "spend", b"spend", "status", b"status", "tenant_id", b"tenant_id", "unrated_events", b"unrated_events", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Account: _TypeAlias = Account  # noqa: Y015
+
+@_typing.final
+class Lease(_message.Message):
+    """A part of a tenant's balance that one gateway may spend without asking, on `billing.accounts`, keyed
+    "lease/<tenant_id>/<holder_id>". Granted and taken back by the ledger alone, so that the sum of what gateways may admit is never
+    more than the tenant has.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    HOLDER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    CHARGED_FIELD_NUMBER: _builtins.int
+    EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    holder_id: _builtins.str
+    """The producer through whose journal the usage comes."""
+    epoch: _builtins.int
+    """Counts the holder's starts. What an earlier start held comes back when the ledger has all of that start's events."""
+    request_number: _builtins.int
+    """Of the request that this answers; the holder counts them within its epoch."""
+    expires_ms: _builtins.int
+    """Log time: from then on the holder admits nothing with it. What remains is kept for usage that is on its way."""
+    ended: _builtins.bool
+    """The epoch is over: its events have numbers, in this partition, up to `last_sequence`."""
+    last_sequence: _builtins.int
+    gone: _builtins.bool
+    """Nothing of it is left; nothing more is said of it."""
+    @_builtins.property
+    def granted(self) -> Global___Amount:
+        """In all, since the epoch began; and of it, what the ledger has charged to usage that came through the holder."""
+
+    @_builtins.property
+    def charged(self) -> Global___Amount: ...
+    @_builtins.property
+    def version(self) -> Global___LedgerPosition: ...
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        holder_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        request_number: _builtins.int = ...,
+        granted: Global___Amount | None = ...,
+        charged: Global___Amount | None = ...,
+        expires_ms: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+        last_sequence: _builtins.int = ...,
+        gone: _builtins.bool = ...,
+        version: Global___LedgerPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charged", b"charged", "granted", b"granted", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charged", b"charged", "ended", b"ended", "epoch", b"epoch", "expires_ms", b"expires_ms", "gone", b"gone", "granted", b"granted", "holder_id", b"holder_id", "last_sequence", b"last_sequence", "request_number", b"request_number", "tenant_id", b"tenant_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lease: _TypeAlias = Lease  # noqa: Y015
 
 @_typing.final
 class AbuseState(_message.Message):
@@ -350,21 +421,25 @@ class AccountUpdate(_message.Message):
 
     ACCOUNT_FIELD_NUMBER: _builtins.int
     TICK_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def account(self) -> Global___Account: ...
     @_builtins.property
     def tick(self) -> Global___LedgerTick: ...
+    @_builtins.property
+    def lease(self) -> Global___Lease: ...
     def __init__(
         self,
         *,
         account: Global___Account | None = ...,
         tick: Global___LedgerTick | None = ...,
+        lease: Global___Lease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "tick", b"tick", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "lease", b"lease", "tick", b"tick", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "tick", b"tick", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "lease", b"lease", "tick", b"tick", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["account", "tick"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["account", "tick", "lease"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 

@@ -58,6 +58,8 @@ class Command(_message.Message):
     PRICE_BOOK_FIELD_NUMBER: _builtins.int
     TENANT_UPSERT_FIELD_NUMBER: _builtins.int
     KEY_UPSERT_FIELD_NUMBER: _builtins.int
+    LEASE_REQUEST_FIELD_NUMBER: _builtins.int
+    LEASE_RETIREMENT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     command_id: _builtins.str
     """Its idempotency key: the same ID is applied once per partition."""
@@ -73,6 +75,10 @@ class Command(_message.Message):
     def tenant_upsert(self) -> Global___TenantUpsert: ...
     @_builtins.property
     def key_upsert(self) -> Global___KeyUpsert: ...
+    @_builtins.property
+    def lease_request(self) -> Global___LeaseRequest: ...
+    @_builtins.property
+    def lease_retirement(self) -> Global___LeaseRetirement: ...
     def __init__(
         self,
         *,
@@ -85,12 +91,14 @@ class Command(_message.Message):
         price_book: Global___PriceBook | None = ...,
         tenant_upsert: Global___TenantUpsert | None = ...,
         key_upsert: Global___KeyUpsert | None = ...,
+        lease_request: Global___LeaseRequest | None = ...,
+        lease_retirement: Global___LeaseRetirement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "credit_grant", b"credit_grant", "key_upsert", b"key_upsert", "price_book", b"price_book", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "credit_grant", b"credit_grant", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "command_id", b"command_id", "credit_grant", b"credit_grant", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "price_book", b"price_book", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "command_id", b"command_id", "credit_grant", b"credit_grant", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert"]  # noqa: Y015
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement"]  # noqa: Y015
     _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
 
@@ -179,6 +187,82 @@ class KeyUpsert(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeyUpsert: _TypeAlias = KeyUpsert  # noqa: Y015
+
+@_typing.final
+class LeaseRequest(_message.Message):
+    """What a gateway asks for, signed with the lease key, which opens nothing else. Its numbers make a repeat harmless, so its
+    command ID is not remembered. Goes to the tenant's partition; the answer is the tenant's account.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    HOLDER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    PREVIOUS_SEQUENCE_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    holder_id: _builtins.str
+    epoch: _builtins.int
+    request_number: _builtins.int
+    """1, 2, 3 … within the epoch, for this tenant. A number that is not above the last is refused."""
+    duration_ms: _builtins.int
+    """From the log time of the answer. 0 gives the lease back for good, once all of its usage is charged."""
+    previous_sequence: _builtins.int
+    """The last number, in the tenant's partition, that the holder had given to an event when the epoch began."""
+    @_builtins.property
+    def wanted(self) -> _account_pb2.Amount:
+        """What it wants to have been granted in all since the epoch began: what it has spent and reserved, and what it wants to have
+        at hand. Less than it was granted gives the difference back.
+        """
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        holder_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        request_number: _builtins.int = ...,
+        wanted: _account_pb2.Amount | None = ...,
+        duration_ms: _builtins.int = ...,
+        previous_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wanted", b"wanted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ms", b"duration_ms", "epoch", b"epoch", "holder_id", b"holder_id", "previous_sequence", b"previous_sequence", "request_number", b"request_number", "tenant_id", b"tenant_id", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseRequest: _TypeAlias = LeaseRequest  # noqa: Y015
+
+@_typing.final
+class LeaseRetirement(_message.Message):
+    """An operator gives up on a gateway that does not come back: what it held is free again, and what its journal may still hold is
+    the bound that the record states. Goes to every partition.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_ID_FIELD_NUMBER: _builtins.int
+    UNEXPIRED_FIELD_NUMBER: _builtins.int
+    holder_id: _builtins.str
+    unexpired: _builtins.bool
+    """Also leases that have not expired yet: only if the gateway is known to be gone."""
+    def __init__(
+        self,
+        *,
+        holder_id: _builtins.str = ...,
+        unexpired: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder_id", b"holder_id", "unexpired", b"unexpired"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseRetirement: _TypeAlias = LeaseRetirement  # noqa: Y015
 
 @_typing.final
 class PriceBook(_message.Message):

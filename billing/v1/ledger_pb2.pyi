@@ -80,6 +80,7 @@ class LedgerRecord(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     PRODUCERS_FIELD_NUMBER: _builtins.int
     ALERTS_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     generation: _builtins.bytes
@@ -127,6 +128,8 @@ class LedgerRecord(_message.Message):
     def producers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProducerMark]: ...
     @_builtins.property
     def alerts(self) -> _containers.RepeatedCompositeFieldContainer[_alert_pb2.Alert]: ...
+    @_builtins.property
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Lease]: ...
     def __init__(
         self,
         *,
@@ -149,11 +152,12 @@ class LedgerRecord(_message.Message):
         keys: _abc.Iterable[_account_pb2.ApiKey] | None = ...,
         producers: _abc.Iterable[Global___ProducerMark] | None = ...,
         alerts: _abc.Iterable[_alert_pb2.Alert] | None = ...,
+        leases: _abc.Iterable[_account_pb2.Lease] | None = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "command", b"command", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "keys", b"keys", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "rejected", b"rejected", "released", b"released", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "command", b"command", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "keys", b"keys", "leases", b"leases", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "rejected", b"rejected", "released", b"released", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -371,12 +375,15 @@ class CommandApplied(_message.Message):
     APPLIED_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     PRICE_BOOK_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
     command: _builtins.bytes
     """The command's bytes as they were signed."""
     signature: _builtins.bytes
     applied: _builtins.bool
     """False: seen before, or refused; then `refusal` says why and nothing changed."""
     refusal: _builtins.str
+    outcome: _builtins.str
+    """For a person: what came of it, where that is not what was asked for."""
     @_builtins.property
     def price_book(self) -> _command_pb2.PriceBook:
         """The price book that took effect, where the command was one."""
@@ -389,10 +396,11 @@ class CommandApplied(_message.Message):
         applied: _builtins.bool = ...,
         refusal: _builtins.str = ...,
         price_book: _command_pb2.PriceBook | None = ...,
+        outcome: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["price_book", b"price_book"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "command", b"command", "price_book", b"price_book", "refusal", b"refusal", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "command", b"command", "outcome", b"outcome", "price_book", b"price_book", "refusal", b"refusal", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -127,6 +127,8 @@ class Directory:
         if update.HasField("tick"):
             self._see(update.tick.partition, update.tick.log_time_ms)
             return
+        if not update.HasField("account"):
+            return
         account = update.account
         known = self._accounts.get(account.tenant_id)
         if known is not None and not known[0].yields_to(account.version, account.log_time_ms):

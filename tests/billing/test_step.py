@@ -15,6 +15,7 @@ from billing import replay
 from billing.amounts import from_amount
 from billing.founding import LedgerSettings, found_again
 from billing.identity import dedupe_key
+from billing.leases import LeaseState
 from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, QUANTITY_MAX, RECORD_BYTES_MAX
 from billing.state import DAY_MS, MemorySeenKeys
 from billing.step import InputWentBack, UsageInput, step
@@ -258,10 +259,16 @@ def test_the_largest_record_is_under_the_bound() -> None:
         )
         for n in range(BATCH_EVENTS_MAX)
     ]
+    # Two epochs of one gateway hold money of every tenant: one lets go in this record, the other is charged.
+    for event in events:
+        for epoch in (1, 2):
+            lease = LeaseState(event.tenant_id, "p" * 256, epoch, granted_pico=10**24, ended=epoch == 1)
+            made.state.leases.put(lease)
     value = batch(events, producer_id="p" * 256, first=1, highest=BATCH_EVENTS_MAX)
     assert len(value) <= BATCH_BYTES_MAX
     result = made.usage(value)
     assert len(result.record.totals) == BATCH_EVENTS_MAX
+    assert len(result.record.leases) == 2 * BATCH_EVENTS_MAX
     assert len(result.stored) < RECORD_BYTES_MAX
 
 

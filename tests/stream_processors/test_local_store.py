@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from billing import replay
-from billing.commands import sign
+from billing.commands import lease_key, sign
 from billing.founding import LedgerSettings, found, found_again
 from billing.state import DAY_MS, LedgerState, MemorySeenKeys
 from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
-from billing.v1.command_pb2 import Command, PriceBook
+from billing.v1.command_pb2 import Command, LeaseRequest, PriceBook, TenantUpsert
 from billing.v1.usage_pb2 import UsageBatch
 from stream_processors.errors import LocalStoreError
 from stream_processors.local_store import Acknowledged, LocalStore
@@ -22,12 +22,39 @@ KEYS = LedgerKeys(b"s" * 32, b"c" * 32)
 SETTINGS = LedgerSettings(partitions=1, dedupe_key=b"d" * 32)
 NOW_MS = time.time_ns() // 1_000_000
 
+# A tenant, and three starts of a gateway: the first is over and waits for usage, the second is gone, the third lasts.
+_COMMANDS = [
+    sign(Command(schema_version=1, command_id="t", tenant_upsert=TenantUpsert(tenant_id="tenant-1")), KEYS.command_key),
+    *(
+        sign(
+            Command(
+                schema_version=1,
+                command_id="unremembered",
+                lease_request=LeaseRequest(
+                    tenant_id="tenant-1",
+                    holder_id="p",
+                    epoch=epoch,
+                    request_number=1,
+                    duration_ms=1_000,
+                    previous_sequence=last_sequence,
+                ),
+            ),
+            lease_key(KEYS.command_key),
+        )
+        for epoch, last_sequence in ((1, 0), (2, 10**6), (3, 0))
+    ),
+]
+
 
 def _written(store: LocalStore, batches: int) -> LedgerState:
     state = LedgerState(store.seen)
     record, stored = found(SETTINGS, 0, b"g" * 16, NOW_MS, KEYS.seal_key, "test")
     replay.apply(state, record, stored)
     store.apply([Acknowledged(record, stored, 0)])
+    for number, command in enumerate(_COMMANDS):
+        result = step(state, CommandInput("billing.commands", number, command), NOW_MS, keys=KEYS, writer="test")
+        assert result.record.command.applied, result.record.command.refusal
+        store.apply([Acknowledged(result.record, result.stored, 0)])
     for number in range(batches):
         batch = UsageBatch(
             schema_version=1,
@@ -64,7 +91,7 @@ def test_unconfirmed_records_are_kept_until_the_sink_has_them(tmp_path: Path) ->
     store = LocalStore(tmp_path, 0, keep_unconfirmed=True)
     _written(store, 5)
     kept = list(store.unconfirmed_records(-1))
-    assert len(kept) == 6
+    assert len(kept) == 6 + len(_COMMANDS)
     assert sum(map(len, kept)) == store.unconfirmed_bytes
     assert list(store.unconfirmed_records(3)) == kept[4:]
     store.trim_unconfirmed(3)
