@@ -33,6 +33,11 @@ class SeenKeys(Protocol):
         """Let go of what expires on `through_day` or before."""
         ...
 
+    def digest(self) -> bytes:
+        """SHA-256 over what is remembered, whatever it is kept in: each key once with its fingerprint and its day (two
+        bytes), big-endian, sorted."""
+        ...
+
 
 class MemorySeenKeys:
     """SeenKeys in plain dictionaries: for tests, audits and simulations."""
@@ -55,6 +60,10 @@ class MemorySeenKeys:
     def expire(self, through_day: int) -> None:
         for day in [day for day in self.days if day <= through_day]:
             del self.days[day]
+
+    def digest(self) -> bytes:
+        rows = [key + said + day.to_bytes(2, "big") for day, keys in self.days.items() for key, said in keys.items()]
+        return hashlib.sha256(b"".join(sorted(rows))).digest()
 
 
 class LedgerState:
@@ -125,8 +134,11 @@ class LedgerState:
         for command_id in [c for c, seen_ms in self.commands.items() if seen_ms < before_ms]:
             del self.commands[command_id]
 
-    def digest(self) -> str:
-        """SHA-256 over everything here but the dedupe memory, in a canonical order: equal states have equal digests."""
+    def digest(self, *, with_memory: bool = True) -> str:
+        """SHA-256 over everything here in a canonical order: equal states have equal digests.
+
+        Without the dedupe memory it is quick, which tests need that ask after every record.
+        """
         h = hashlib.sha256()
 
         def add(*parts: object) -> None:
@@ -156,4 +168,6 @@ class LedgerState:
         for lease in self.leases:
             add(lease.to_lease(b"", 0).SerializeToString(deterministic=True))
         add(sorted(self.commands.items()))
+        if with_memory:
+            h.update(self.seen.digest())
         return h.hexdigest()

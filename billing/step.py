@@ -25,7 +25,7 @@ from billing.state import DAY_MS, LedgerState
 from billing.usage_step import Forward, apply_usage
 from billing.v1.account_pb2 import LedgerPosition
 from billing.v1.command_pb2 import SignedCommand
-from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, Rejected, Tick
+from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, Rejected, SnapshotTaken, Tick
 from billing.v1.usage_pb2 import UsageBatch
 from billing.windows import window_key
 
@@ -58,7 +58,9 @@ class CommandInput:
 
 @dataclass(frozen=True, slots=True)
 class TickInput:
-    """No message: time has passed."""
+    """No message: time has passed. It may announce a snapshot that was taken meanwhile."""
+
+    snapshot: SnapshotTaken | None = None
 
 
 Input = UsageInput | CommandInput | TickInput
@@ -98,7 +100,7 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
             _advance(state, source.topic, source.offset)
             _command(state, source, record, keys.command_key)
         case TickInput():
-            _tick(state, record)
+            _tick(state, source, record)
     due = state.due_windows(log_time_ms)
     if due:
         record.released.extend(window_key(key, state.windows[key].opened_sequence) for key in due)
@@ -155,14 +157,14 @@ def _command(state: LedgerState, source: CommandInput, record: LedgerRecord, com
     apply_command(state, signed, record, command_key)
 
 
-def _tick(state: LedgerState, record: LedgerRecord) -> None:
+def _tick(state: LedgerState, source: TickInput, record: LedgerRecord) -> None:
     # A day's keys are let go when the whole day is over.
     through_day = record.log_time_ms // DAY_MS - 1
     if through_day > state.expired_through_day:
         state.seen.expire(through_day)
         state.expired_through_day = through_day
         state.forget_commands(record.log_time_ms - state.settings.dedupe_horizon_ms)
-    record.tick.CopyFrom(Tick(expired_through_day=state.expired_through_day))
+    record.tick.CopyFrom(Tick(expired_through_day=state.expired_through_day, snapshot=source.snapshot))
 
 
 def _reject(record: LedgerRecord, source: UsageInput | CommandInput, reason: str) -> None:

@@ -15,6 +15,7 @@ is made again from the columns when a run is opened.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import zlib
@@ -26,7 +27,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BYTES_PER_ROW", "DamagedRunError", "Query", "Run", "merge_runs", "open_run", "rows_from_entries", "write_run"]
+__all__ = [
+    "BYTES_PER_ROW",
+    "DamagedRunError",
+    "Query",
+    "Run",
+    "merge_runs",
+    "open_run",
+    "rows_digest",
+    "rows_from_entries",
+    "write_run",
+]
 
 U64 = npt.NDArray[np.uint64]
 U16 = npt.NDArray[np.uint16]
@@ -40,6 +51,7 @@ _HEADER_BYTES = 64
 _BIG_ENDIAN = np.dtype(">u8")
 _NUMBER = np.dtype("<u8")
 _DAY = np.dtype("<u2")
+_CANONICAL_ROW = np.dtype([("high", ">u8"), ("low", ">u8"), ("fingerprint", ">u8"), ("day", ">u2")])
 
 _FILTER_BITS_PER_ROW = 20
 _FILTER_PROBES = 5
@@ -81,6 +93,13 @@ class Rows:
     def living(self, forgotten_through_day: int) -> Rows:
         alive = self.day > forgotten_through_day
         return self if alive.all() else self.take(np.flatnonzero(alive))
+
+    def distinct(self) -> Rows:
+        """Of rows that are the same next to each other, one."""
+        columns = (self.high, self.low, self.fingerprint, self.day)
+        differs = np.ones(len(self), dtype=bool)
+        differs[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+        return self.take(np.flatnonzero(differs))
 
 
 def concatenated(parts: Sequence[Rows]) -> Rows:
@@ -191,9 +210,7 @@ def merge_runs(path: Path, runs: Sequence[Run], forgotten_through_day: int, canc
     total = sum(int(np.count_nonzero(run.rows.day > forgotten_through_day)) for run in runs)
     if total == 0:
         return None
-    slices = max(1, -(-sum(len(run.rows) for run in runs) // _MERGE_ROWS))
-    edges = np.array([(i << 64) // slices for i in range(1, slices)], dtype=np.uint64)
-    bounds = [[0, *np.searchsorted(run.rows.high, edges).tolist(), len(run.rows)] for run in runs]
+    slices, bounds = _slices([run.rows for run in runs])
 
     def fill(put: Callable[[Rows], None]) -> None:
         for i in range(slices):
@@ -206,6 +223,31 @@ def merge_runs(path: Path, runs: Sequence[Run], forgotten_through_day: int, canc
             put(concatenated(parts).sorted())
 
     return _write(path, total, fill)
+
+
+def rows_digest(sources: Sequence[Rows], forgotten_through_day: int) -> bytes:
+    """`billing.state.SeenKeys.digest` of the living rows of all `sources`, each of them sorted; slice by slice."""
+    slices, bounds = _slices(sources)
+    running = hashlib.sha256()
+    for i in range(slices):
+        parts = [
+            rows.part(bound[i], bound[i + 1]).living(forgotten_through_day) for rows, bound in zip(sources, bounds, strict=True)
+        ]
+        rows = concatenated(parts).sorted()
+        if np.any(rows.high[1:] == rows.high[:-1]):
+            # Keys that are in two places, on their way from one to the other, or that share their first half.
+            rows = rows.take(np.lexsort((rows.day, rows.fingerprint, rows.low, rows.high))).distinct()
+        packed = np.empty(len(rows), dtype=_CANONICAL_ROW)
+        packed["high"], packed["low"], packed["fingerprint"], packed["day"] = rows.high, rows.low, rows.fingerprint, rows.day
+        running.update(packed.tobytes())
+    return running.digest()
+
+
+def _slices(sources: Sequence[Rows]) -> tuple[int, list[list[int]]]:
+    """In how many slices of the key space to go through sorted rows, and where each source has its bounds."""
+    count = max(1, -(-sum(len(rows) for rows in sources) // _MERGE_ROWS))
+    edges = np.array([(i << 64) // count for i in range(1, count)], dtype=np.uint64)
+    return count, [[0, *np.searchsorted(rows.high, edges).tolist(), len(rows)] for rows in sources]
 
 
 def _write(path: Path, count: int, fill: Callable[[Callable[[Rows], None]], None]) -> Run:

@@ -29,6 +29,7 @@ from stream_processors.seen_runs import (
     Run,
     merge_runs,
     open_run,
+    rows_digest,
     rows_from_entries,
     write_run,
 )
@@ -133,6 +134,17 @@ class SeenStore:
                 for digests in days.pop(day):
                     for digest in digests:
                         keys.pop(digest, None)
+
+    def digest(self) -> bytes:
+        """SHA-256 over what is remembered, whatever it is kept in."""
+        entries = [
+            (day, b"".join([digest + keys[digest] for digest in digests if digest in keys]))
+            for keys, days in ((self._recent, self._recent_days), (self._frozen, self._frozen_days))
+            for day, lists in days.items()
+            for digests in lists
+        ]
+        sources = [rows_from_entries(entries).sorted(), *(run.rows for _, run in self._runs)]
+        return rows_digest(sources, self._forgotten_through_day)
 
     # --- behind the acknowledgement ---
 

@@ -411,20 +411,54 @@ class Tick(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXPIRED_THROUGH_DAY_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
     expired_through_day: _builtins.int
     """Dedupe keys that expire on these days or before are let go."""
+    @_builtins.property
+    def snapshot(self) -> Global___SnapshotTaken:
+        """A snapshot of this partition's state that became durable before this record was written."""
+
     def __init__(
         self,
         *,
         expired_through_day: _builtins.int = ...,
+        snapshot: Global___SnapshotTaken | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expired_through_day", b"expired_through_day"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expired_through_day", b"expired_through_day", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tick: _TypeAlias = Tick  # noqa: Y015
+
+@_typing.final
+class SnapshotTaken(_message.Message):
+    """Says which snapshot is meant: whoever restores it finds the announcement in the log behind it, and compares."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    """SHA-256 of the manifest's stored bytes."""
+    @_builtins.property
+    def position(self) -> _account_pb2.LedgerPosition:
+        """The record after which the state was as in the snapshot."""
+
+    def __init__(
+        self,
+        *,
+        position: _account_pb2.LedgerPosition | None = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotTaken: _TypeAlias = SnapshotTaken  # noqa: Y015
 
 @_typing.final
 class Rejected(_message.Message):

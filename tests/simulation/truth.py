@@ -139,7 +139,7 @@ class Truth:
         truth.offsets.append(offset)
         self._judge(truth, record)
         replay.apply(truth.state, record, stored)
-        truth.digests.append(truth.state.digest())
+        truth.digests.append(truth.state.digest(with_memory=False))
 
     def _fail(self, truth: PartitionTruth, record: LedgerRecord, what: str) -> None:
         self.loop.fail(f"{LEDGER}[{truth.partition}], sequence {record.sequence}, by {record.writer}: {what}")
@@ -320,5 +320,7 @@ class Truth:
         truth = self.partitions[state.partition]
         if state.partition in self.cut:
             return
-        if state.sequence > truth.sequence or state.digest() != truth.digests[state.sequence]:
+        if state.sequence > truth.sequence or state.digest(with_memory=False) != truth.digests[state.sequence]:
             self.loop.fail(f"{who}: its state at sequence {state.sequence} of partition {state.partition} is not the log's")
+        if state.sequence == truth.sequence and state.seen.digest() != truth.state.seen.digest():
+            self.loop.fail(f"{who}: its dedupe memory at sequence {state.sequence} of {state.partition} is not the log's")

@@ -480,7 +480,7 @@ class World:
                 self._judge_memory(partition, host.state)
 
     def _judge_memory(self, partition: int, state: LedgerState) -> None:
-        """The dedupe memory holds what was charged and has not expired."""
+        """What is remembered is found."""
         known = self.truth.partitions[partition]
         keys = sorted({digest for day in _memory(known.state).days.values() for digest in day})
         if state.seen.find(keys) != known.state.seen.find(keys):

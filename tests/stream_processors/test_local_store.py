@@ -161,6 +161,8 @@ def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: 
 
     store = LocalStore(tmp_path / "middle", 0)
     store.apply(middle[1])
+    store.close()
+    store = LocalStore(tmp_path / "middle", 0)
     loaded = store.load()
     assert loaded is not None
     assert loaded.digest() == middle[0]

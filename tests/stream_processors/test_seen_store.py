@@ -106,6 +106,8 @@ def test_answers_as_a_dictionary_does(seed: int, keeper: Keeper) -> None:
             keeper.reopen()
         wanted = rng.sample(every, min(len(every), 40)) + [rng.randbytes(16) for _ in range(10)]
         assert keeper.store.find(wanted) == model.find(wanted)
+        if rng.random() < 0.1:
+            assert keeper.store.digest() == model.digest(), "by hash, whatever it is kept in"
     assert keeper.store.find(every) == model.find(every)
 
 
