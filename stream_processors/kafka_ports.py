@@ -24,6 +24,11 @@ __all__ = ["KafkaLogReader", "KafkaLogWriter"]
 MESSAGE_BYTES_MAX = RECORD_BYTES_MAX + 200_000
 _CHUNK_MESSAGES = 100
 _POLL_S = 0.2
+# A log time that ran ahead would make all later usage too old, for ever, so the topic refuses it: see `topics`.
+_AHEAD = (
+    "its time is further ahead of Kafka's clock than the topic's message.timestamp.after.max.ms: set this machine's clock, or "
+    "the broker's, then start again; nothing was written"
+)
 # Outside of any group; librdkafka wants a name all the same.
 _NO_GROUP = "taximeter-reader"
 
@@ -156,19 +161,36 @@ class KafkaLogWriter:
         self._thread.start()
 
     def write(
-        self, topic: str, partition: int, value: bytes, on_done: Callable[[int, str], None], key: bytes | None = None
+        self,
+        topic: str,
+        partition: int,
+        value: bytes,
+        on_done: Callable[[int, str], None],
+        key: bytes | None = None,
+        *,
+        time_ms: int = 0,
     ) -> None:
-        """Send; `on_done(offset, problem)` follows on the event loop, problem empty when it was acknowledged."""
+        """Send; `on_done(offset, problem)` follows on the event loop, problem empty when it was acknowledged.
+
+        `time_ms` is the message's time; 0: the client's clock.
+        """
         try:
             self._producer.produce(
-                topic, value=value, key=key, partition=partition, on_delivery=partial(self._delivered, on_done)
+                topic,
+                value=value,
+                key=key,
+                partition=partition,
+                on_delivery=partial(self._delivered, on_done),
+                timestamp=time_ms,
             )
         except (BufferError, KafkaException) as error:
             self._loop.call_soon(on_done, -1, str(error))
 
     def _delivered(self, on_done: Callable[[int, str], None], error: KafkaError | None, message: Message) -> None:
         offset = message.offset()
-        problem = "" if error is None else str(error)
+        problem = ""
+        if error is not None:
+            problem = _AHEAD if error.code() == KafkaError.INVALID_TIMESTAMP else str(error)
         self._done.append(partial(on_done, -1 if offset is None else offset, problem))
 
     def _poll(self) -> None:

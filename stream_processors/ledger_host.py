@@ -58,8 +58,11 @@ class LogReader(Protocol):
 class LogWriter(Protocol):
     """Appends to partitions of logs, in order, each message once."""
 
-    def write(self, topic: str, partition: int, value: bytes, on_done: Callable[[int, str], None]) -> None:
-        """Send; `on_done(offset, "")` or `on_done(-1, what happened)` follows on the event loop, in order per partition."""
+    def write(self, topic: str, partition: int, value: bytes, on_done: Callable[[int, str], None], *, time_ms: int = 0) -> None:
+        """Send; `on_done(offset, "")` or `on_done(-1, what happened)` follows on the event loop, in order per partition.
+
+        `time_ms`, the record's log time, is the message's own time: Kafka refuses what is too far ahead of its clock.
+        """
         ...
 
 
@@ -252,7 +255,8 @@ class LedgerHost:
             expected = Acknowledged(result.record, result.stored, self._next_offset, self.state.record_hash)
             self._in_flight.append((expected, done))
             self._next_offset += 1
-            self._writer.write(self._settings.ledger_topic, self.partition, result.stored, self._on_delivered)
+            time_ms = result.record.log_time_ms
+            self._writer.write(self._settings.ledger_topic, self.partition, result.stored, self._on_delivered, time_ms=time_ms)
 
     async def tick(self) -> None:
         """Let time pass: windows close, keys expire. Skipped while records are on their way; they carry the time."""

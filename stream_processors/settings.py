@@ -83,6 +83,8 @@ class TopicSettings:
     input_retention_ms: int = 14 * 86_400_000
     ledger_retention_ms: int = 400 * 86_400_000
     notice_retention_ms: int = 90 * 86_400_000
+    # How far the ledger's log time may be ahead of Kafka's clock.
+    log_time_ahead_max_ms: int = 10 * 60_000
 
     def __post_init__(self) -> None:
         if not 1 <= self.partitions <= 10_000:

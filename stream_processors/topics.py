@@ -118,11 +118,17 @@ def _wanted(names: TopicNames, topics: TopicSettings) -> dict[str, dict[str, str
     def kept(retention_ms: int) -> dict[str, str]:
         return {"cleanup.policy": "delete", "retention.ms": str(retention_ms)}
 
+    # Retention counts from when Kafka got it: a sender's clock may be wrong, which must neither delete its usage nor refuse it.
+    arrival = {"message.timestamp.type": "LogAppendTime"}
+    # A record's time is its log time. It never goes back, so one worker's clock, years ahead, would make all later usage too
+    # old: Kafka holds it against its own clock, with every write.
+    bounded = {"message.timestamp.type": "CreateTime", "message.timestamp.after.max.ms": str(topics.log_time_ahead_max_ms)}
+
     large = {"max.message.bytes": str(MESSAGE_BYTES_MAX)}
     return {
-        names.events: {**kept(topics.input_retention_ms), **large},
-        names.commands: {**kept(topics.input_retention_ms), **large},
-        names.ledger: {**kept(topics.ledger_retention_ms), **large},
+        names.events: {**kept(topics.input_retention_ms), **large, **arrival},
+        names.commands: {**kept(topics.input_retention_ms), **large, **arrival},
+        names.ledger: {**kept(topics.ledger_retention_ms), **large, **bounded},
         names.accounts: {"cleanup.policy": "compact"},
         names.keys: {"cleanup.policy": "compact"},
         names.progress: {"cleanup.policy": "compact"},
@@ -251,7 +257,7 @@ async def _found(settings: ApplySettings) -> list[Change]:
                 record, stored = found(ledger, partition, generation, now_ms, settings.seal_key, settings.writer)
             else:
                 record, stored = found_again(state, generation, now_ms, settings.seal_key, settings.writer)
-            offset = await _write(writer, settings.names.ledger, partition, stored)
+            offset = await _write(writer, settings.names.ledger, partition, stored, record.log_time_ms)
             if state is not None:
                 _carry_on(stores[partition], state, record, stored, offset)
             detail = f"generation {generation.hex()[:12]}" + (", on the local state" if state is not None else "")
@@ -294,9 +300,9 @@ def _settings_of(given: LedgerSettings, founding: Founding) -> LedgerSettings:
     )
 
 
-async def _write(writer: KafkaLogWriter, topic: str, partition: int, stored: bytes) -> int:
+async def _write(writer: KafkaLogWriter, topic: str, partition: int, stored: bytes, time_ms: int) -> int:
     sent: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
-    writer.write(topic, partition, stored, lambda offset, problem: sent.set_result((offset, problem)))
+    writer.write(topic, partition, stored, lambda offset, problem: sent.set_result((offset, problem)), time_ms=time_ms)
     offset, problem = await sent
     if problem:
         raise WorkerError(f"{topic}[{partition}]: the founding record could not be written ({problem})")

@@ -9,6 +9,7 @@ producer's contract), except on topics that are named in `reordered`. Faults, by
     twice           written twice, at once or later; the first or the second offset is reported
     nameless        written, acknowledged without an offset
     late            acknowledged seconds later
+    ahead           refused: its own time is too far ahead of the broker's clock (no rate: a client's clock does it)
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Message:
     value: bytes
     on_done: OnDone
     context: Context
+    time_ms: int = 0
 
 
 @dataclass
@@ -71,6 +73,8 @@ class Broker:
         self.choices = choices
         self.rates = Rates()
         self.down_until_s = 0.0
+        # The latest time of its own that a message may have by now.
+        self.time_ms_max: Callable[[], int] = lambda: 1 << 62
         # How often a consumer still holds a message from before a rebalance.
         self.stale_rate = 0.0
         self.reordered: frozenset[str] = frozenset()
@@ -169,11 +173,13 @@ class Client:
     def read(self, topic: str, partition: int, start: int, end: int) -> _Reading:
         return _Reading(self._broker, topic, partition, start, end)
 
-    def write(self, topic: str, partition: int, value: bytes, on_done: OnDone, key: bytes | None = None) -> None:
+    def write(
+        self, topic: str, partition: int, value: bytes, on_done: OnDone, key: bytes | None = None, *, time_ms: int = 0
+    ) -> None:
         if not self._process.alive:
             return
         lane = self._lanes.setdefault((topic, partition), _Lane(topic, partition))
-        lane.sending.append(Message(key or b"", value, on_done, copy_context()))
+        lane.sending.append(Message(key or b"", value, on_done, copy_context(), time_ms))
         self._schedule(lane)
 
     async def close(self, timeout_s: float) -> None:
@@ -218,10 +224,15 @@ class Client:
     def _land(self, lane: _Lane, message: Message) -> None:
         broker = self._broker
         fate = broker.fate(lane.topic)
+        if message.time_ms > broker.time_ms_max():
+            fate = "ahead"
+            broker.count("log time ahead refused")
         offset, problem, delay_s = -1, "", self._delay_s()
-        if fate != "lost":
+        if fate not in ("lost", "ahead"):
             offset = broker.append(lane.topic, lane.partition, message.key, message.value)
-        if fate in ("lost", "unsure"):
+        if fate == "ahead":
+            problem = "the time is ahead of the broker's clock"
+        elif fate in ("lost", "unsure"):
             offset, problem = -1, "timed out"
             delay_s *= 50
         elif fate == "twice":

@@ -122,6 +122,7 @@ class World:
         self.partitions = choices.choice((1, 2, 2, 3))
         self.truth = Truth(self.loop, self.partitions)
         self.broker = Broker(self.loop, choices, self.truth.on_append)
+        self.broker.time_ms_max = lambda: self.clock_ms() + TopicSettings(1).log_time_ahead_max_ms
         self.broker.reordered = frozenset({TOPICS.events})
         self.broker.stale_rate = choices.choice((0.0, 0.1, 0.5))
         self.disks = Disks(choices, self.truth.on_place)

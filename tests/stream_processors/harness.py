@@ -128,15 +128,23 @@ class Ledger:
         for number, group in groups.items():
             self.send_bytes(UsageBatch(schema_version=1, events=group).SerializeToString(), number)
 
-    def send_bytes(self, value: bytes, partition: int, topic: str | None = None) -> None:
+    def send_bytes(self, value: bytes, partition: int, topic: str | None = None, *, time_ms: int = 0) -> None:
         # One for all: an idempotent producer takes half a second for its first message.
         producer = self.producers.get(self.bootstrap)
         if producer is None:
             producer = self.producers[self.bootstrap] = Producer(
                 {"bootstrap.servers": self.bootstrap, "enable.idempotence": True}
             )
-        producer.produce(topic or self.names.events, value=value, partition=partition)
+        problems: list[object] = []
+        producer.produce(
+            topic or self.names.events,
+            value=value,
+            partition=partition,
+            timestamp=time_ms,
+            on_delivery=lambda error, _: problems.append(error),
+        )
         assert producer.flush(20) == 0
+        assert problems == [None]
 
     def read(self, topic: str, partition: int) -> list[bytes]:
         """Every value in one partition of a topic."""

@@ -39,7 +39,7 @@ class MemoryLogs:
         for offset in range(start, end):
             yield [(offset, self.log(topic, partition)[offset])]
 
-    def write(self, topic: str, partition: int, value: bytes, on_done: Callable[[int, str], None]) -> None:
+    def write(self, topic: str, partition: int, value: bytes, on_done: Callable[[int, str], None], *, time_ms: int = 0) -> None:
         log = self.log(topic, partition)
         if not self.problem:
             log.append(value)

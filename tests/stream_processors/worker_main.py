@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from billing.step import LedgerKeys
+from stream_processors import ledger_app
 from stream_processors.errors import WorkerError
 from stream_processors.kafka_ports import KafkaLogWriter
 from stream_processors.local_store import LocalStore
@@ -90,10 +91,15 @@ def _crash_at(point: str, after: int) -> None:
         raise ValueError(point)
 
 
-def main(bootstrap: str, prefix: str, folder: str, point: str = "", after: int = 0, **more: Any) -> int:
+def main(
+    bootstrap: str, prefix: str, folder: str, point: str = "", after: int = 0, clock_ahead_ms: int = 0, **more: Any
+) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if point:
         _crash_at(point, after)
+    if clock_ahead_ms:
+        now_ms = ledger_app._clock_ms
+        ledger_app._clock_ms = lambda: now_ms() + clock_ahead_ms
     try:
         asyncio.run(run_worker(worker_settings(bootstrap, prefix, Path(folder), **more)))
     except WorkerError as error:
