@@ -1,0 +1,175 @@
+"""Many trials: which come when, on which installation, and the table of what came of them.
+
+Promise: faults take turns, so that each meets what the others left; an installation serves `renew_after` trials and is then
+made anew, and at once after a trial that was not good. The order and every choice follow from the seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.chaos.faults import Fault
+from tests.chaos.installation import Installation
+from tests.chaos.world import Trial, World
+
+__all__ = ["Campaign", "Plan", "table"]
+
+_COLUMNS = ("trials", "windows hit", "attempts", "unknown", "lost", "doubled", "wrong", "failed runs")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done."""
+
+    faults: Sequence[type[Fault]]
+    counts: Mapping[str, int]
+    seed: int
+    soak_hours: float | None = None
+    renew_after: int = 25
+
+    def turns(self) -> Iterator[tuple[type[Fault], int]]:
+        """Faults in rounds, shuffled, installations one after the other within a round of each."""
+        number = 0
+        until_s = None if self.soak_hours is None else time.monotonic() + self.soak_hours * 3_600
+        setups = list(dict.fromkeys(kind.setup for kind in self.faults))
+        while until_s is not None or number < max(self.counts.values()):
+            # Blocks of rounds on one installation, so that it is not stopped and started for each fault.
+            block = range(number, number + 4)
+            for setup in setups:
+                for each in block:
+                    turn = [
+                        kind
+                        for kind in self.faults
+                        if kind.setup is setup and (until_s is not None or each < self.counts[kind.name])
+                    ]
+                    random.Random(f"{self.seed}/{setup.name}/{each}").shuffle(turn)
+                    for kind in turn:
+                        if until_s is not None and time.monotonic() > until_s:
+                            return
+                        yield kind, each
+            number += len(block)
+
+
+@dataclass
+class Campaign:
+    """Runs a plan. Histories of bad trials and the list of all of them are in `directory`."""
+
+    plan: Plan
+    directory: Path
+    tell: Callable[[str], None]
+    trials: list[Trial] = field(default_factory=list)
+    _world: World | None = None
+    _served: int = 0
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"trials-{self.plan.seed}.jsonl"
+
+    def run(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self.trials = [Trial(**json.loads(line)) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        done = {(trial.fault, trial.number) for trial in self.trials}
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close)
+            for kind, number in self.plan.turns():
+                if (kind.name, number) not in done:
+                    self._one(kind, number)
+
+    def passed(self) -> bool:
+        """Whether every trial was good, and every fault hit its window at least once."""
+        hit = {trial.fault for trial in self.trials if trial.evidence}
+        return all(trial.good for trial in self.trials) and all(
+            kind.name in hit for kind in self.plan.faults if any(trial.fault == kind.name for trial in self.trials)
+        )
+
+    def _one(self, kind: type[Fault], number: int) -> None:
+        trial = Trial(kind.name, self.plan.seed, number)
+        try:
+            world = self._world_for(kind.setup)
+        except Exception:  # noqa: BLE001  a failure of the harness is told as one
+            trial.error = traceback.format_exc(limit=6)
+            self._close()
+        else:
+            trial = world.trial(kind, self.plan.seed, number)
+        self._served += 1
+        self.trials.append(trial)
+        with self.path.open("a") as file:
+            file.write(trial.line() + "\n")
+        self._say(trial)
+        if not trial.good:
+            self._close(keep=True)
+
+    def _world_for(self, setup: type[Installation]) -> World:
+        if self._world is not None and (type(self._world.installation) is not setup or self._served >= self.plan.renew_after):
+            self._close()
+        if self._world is None:
+            folder = Path(tempfile.mkdtemp(prefix="taximeter-chaos-"))
+            self._served = 0
+            self._world = World(setup(folder), self.directory, self.tell)
+            began = time.monotonic()
+            self._world.start()
+            self.tell(f"installation {setup.name} ready in {time.monotonic() - began:.1f} s")
+        return self._world
+
+    def _close(self, *, keep: bool = False) -> None:
+        world, self._world = self._world, None
+        if world is None:
+            return
+        world.close()
+        folder = world.installation.folder
+        if keep:
+            # What its parts said, for whoever looks for the cause.
+            shutil.copytree(folder / "logs", self.directory / f"logs-{folder.name}", dirs_exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _say(self, trial: Trial) -> None:
+        state = "good" if trial.good else "BAD"
+        self.tell(
+            f"{len(self.trials):4d} {trial.fault}/{trial.number}: {state} in {trial.seconds:.1f} s, {trial.attempts} attempts, "
+            f"{trial.unknown} unknown ({trial.unknown_charged} charged), caught up in {trial.healed_in_s:.1f} s; "
+            f"{trial.evidence or 'window not hit'}"
+        )
+        for finding in trial.findings[:10]:
+            self.tell(f"       {finding}")
+        if trial.error:
+            self.tell(trial.error)
+        if len(self.trials) % 25 == 0:
+            self.tell(table(self.plan, self.trials))
+
+
+def table(plan: Plan, trials: Sequence[Trial]) -> str:
+    """As it stands in docs/guarantees.md."""
+    rows = [["fault", "checks", *_COLUMNS]]
+    total = [0] * len(_COLUMNS)
+    for kind in plan.faults:
+        own = [trial for trial in trials if trial.fault == kind.name]
+        figures = [
+            len(own),
+            sum(bool(trial.evidence) for trial in own),
+            sum(trial.attempts for trial in own),
+            sum(trial.unknown for trial in own),
+            sum(trial.lost for trial in own),
+            sum(trial.doubled for trial in own),
+            sum(trial.wrong + trial.unsettled for trial in own),
+            sum(bool(trial.error) or (bool(trial.findings) and not _counted(trial)) for trial in own),
+        ]
+        total = [a + b for a, b in zip(total, figures, strict=True)]
+        rows.append([kind.name, kind.checks, *map(str, figures)])
+    rows.append(["all", "", *map(str, total)])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return f"seed {plan.seed}\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _counted(trial: Trial) -> bool:
+    """Whether its findings stand in the table's other columns."""
+    return bool(trial.lost or trial.doubled or trial.wrong or trial.unsettled)

@@ -1,0 +1,151 @@
+"""kill -9: the ledger worker and the sink at each of their points and at random, the producer, the broker, ClickHouse."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar, Final
+
+from tests.chaos.faults import Fault
+from tests.chaos.installation import KafkaInstallation, Part
+from tests.chaos.part import SINK_POINTS, WORKER_POINTS
+
+_ARMED_TIMEOUT_S: Final = 20.0
+
+
+class _Kafka(Fault):
+    """On Apache Kafka and a ClickHouse server."""
+
+    setup = KafkaInstallation
+
+    def part(self, name: str) -> Part:
+        return self.world.installation.parts[name]
+
+    def heal(self) -> None:
+        self.world.installation.restart_dead()
+
+
+class _AtAPoint(_Kafka):
+    """A part kills itself at a named point, with usage in its hands."""
+
+    point: ClassVar[str]
+    nightly = 20
+    checks = "I1-I3"
+
+    def victims(self) -> list[str]:
+        raise NotImplementedError
+
+    def inject(self) -> None:
+        installation = self.world.installation
+        self._before = {name: len(installation.parts[name].marks()) for name in self.victims()}
+        after = self.draw.randrange(8)
+        for name in self.victims():
+            installation.parts[name].arm(self.point, after=after)
+        # Workers share the partitions: whichever comes to the point first. The other is told to forget it.
+        self.world.wait(
+            lambda: any(not installation.parts[name].alive for name in self.victims()),
+            _ARMED_TIMEOUT_S,
+            f"a passing of {self.point}",
+        )
+        for name in self.victims():
+            if installation.parts[name].alive:
+                installation.parts[name].disarm()
+
+    def evidence(self) -> str:
+        for name, before in self._before.items():
+            if marks := self.world.installation.parts[name].marks()[before:]:
+                return f"{name}: {marks[0]}"
+        return ""
+
+
+class _Worker(_AtAPoint):
+    def victims(self) -> list[str]:
+        return [name for name in self.world.installation.parts if name.startswith("worker-")]
+
+
+class _Sink(_AtAPoint):
+    def victims(self) -> list[str]:
+        return ["sink"]
+
+
+class KillWorkerBeforeProduce(_Worker):
+    name = "kill-worker-before-produce"
+    point = WORKER_POINTS[0]
+
+
+class KillWorkerAfterProduce(_Worker):
+    name = "kill-worker-after-produce"
+    point = WORKER_POINTS[1]
+
+
+class KillWorkerBeforeLocalWrite(_Worker):
+    name = "kill-worker-before-local-write"
+    point = WORKER_POINTS[2]
+
+
+class KillWorkerBeforeOffset(_Worker):
+    name = "kill-worker-before-offset"
+    point = WORKER_POINTS[3]
+
+
+class KillSinkBeforeInsert(_Sink):
+    name = "kill-sink-before-insert"
+    point = SINK_POINTS[0]
+
+
+class KillSinkBetweenInserts(_Sink):
+    name = "kill-sink-between-inserts"
+    point = SINK_POINTS[1]
+
+
+class KillSinkBeforePosition(_Sink):
+    name = "kill-sink-before-position"
+    point = SINK_POINTS[2]
+
+
+class KillSinkAfterPosition(_Sink):
+    name = "kill-sink-after-position"
+    point = SINK_POINTS[3]
+
+
+class _AtRandom(_Kafka):
+    """A part is killed from outside, at a moment that the seed draws."""
+
+    nightly = 20
+    checks = "I1-I3"
+
+    def victim(self) -> str:
+        raise NotImplementedError
+
+    def inject(self) -> None:
+        self._name = self.victim()
+        time.sleep(self.draw.uniform(0.0, 0.6))
+        self.part(self._name).kill9()
+        # The part is dead: what was acknowledged and has not come through it was in its way.
+        self._evidence = self.look_at_window()
+
+    def look_at_window(self) -> str:
+        behind = self.world.behind()
+        return f"{self._name} dead, {behind} acknowledged and not in the ledger" if behind else ""
+
+    def evidence(self) -> str:
+        return self._evidence
+
+
+class KillWorker(_AtRandom):
+    name = "kill-worker"
+
+    def victim(self) -> str:
+        return self.draw.choice([name for name in self.world.installation.parts if name.startswith("worker-")])
+
+
+class KillProducer(_AtRandom):
+    name = "kill-producer"
+
+    def victim(self) -> str:
+        return "producer"
+
+    def look_at_window(self) -> str:
+        # Asked, and no answer: in memory, in the journal or on its way to Kafka.
+        self.world.wait(lambda: not self.world.installation.load.connected, 5.0, "the end of the producer's connection")
+        unknown = self.world.unknown()
+        return f"{unknown} requests without an answer" if unknown else ""

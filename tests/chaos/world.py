@@ -1,0 +1,237 @@
+"""One trial: an installation under load, a fault in it, healing, and what the judge says.
+
+Promise: `World.trial` returns a `Trial` whatever the product did. A harness that failed (a part that did not start, a fault
+that raised) is told in `error`, and counts as a failed trial. Every trial's history stays on disk when it was not good.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+from billing.identity import partition_of
+from sinks.engine import Reader
+from sinks.errors import SinkError
+from tests.chaos.checker import Verdict, check
+from tests.chaos.faults import Fault
+from tests.chaos.history import History, Outcome
+from tests.chaos.installation import PARTITIONS, PRICES_PICO, Installation
+from tests.chaos.reading import DatabaseReader, LedgerReader, NotReadableError, Seen
+
+__all__ = ["Trial", "World"]
+
+_LOOK_S: Final = 0.1
+_START_TIMEOUT_S: Final = 60.0
+_TENANTS: Final = 8
+# Acknowledged before a fault is injected, so that there is something to lose.
+_WARM_EVENTS: Final = 60
+
+
+@dataclass
+class Trial:
+    """What came of one."""
+
+    fault: str
+    seed: int
+    number: int
+    seconds: float = 0.0
+    healed_in_s: float = 0.0
+    attempts: int = 0
+    ok: int = 0
+    failed: int = 0
+    unknown: int = 0
+    unknown_charged: int = 0
+    lost: int = 0
+    doubled: int = 0
+    wrong: int = 0
+    unsettled: int = 0
+    evidence: str = ""
+    findings: list[str] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def good(self) -> bool:
+        return not (self.findings or self.error)
+
+    def line(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class World:
+    """What a fault sees: the running installation, the load on it, and what its ledger says."""
+
+    def __init__(self, installation: Installation, folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
+        self.installation = installation
+        self.folder = folder
+        self.tell = tell
+        self.history: History | None = None
+        # The ledger's records of this trial, by partition; complete once everything has healed.
+        self.records: list[Seen] = []
+        self._reader: Reader | None = None
+        self.tenants = _spread(_TENANTS)
+
+    # --- what faults use ---
+
+    def acknowledged(self) -> int:
+        """Requests of this trial that were told ok by now."""
+        assert self.history is not None
+        return sum(receipt.outcome is Outcome.OK for receipt in list(self.history.receipts))
+
+    def unknown(self) -> int:
+        """Requests of this trial whose outcome is unknown by now."""
+        assert self.history is not None
+        return sum(receipt.outcome is Outcome.UNKNOWN for receipt in self.history.outcomes().values())
+
+    def behind(self) -> int:
+        """Of what was acknowledged by now, how much the ledger does not have."""
+        assert self.history is not None
+        told = {receipt.request_id for receipt in list(self.history.receipts) if receipt.outcome is Outcome.OK}
+        self.wait(self.look, 30.0, "a look at the ledger")
+        return len(told - self.ledger.charged.keys())
+
+    def look(self) -> bool:
+        """Read the ledger to its end; False when it cannot be read just now."""
+        try:
+            self.ledger.look()
+        except NotReadableError:
+            return False
+        return True
+
+    def wait(self, holds: Callable[[], object], timeout_s: float, what: str) -> float:
+        """Wait for what another process does; how long it took. Raises TimeoutError."""
+        began = time.monotonic()
+        while not holds():
+            if time.monotonic() - began > timeout_s:
+                raise TimeoutError(f"{what} did not happen within {timeout_s:g} s")
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    # --- the trial ---
+
+    def start(self) -> None:
+        """Start the installation; return when its ledger takes and prices usage, and the database shows it."""
+        self.installation.start()
+        self._reader = self.installation.reader()
+        archive = self._reader if self.installation.forgets else None
+        self.ledger = LedgerReader(self.installation.config, archive)
+        self.database = DatabaseReader(self._reader, self.installation.config.ledger.partitions)
+        partitions = self.installation.config.ledger.partitions
+        self.wait(lambda: self.look() and self.ledger.commands["applied"] >= partitions, _START_TIMEOUT_S, "the price book")
+        self.wait(self._caught_up, _START_TIMEOUT_S, "the sink")
+        self._forget_before()
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self.installation.close()
+
+    def trial(self, kind: type[Fault], seed: int, number: int) -> Trial:
+        """One, whatever happens in it."""
+        trial = Trial(kind.name, seed, number)
+        began = time.monotonic()
+        history = self.history = History(self.folder / f"{kind.name}-{number}.jsonl")
+        try:
+            self._run(trial, kind, history)
+        except Exception:  # noqa: BLE001  a failure of the harness is a failed trial, told as what it is
+            trial.error = traceback.format_exc(limit=6)
+            self.installation.load.end(0.0)
+        trial.seconds = round(time.monotonic() - began, 2)
+        history.close()
+        if trial.good:
+            history.path.unlink()
+        return trial
+
+    def _run(self, trial: Trial, kind: type[Fault], history: History) -> None:
+        draw = random.Random(f"{trial.seed}/{kind.name}/{trial.number}")
+        prefix = f"{kind.name}-{trial.number}-"
+        fault = kind(self, draw)
+        load = self.installation.load
+        load.begin(history, prefix, self.tenants, PRICES_PICO, draw)
+        self.wait(lambda: load.acknowledged >= _WARM_EVENTS, _START_TIMEOUT_S, "usage before the fault")
+        try:
+            fault.inject()
+            time.sleep(draw.uniform(*kind.hold_s))
+        finally:
+            fault.heal()
+        acknowledged = load.acknowledged
+        self.wait(lambda: load.acknowledged > acknowledged + _WARM_EVENTS // 2, _START_TIMEOUT_S, "usage after healing")
+        healing = time.monotonic()
+        load.end()
+        settled = self._settle(history, kind.heal_timeout_s)
+        trial.healed_in_s = round(time.monotonic() - healing, 2)
+        self.records = self.ledger.take()
+        charges = [charge for seen in self.records for charge in seen.charges]
+        totals, accounts = self.database.gains()
+        verdict = check(
+            list(history.attempts.values()), history.receipts, charges, self.database.rows(), totals, accounts, settled
+        )
+        _fill(trial, verdict)
+        trial.evidence = fault.evidence()
+        trial.findings += fault.violations()
+
+    def _settle(self, history: History, timeout_s: float) -> set[str]:
+        """Wait until everything that any journal holds is in ledger and database; then an unknown outcome is known.
+
+        On a timeout it goes on: what is missing then is lost, and the checker says so.
+        """
+        deadline = time.monotonic() + timeout_s
+        marks = None
+        while marks is None and time.monotonic() < deadline:
+            marks = self.installation.load.marks()
+        while time.monotonic() < deadline:
+            if marks is not None and self.look() and self._covers(marks) and self._caught_up():
+                return set(history.attempts)
+            time.sleep(_LOOK_S)
+        self.tell(f"not caught up after {timeout_s:g} s: marks {marks}, ledger {self.ledger.covered}")
+        return set()
+
+    def _covers(self, marks: dict[str, object]) -> bool:
+        covered = self.ledger.covered.get(str(marks["producer_id"]), [])
+        highest = marks["highest"]
+        assert isinstance(highest, list)
+        return len(covered) == len(highest) and all(has >= asked for has, asked in zip(covered, highest, strict=True))
+
+    def _caught_up(self) -> bool:
+        """Whether the database has everything that the last look at the ledger saw."""
+        wanted = [(chain.generation, chain.sequence) for chain in self.ledger.chains]
+        try:
+            there = self.database.positions()
+        except (SinkError, OSError):
+            return False
+        return all(
+            generation == position[0] and position[1] >= sequence
+            for (generation, sequence), position in zip(wanted, there, strict=True)
+        )
+
+    def _forget_before(self) -> None:
+        """What was there before the first trial is nobody's."""
+        self.ledger.take()
+        self.database.rows()
+        self.database.gains()
+
+
+def _fill(trial: Trial, verdict: Verdict) -> None:
+    for name in ("attempts", "ok", "failed", "unknown", "unknown_charged"):
+        setattr(trial, name, getattr(verdict, name))
+    for name in ("lost", "doubled", "wrong", "unsettled"):
+        setattr(trial, name, len(getattr(verdict, name)))
+    trial.findings = verdict.findings()
+
+
+def _spread(count: int) -> Sequence[str]:
+    """Tenants, the same number in each partition."""
+    found: dict[int, list[str]] = {}
+    number = 0
+    while sum(map(len, found.values())) < count:
+        name = f"tenant-{number}"
+        home = found.setdefault(partition_of(name, PARTITIONS), [])
+        if len(home) < count // PARTITIONS:
+            home.append(name)
+        number += 1
+    return [name for home in found.values() for name in home]
