@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Final
+from unittest.mock import patch
 
 from sinks.engine import Reader
 from sinks.engines.server import ServerEngine, ServerSettings
@@ -216,7 +218,8 @@ class KafkaInstallation(Installation):
         self.kafka.start()
         self.clickhouse.start()
         self._write_config()
-        self.config = load(self.config_path)
+        with patch.dict(os.environ, environment(), clear=True):
+            self.config = load(self.config_path)
         asyncio.run(topics.apply(compose.apply_settings(self.config, embedded=False)))
         engine = ServerEngine(self._server_settings())
         engine.create_database()

@@ -119,9 +119,13 @@ class _AtRandom(_Kafka):
     def inject(self) -> None:
         self._name = self.victim()
         time.sleep(self.draw.uniform(0.0, 0.6))
+        self.await_window()
         self.part(self._name).kill9()
         # The part is dead: what was acknowledged and has not come through it was in its way.
         self._evidence = self.look_at_window()
+
+    def await_window(self) -> None:
+        """Wait for the moment, where a drawn one alone would seldom be it."""
 
     def look_at_window(self) -> str:
         behind = self.world.behind()
@@ -143,6 +147,9 @@ class KillProducer(_AtRandom):
 
     def victim(self) -> str:
         return "producer"
+
+    def await_window(self) -> None:
+        self.world.wait(lambda: self.world.installation.load.outstanding, 10.0, "a request without an answer")
 
     def look_at_window(self) -> str:
         # Asked, and no answer: in memory, in the journal or on its way to Kafka.

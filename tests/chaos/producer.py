@@ -1,8 +1,8 @@
 """A model server's place: a process that meters what it is told over a socket, and may be killed. Its journal survives it.
 
 `python -m tests.chaos.producer --config FILE --journal FILE --socket FILE`. Each line in is a request: {"id", "tenant",
-"tokens", "at_ms"}; each line out says what became of it, once its receipt is durable or failed: {"id", "outcome", "reason"}. A line
-{"marks": n} is answered, after everything before it, with the highest number that the journal has given in each partition.
+"tokens", "at_ms"}; each line out says what became of it, once its receipt is durable or failed: {"id", "outcome", "reason"}.
+A line {"marks": n} is answered, after everything before it, with the highest number that the journal gave in each partition.
 """
 
 from __future__ import annotations
