@@ -97,10 +97,11 @@ def wrap_worker(points: Points) -> None:
         partition: int,
         value: bytes,
         on_done: Callable[[int, str], None],
-        key: bytes | None = None,
+        *rest: Any,
+        **more: Any,
     ) -> None:
         if not topic.endswith("usage.ledger"):
-            write(self, topic, partition, value, on_done, key)
+            write(self, topic, partition, value, on_done, *rest, **more)
             return
 
         def stake() -> dict[str, object] | None:
@@ -112,7 +113,7 @@ def wrap_worker(points: Points) -> None:
             on_done(offset, problem)
 
         points.reached("before-produce", stake)
-        write(self, topic, partition, value, done, key)
+        write(self, topic, partition, value, done, *rest, **more)
 
     @functools.wraps(apply)
     def applying(self: LocalStore, records: Sequence[Acknowledged]) -> None:

@@ -27,7 +27,7 @@ def charge(number: int, **changes: object) -> Charge:
     cost_pico = sum(count * PRICES[name] for name, count in counts.items())
     return Charge(
         **{"request_id": f"r{number}", "tenant_id": f"tenant-{number % 2}", "cost_pico": cost_pico, **changes}, tokens=counts
-    )  # type: ignore[arg-type]
+    )
 
 
 class Case:
