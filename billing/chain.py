@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from billing.limits import SCHEMA_VERSION
 from billing.v1.ledger_pb2 import LedgerRecord
+from billing.v1.snapshot_pb2 import SnapshotManifest
 
 # Field 99, length-delimited, 32 bytes long.
 _SEAL_TAG = bytes(((99 << 3 | 2) & 0x7F | 0x80, (99 << 3 | 2) >> 7, 32))
@@ -32,7 +33,7 @@ def seal(record: LedgerRecord, key: bytes) -> bytes:
     return seal_and_hash(record, key)[0]
 
 
-def seal_and_hash(record: LedgerRecord, key: bytes) -> tuple[bytes, bytes]:
+def seal_and_hash(record: LedgerRecord | SnapshotManifest, key: bytes) -> tuple[bytes, bytes]:
     """The stored bytes of `record`, which has no seal yet, and their hash, in one pass over them."""
     body = record.SerializeToString()
     running = hashlib.sha256(body)

@@ -3,12 +3,14 @@
 WorkerError
 ├── RefusedToStart     the configuration, a topic or a log is not what the ledger was founded with
 ├── HostStopped        this process may no longer write; a new one starts over from the log
-└── LocalStoreError    the local store cannot be used; it can always be rebuilt from the log
+├── LocalStoreError    the local store cannot be used; it can always be rebuilt from the log
+├── SnapshotRefused    a snapshot is damaged, forged or another one than the log announces; there is an older one, or the log
+└── BucketError        the place where snapshots lie does not answer, or refuses
 """
 
 from __future__ import annotations
 
-__all__ = ["HostStopped", "LocalStoreError", "RefusedToStart", "WorkerError"]
+__all__ = ["BucketError", "HostStopped", "LocalStoreError", "RefusedToStart", "SnapshotRefused", "WorkerError"]
 
 
 class WorkerError(RuntimeError):
@@ -25,3 +27,11 @@ class HostStopped(WorkerError):
 
 class LocalStoreError(WorkerError):
     """The local store is damaged, of another format, or in use."""
+
+
+class SnapshotRefused(WorkerError):
+    """A snapshot is not what it must be: nothing of it is used."""
+
+
+class BucketError(WorkerError):
+    """Snapshots can be neither written nor read just now."""

@@ -17,19 +17,25 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import faust
 from faust.types import TP
 
 from billing.step import CommandInput, UsageInput
-from stream_processors.errors import HostStopped, RefusedToStart
+from stream_processors.bucket import Bucket
+from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefused
 from stream_processors.faust_apps import Failure, make_app, raw_agent
 from stream_processors.kafka_ports import KafkaLogReader, KafkaLogWriter
 from stream_processors.ledger_host import HostSettings, LedgerHost
 from stream_processors.local_store import LocalStore
-from stream_processors.settings import WorkerSettings
+from stream_processors.restoring import Restoring
+from stream_processors.settings import SnapshotSettings, WorkerSettings
+from stream_processors.snapshots import Snapshot, SnapshotStore
+from stream_processors.snapshotter import Snapshotter
 
 __all__ = ["LedgerApp"]
 
@@ -48,6 +54,10 @@ class LedgerApp:
         self._host_settings = host_settings
         self._inputs = {settings.topics.events: UsageInput, settings.topics.commands: CommandInput}
         self._tasks: list[asyncio.Task[None]] = []
+        self._bucket: Bucket | None = None
+        # One: a snapshot at a time, so that they cost the stream little.
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._snapshotters: dict[int, Snapshotter] = {}
         self.app: faust.App = make_app(settings, settings.group, self._positions)
         raw_agent(self.app, settings.topics.events, "usage-events", partial(self._agent, UsageInput))
         raw_agent(self.app, settings.topics.commands, "billing-commands", partial(self._agent, CommandInput))
@@ -69,6 +79,7 @@ class LedgerApp:
         await self.writer.close(self.settings.drain_timeout_s)
         for partition in list(self.hosts):
             self._close(partition)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def confirmed(self, partition: int, generation: bytes, sequence: int) -> None:
         """The sink has made everything through this record durable: its bytes need not be kept here."""
@@ -123,12 +134,44 @@ class LedgerApp:
 
     async def _take_over(self, partition: int) -> None:
         began = time.monotonic()
-        store = LocalStore(
-            self.settings.state_folder / f"partition-{partition}",
-            partition,
-            keep_unconfirmed=bool(self.settings.keep_unconfirmed_for),
+        folder = self.settings.state_folder / f"partition-{partition}"
+        if self.settings.snapshots is None:
+            store = LocalStore(folder, partition, keep_unconfirmed=bool(self.settings.keep_unconfirmed_for))
+            host = await self._recover(store)
+        else:
+            host = await self._restore(folder, partition, self.settings.snapshots)
+        self.hosts[partition] = host
+        logger.info("%s: taken over in %.2f s", host.where, time.monotonic() - began)
+
+    async def _restore(self, folder: Path, partition: int, settings: SnapshotSettings) -> LedgerHost:
+        seal_key = self.settings.keys.seal_key
+        self._bucket = self._bucket or Bucket(settings.url)
+        snapshots = SnapshotStore(self._bucket, partition, seal_key, kept=settings.kept, writer=self._host_settings.writer)
+        restoring = Restoring(self.reader, self.settings.topics.ledger, seal_key, snapshots, folder)
+        while True:
+            store, snapshot = await restoring.open()
+            try:
+                host = await self._recover(store, snapshot)
+            except SnapshotRefused as refusal:
+                assert snapshot is not None
+                restoring.discard(snapshot, refusal)
+                continue
+            self._snapshotters[partition] = Snapshotter(host, snapshots, settings, self._threads, _clock_ms)
+            return host
+
+    async def _recover(self, store: LocalStore, snapshot: Snapshot | None = None) -> LedgerHost:
+        """A host on this store, at the log's end; where there cannot be one, the store is closed."""
+        restored = None if snapshot is None else snapshot.taken
+        host = LedgerHost(
+            self._host_settings,
+            store.partition,
+            store,
+            self.reader,
+            self.writer,
+            _clock_ms,
+            self.failure.set,
+            restored=restored,
         )
-        host = LedgerHost(self._host_settings, partition, store, self.reader, self.writer, _clock_ms, self.failure.set)
         try:
             await host.recover()
             for topic in self._inputs:
@@ -136,8 +179,7 @@ class LedgerApp:
         except BaseException:
             store.close()
             raise
-        self.hosts[partition] = host
-        logger.info("%s: taken over in %.2f s", host.where, time.monotonic() - began)
+        return host
 
     async def _check_input(self, host: LedgerHost, topic: str) -> None:
         """The input log must hold what follows the recorded position, or usage would be lost, or taken for taken."""
@@ -157,6 +199,9 @@ class LedgerApp:
             )
 
     def _close(self, partition: int) -> None:
+        snapshotter = self._snapshotters.pop(partition, None)
+        if snapshotter is not None:
+            snapshotter.close()
         host = self.hosts.pop(partition, None)
         if host is not None:
             host.store.close()
@@ -186,10 +231,17 @@ class LedgerApp:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.settings.tick_interval_s)
-            for host in list(self.hosts.values()):
+            for partition, host in list(self.hosts.items()):
                 # Revoked meanwhile, or stopped, which has been told already.
                 with contextlib.suppress(HostStopped):
                     await host.tick()
+                    await self._poll_snapshots(partition)
+
+    async def _poll_snapshots(self, partition: int) -> None:
+        snapshotter = self._snapshotters.get(partition)
+        if snapshotter is not None:
+            # One after the other: what waits for its turn would hold on to what it has captured.
+            await snapshotter.poll(may_start=not any(each.is_busy for each in self._snapshotters.values()))
 
     async def _watch(self) -> None:
         """End the process when input waits and nothing is acknowledged: silent stalls of the consumer are known to happen."""

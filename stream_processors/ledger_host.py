@@ -25,13 +25,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from billing import chain, replay
+from billing import replay
 from billing.chain import Chain, UnreadableRecord
 from billing.state import LedgerState
 from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
-from billing.v1.ledger_pb2 import LedgerRecord
-from stream_processors.errors import HostStopped, RefusedToStart
+from billing.v1.ledger_pb2 import LedgerRecord, SnapshotTaken
+from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefused
 from stream_processors.local_store import Acknowledged, LocalStore
+from stream_processors.log_place import Standing, find_place
 
 __all__ = ["HostSettings", "LedgerHost", "LogReader", "LogWriter"]
 
@@ -95,6 +96,8 @@ class LedgerHost:
         writer: LogWriter,
         clock_ms: Callable[[], int],
         on_stopped: Callable[[HostStopped], None] = lambda _: None,
+        *,
+        restored: SnapshotTaken | None = None,
     ) -> None:
         self.partition = partition
         self.store = store
@@ -102,11 +105,15 @@ class LedgerHost:
         self.replayed_records = 0
         self.ignored_records = 0
         self.acknowledged_records = 0
+        # Of records that were replayed or acknowledged here.
+        self.logged_bytes = 0
         self._settings = settings
         self._reader = reader
         self._writer = writer
         self._clock_ms = clock_ms
         self._on_stopped = on_stopped
+        # What the store was made from.
+        self._restored = restored
         self._owned = False
         self._stopped: HostStopped | None = None
         self._next_offset = 0
@@ -142,7 +149,9 @@ class LedgerHost:
     # --- taking over ---
 
     async def recover(self) -> None:
-        """Bring the state to the end of the log, and own the partition. Raises RefusedToStart, saying what to do."""
+        """Bring the state to the end of the log, and own the partition. Raises RefusedToStart, saying what to do, and
+        SnapshotRefused where the log announces another snapshot than the store was made from.
+        """
         local = self.store.load()
         first, end = await self._reader.bounds(self._settings.ledger_topic, self.partition)
         follow = Chain(self.partition, self._settings.keys.seal_key)
@@ -155,6 +164,12 @@ class LedgerHost:
             await self._replay(follow, start, end)
         except UnreadableRecord as error:
             raise RefusedToStart(f"{self.where}: {error}") from error
+        if not self.state.founded and first > 0:
+            raise RefusedToStart(
+                f"{self.where} begins at offset {first} without a founding record: its beginning was deleted, by retention "
+                "say. A new disk needs a snapshot that is not older, or the topic restored: let the worker that still has its "
+                "disk take snapshots (ledger.snapshot_url), and give this one the same"
+            )
         if not self.state.founded:
             raise RefusedToStart(
                 f"{self.where} holds no founding record ({end - first} messages from offset {first}); run: taximeter topics "
@@ -186,18 +201,11 @@ class LedgerHost:
         """The offset to read on from. The local store must stand on a record that the log has."""
         if not follow.generation:
             return first
+        topic, seal_key = self._settings.ledger_topic, self._settings.keys.seal_key
+        found = await find_place(self._reader, topic, self.store.place, seal_key, first, end)
+        if found.standing is Standing.FITS:
+            return found.next_offset
         stands = self.store.place.ledger_offset
-        if first <= stands < end:
-            async for chunk in self._reader.read(self._settings.ledger_topic, self.partition, stands, stands + 1):
-                if chunk and chunk[0][0] == stands and chain.record_hash(chunk[0][1]) == follow.record_hash:
-                    return stands + 1
-        if end > first:
-            # The log may have been founded again on exactly this state: then its first record says so.
-            async for chunk in self._reader.read(self._settings.ledger_topic, self.partition, first, first + 1):
-                probe = Chain(self.partition, self._settings.keys.seal_key, follow.generation, follow.sequence)
-                probe.record_hash = follow.record_hash
-                if chunk and probe.accept(chunk[0][1]) is not None:
-                    return first
         here = f"generation {follow.generation.hex()[:12]}, sequence {follow.sequence}, offset {stands}"
         raise RefusedToStart(
             f"{self.where}: the local store stands at {here}, and the log, offsets {first} to {end}, does not have that "
@@ -213,12 +221,21 @@ class LedgerHost:
                 record = follow.accept(stored)
                 if record is None:
                     continue
+                self._compare_announced(record.tick.snapshot)
                 if len(pending) >= _REPLAY_RECORDS_MAX or record.sequence == 0:
                     self._replay_together(pending)
                     pending = []
                     await asyncio.sleep(0)  # heartbeats go on
                 pending.append(Acknowledged(record, stored, offset, follow.record_hash))
         self._replay_together(pending)
+
+    def _compare_announced(self, announced: SnapshotTaken) -> None:
+        restored = self._restored
+        if restored is not None and announced.position == restored.position and announced.digest != restored.digest:
+            raise SnapshotRefused(
+                f"{self.where}: the log announces the snapshot {announced.digest.hex()} of sequence "
+                f"{announced.position.sequence}, this one is {restored.digest.hex()}"
+            )
 
     def _replay_together(self, records: Sequence[Acknowledged]) -> None:
         """Apply records of one generation, then write what they leave behind."""
@@ -227,6 +244,7 @@ class LedgerHost:
             replay.apply(self.state, each.record, each.stored)
         self.store.apply(records)
         self.replayed_records += len(records)
+        self.logged_bytes += sum(len(each.stored) for each in records)
 
     # --- working ---
 
@@ -262,6 +280,11 @@ class LedgerHost:
         """Let time pass: windows close, keys expire. Skipped while records are on their way; they carry the time."""
         if self.owned and not self._in_flight and not self._turn.locked():
             await self.handle(TickInput(), _nothing)
+
+    async def announce(self, snapshot: SnapshotTaken) -> None:
+        """Say in the ledger that this snapshot is durable; it is as good where the partition is gone meanwhile."""
+        if self.owned:
+            await self.handle(TickInput(snapshot), _nothing)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more input, and wait until nothing is in flight; False when that takes too long or the host stopped."""
@@ -357,6 +380,7 @@ class LedgerHost:
             self.stop(f"the local store failed ({error}); free space or mend the disk of {self.store.folder}")
             return
         self.acknowledged_records += len(delivered)
+        self.logged_bytes += sum(len(acknowledged.stored) for acknowledged, _ in delivered)
         for _, done in delivered:
             done()
         self._changed.set()

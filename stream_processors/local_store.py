@@ -19,7 +19,10 @@ runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +44,7 @@ from stream_processors.errors import LocalStoreError
 from stream_processors.seen_runs import DamagedRunError
 from stream_processors.seen_store import SeenStore
 
-__all__ = ["Acknowledged", "LocalStore"]
+__all__ = ["Acknowledged", "Captured", "LocalStore", "write_pairs"]
 
 _FORMAT = b"1"
 _SEQUENCE = struct.Struct(">Q")
@@ -49,6 +52,8 @@ _EPOCH = struct.Struct(">QI")
 _TOUCHED = struct.Struct("<q")
 _BLOB_HEADER = struct.Struct("<II")
 _WRITE_BUFFER_BYTES = 16 << 20
+# What a snapshot is written from, in the store's folder: on one file system with it.
+_CAPTURED = "captured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,25 @@ class _Effect:
             put(name, value)
 
 
+@dataclass(slots=True)
+class Captured:
+    """All of a store at one moment, for another thread. `release` it before the store is closed: the pairs hold it open."""
+
+    place: Progress
+    log_time_ms: int
+    # What RocksDB holds, but for what only this disk is to have.
+    pairs: Iterator[tuple[bytes, bytes]]
+    # Its folder, and in it the runs, which stay there whatever becomes of them in the store.
+    folder: Path
+    runs: list[Path]
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def release(self) -> None:
+        """The pairs are read, or not needed any more."""
+        self.pairs = iter(())
+        self.released.set()
+
+
 class LocalStore:
     """The store of one partition; one process at a time, one thread."""
 
@@ -103,13 +127,8 @@ class LocalStore:
         self.folder = folder
         self.partition = partition
         self._keep_unconfirmed = keep_unconfirmed
-        options = Options(raw_mode=True)
-        options.create_if_missing(True)
-        options.set_write_buffer_size(_WRITE_BUFFER_BYTES)
-        options.set_max_total_wal_size(4 * _WRITE_BUFFER_BYTES)
-        options.set_keep_log_file_num(2)
         try:
-            self._db = Rdict(str(folder / "state"), options)
+            self._db = Rdict(str(folder / "state"), _options())
         except Exception as error:  # noqa: BLE001  rocksdict raises its own bare Exception
             raise LocalStoreError(
                 f"local store {folder} cannot be opened ({error}); if another worker runs with this folder, give each its "
@@ -121,6 +140,8 @@ class LocalStore:
         elif known != _FORMAT:
             self._db.close()
             raise LocalStoreError(f"local store {folder} has format {known!r}, this version writes {_FORMAT!r}; delete it")
+        # Of a process that was killed while it took a snapshot.
+        shutil.rmtree(folder / _CAPTURED, ignore_errors=True)
         self.place = Progress(partition=partition)
         self.place.MergeFromString(self._get(b"m"))
         self._expired_through_day = self._head().tick.expired_through_day
@@ -188,6 +209,19 @@ class LocalStore:
         """The stored bytes of kept records with a higher sequence than `after`, in order."""
         for _, stored in self._range(b"u", b"u" + _SEQUENCE.pack(after + 1) if after >= 0 else b"u"):
             yield stored
+
+    def capture(self) -> Captured:
+        """What the store holds now; quick, whatever it holds: an iterator, which stands still, and a link for each run."""
+        folder = self.folder / _CAPTURED
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        runs = []
+        for key, _ in self._range(b"s"):
+            name = key[1:].decode()
+            os.link(self.folder / "seen" / name, folder / name)
+            runs.append(folder / name)
+        pairs = ((key, value) for key, value in self._range(b"") if not key.startswith(b"u"))
+        return Captured(self.place, self._head().log_time_ms, pairs, folder, runs)
 
     # --- writing ---
 
@@ -338,10 +372,35 @@ class LocalStore:
         return value or b""
 
     def _range(self, prefix: bytes, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-        for key, value in self._db.items(from_key=start or prefix):
-            if not key.startswith(prefix):  # type: ignore[union-attr, arg-type]
-                return
-            yield key, value  # type: ignore[misc]
+        """Of this moment, whatever is written while it is read."""
+        pairs: Iterator[tuple[bytes, bytes]] = self._db.items(from_key=start or prefix)  # type: ignore[assignment]
+        return itertools.takewhile(lambda pair: pair[0].startswith(prefix), pairs)
+
+
+def write_pairs(folder: Path, pairs: Iterable[tuple[bytes, bytes]]) -> None:
+    """Make what was captured a store's folder again, synced; the runs must lie in its folder `seen` already, synced too."""
+    db = Rdict(str(folder / "state"), _options())
+    try:
+        batch, size = WriteBatch(raw_mode=True), 0
+        for key, value in pairs:
+            batch.put(key, value)
+            size += len(key) + len(value)
+            if size >= _WRITE_BUFFER_BYTES:
+                db.write(batch)
+                batch, size = WriteBatch(raw_mode=True), 0
+        db.write(batch)
+        db.flush_wal(sync=True)
+    finally:
+        db.close()
+
+
+def _options() -> Options:
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_write_buffer_size(_WRITE_BUFFER_BYTES)
+    options.set_max_total_wal_size(4 * _WRITE_BUFFER_BYTES)
+    options.set_keep_log_file_num(2)
+    return options
 
 
 def _window_name(key: WindowKey) -> bytes:

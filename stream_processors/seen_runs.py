@@ -36,6 +36,7 @@ __all__ = [
     "open_run",
     "rows_digest",
     "rows_from_entries",
+    "sync_folder",
     "write_run",
 ]
 
@@ -276,7 +277,7 @@ def _write(path: Path, count: int, fill: Callable[[Callable[[Rows], None]], None
         finished.flush()
         os.fsync(finished.fileno())  # covers the mapped pages too: they are the file's
     draft.rename(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     rows = _map(path, count, "r")
     return Run(path, rows, _make_filter(rows))
 
@@ -321,7 +322,8 @@ def _make_filter(rows: Rows) -> U64:
     return words
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in it outlive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

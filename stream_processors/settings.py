@@ -8,7 +8,7 @@ from pathlib import Path
 
 from billing.step import LedgerKeys
 
-__all__ = ["KafkaSettings", "TopicNames", "TopicSettings", "WorkerSettings"]
+__all__ = ["KafkaSettings", "SnapshotSettings", "TopicNames", "TopicSettings", "WorkerSettings"]
 
 # Kafka's own limits of a group's session.
 _SESSION_MS_MIN = 1_000
@@ -92,6 +92,27 @@ class TopicSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotSettings:
+    """Where snapshots of local state go, and when one is taken: whichever of the two bounds is reached first.
+
+    What lies behind the last snapshot must be replayed by whoever starts on a new disk, about 50 MB of records a second.
+    """
+
+    url: str
+    interval_s: float = 900.0
+    log_bytes: int = 1_000_000_000
+    kept: int = 3
+
+    def __post_init__(self) -> None:
+        if "://" not in self.url or "@" in self.url:
+            raise ValueError("url: give file:///folder, s3://bucket/prefix, gs://… or az://…, without a user or a password")
+        if self.interval_s <= 0 or self.log_bytes < 1 or self.kept < 1:
+            raise ValueError(
+                f"interval_s: {self.interval_s}, log_bytes: {self.log_bytes}, kept: {self.kept}; give more than 0 of each"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """One worker process: the ledger agent, and the publisher unless `publish` says otherwise."""
 
@@ -111,6 +132,7 @@ class WorkerSettings:
     # Input waits and nothing was acknowledged for so long: the process ends, and a new one starts over from the log.
     stall_timeout_s: float = 60.0
     drain_timeout_s: float = 8.0
+    snapshots: SnapshotSettings | None = None
 
     def __post_init__(self) -> None:
         if self.session_timeout_s * 1000 < _SESSION_MS_MIN or self.heartbeat_interval_s * 2 > self.session_timeout_s:
@@ -122,3 +144,5 @@ class WorkerSettings:
             raise ValueError("tick_interval_s, stall_timeout_s, drain_timeout_s: give more than 0")
         if not (self.ledger or self.publish):
             raise ValueError("ledger, publish: one of them must be on")
+        if self.snapshots is not None and self.keep_unconfirmed_for:
+            raise ValueError("snapshots: they are for a broker that keeps its log; this worker is set up for one that does not")

@@ -11,7 +11,7 @@ from billing.step import LedgerKeys
 from producers.meter import MeterSettings
 from producers.publisher import PublisherSettings
 from sinks.settings import SinkSettings
-from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings, WorkerSettings
+from stream_processors.settings import KafkaSettings, SnapshotSettings, TopicNames, TopicSettings, WorkerSettings
 from taximeter.config import Config, KafkaConfig, read_secret
 from taximeter.errors import ConfigError
 
@@ -39,6 +39,7 @@ __all__ = [
     "publisher_settings",
     "sink_reader_name",
     "sink_settings",
+    "snapshot_settings",
     "topic_names",
     "worker_settings",
 ]
@@ -172,8 +173,27 @@ def ledger_keys(config: Config) -> LedgerKeys:
     )
 
 
+def snapshot_settings(config: Config) -> SnapshotSettings | None:
+    """Where snapshots go; None: they are not taken."""
+    ledger = config.ledger
+    if not ledger.snapshot_url:
+        return None
+    return SnapshotSettings(
+        url=ledger.snapshot_url,
+        interval_s=ledger.snapshot_interval_minutes * 60,
+        log_bytes=ledger.snapshot_log_bytes,
+        kept=ledger.snapshots_kept,
+    )
+
+
 def worker_settings(config: Config) -> WorkerSettings:
     """One ledger worker. Where the sink is embedded, so is the broker, and it keeps nothing: hold records for the sink."""
+    snapshots = snapshot_settings(config)
+    if snapshots is not None and config.clickhouse.engine == "chdb":
+        raise ConfigError(
+            f"ledger.snapshot_url is {snapshots.url!r} beside clickhouse.engine 'chdb': snapshots are for a broker that keeps "
+            "its log, and the embedded one does not: leave it empty, or use a ClickHouse server"
+        )
     return WorkerSettings(
         kafka=kafka_settings(config),
         state_folder=config.ledger.state_dir,
@@ -182,6 +202,7 @@ def worker_settings(config: Config) -> WorkerSettings:
         group=config.ledger.consumer_group,
         keep_unconfirmed_for=sink_reader_name(config) if config.clickhouse.engine == "chdb" else "",
         session_timeout_s=config.ledger.session_timeout_s,
+        snapshots=snapshots,
     )
 
 

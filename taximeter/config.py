@@ -98,6 +98,13 @@ class LedgerConfig(_Section):
     future_alert_minutes: Annotated[int, Field(ge=1)] = 5
     future_reject_minutes: Annotated[int, Field(ge=1)] = 1_440
     alert_cooldown_minutes: Annotated[int, Field(ge=0)] = 10
+    # Where workers put snapshots of their state, so that a new disk need not replay the whole ledger: file:///folder,
+    # s3://bucket/prefix, gs://…, az://…; empty: nowhere. Credentials come from the environment, as the cloud's tools take them.
+    snapshot_url: Annotated[str, Field(pattern=r"^$|^[a-z0-9]+://[^@]*$")] = ""
+    # One is taken when either is reached: what was written since is what a new disk must replay.
+    snapshot_interval_minutes: Annotated[float, Field(gt=0, le=10_080)] = 15.0
+    snapshot_log_bytes: Annotated[int, Field(ge=1_000_000)] = 1_000_000_000
+    snapshots_kept: Annotated[int, Field(ge=1, le=50)] = 3
 
 
 class ClickHouseConfig(_Section):

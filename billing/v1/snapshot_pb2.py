@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from billing.v1 import account_pb2 as billing_dot_v1_dot_account__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62illing/v1/snapshot.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\"\xd6\x01\n\x10SnapshotManifest\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12#\n\x05place\x18\x02 \x01(\x0b\x32\x14.billing.v1.Progress\x12\x13\n\x0blog_time_ms\x18\x03 \x01(\x03\x12\x10\n\x08taken_ms\x18\x04 \x01(\x03\x12\x0e\n\x06writer\x18\x05 \x01(\t\x12\'\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x18.billing.v1.SnapshotFile\x12\x17\n\x0fremembered_keys\x18\x07 \x01(\x04\x12\x0c\n\x04seal\x18\x63 \x01(\x0c\"@\n\x0cSnapshotFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62illing/v1/snapshot.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\"\xbd\x01\n\x10SnapshotManifest\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12#\n\x05place\x18\x02 \x01(\x0b\x32\x14.billing.v1.Progress\x12\x13\n\x0blog_time_ms\x18\x03 \x01(\x03\x12\x10\n\x08taken_ms\x18\x04 \x01(\x03\x12\x0e\n\x06writer\x18\x05 \x01(\t\x12\'\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x18.billing.v1.SnapshotFile\x12\x0c\n\x04seal\x18\x63 \x01(\x0c\"@\n\x0cSnapshotFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'billing.v1.snapshot_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SNAPSHOTMANIFEST']._serialized_start=68
-  _globals['_SNAPSHOTMANIFEST']._serialized_end=282
-  _globals['_SNAPSHOTFILE']._serialized_start=284
-  _globals['_SNAPSHOTFILE']._serialized_end=348
+  _globals['_SNAPSHOTMANIFEST']._serialized_end=257
+  _globals['_SNAPSHOTFILE']._serialized_start=259
+  _globals['_SNAPSHOTFILE']._serialized_end=323
 # @@protoc_insertion_point(module_scope)

@@ -31,7 +31,6 @@ class SnapshotManifest(_message.Message):
     TAKEN_MS_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
-    REMEMBERED_KEYS_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     log_time_ms: _builtins.int
@@ -39,7 +38,6 @@ class SnapshotManifest(_message.Message):
     taken_ms: _builtins.int
     """The clock of the worker that took it, for people."""
     writer: _builtins.str
-    remembered_keys: _builtins.int
     seal: _builtins.bytes
     """HMAC-SHA256 under a key that is derived from the installation's ledger key: whoever can write to the bucket could mint
     credit otherwise.
@@ -59,12 +57,11 @@ class SnapshotManifest(_message.Message):
         taken_ms: _builtins.int = ...,
         writer: _builtins.str = ...,
         files: _abc.Iterable[Global___SnapshotFile] | None = ...,
-        remembered_keys: _builtins.int = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "log_time_ms", b"log_time_ms", "place", b"place", "remembered_keys", b"remembered_keys", "schema_version", b"schema_version", "seal", b"seal", "taken_ms", b"taken_ms", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "log_time_ms", b"log_time_ms", "place", b"place", "schema_version", b"schema_version", "seal", b"seal", "taken_ms", b"taken_ms", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -122,6 +122,7 @@ class SimLedgerApp(_Member, LedgerApp):
         )
         self._inputs = {TOPICS.events: UsageInput, TOPICS.commands: CommandInput}
         self._tasks = []
+        self._snapshotters = {}
 
     async def revoke(self) -> None:
         await self._on_revoked(None)
