@@ -1,8 +1,8 @@
 """The price book: append-only, effective-dated, one line of versions per currency, refused whole when it is not right.
 
 A price is a whole number of pico per unit, so cost = quantity * price is exact. Which price rates an event: the latest version
-that is effective when the usage ended; in it the exact model name before the longest "prefix*", then an exact operation
-before any, then an exact service class before any.
+that is effective when the usage ended; in it a line of the tenant's own before any, then the exact model name before the
+longest "prefix*", then an exact operation before any, then an exact service class before any.
 """
 
 from __future__ import annotations
@@ -11,24 +11,30 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from billing.limits import ID_CHARS_MAX, TIME_MS_MAX
+from billing.limits import ID_CHARS_MAX
+from billing.price_checks import MILLION, PRICE_FIELDS, book_problems
+from billing.schedules import Schedule, schedule_of
 from billing.v1.command_pb2 import Price, PriceBook
 
-# 10^15 pico = 1,000 currency units per token: beyond it, a price is a unit mistake.
-PRICE_PICO_MAX = 10**15
-PRICES_MAX = 10_000
-# Pairs of (class in the order of validation.TOKEN_FIELDS, field of Price).
-PRICE_FIELDS = (
-    "uncached_input_pico",
-    "output_pico",
-    "cache_read_pico",
-    "cache_write_pico",
-    "reasoning_pico",
-    "image_input_pico",
-    "audio_input_pico",
-    "audio_output_pico",
-)
 _RATES_REMEMBERED_MAX = 65_536
+
+
+class Band(NamedTuple):
+    """Prices of requests with more than `above_tokens` of context, by quantity."""
+
+    above_tokens: int
+    prices_pico: dict[str, int]
+
+
+class Terms(NamedTuple):
+    """What a rate has besides flat prices."""
+
+    # Which line of the book, from 1, and the service class that is counted for itself under it, or 0: names the counters.
+    line: int
+    counted_class: int
+    schedules: dict[str, Schedule]
+    bands: tuple[Band, ...]
+    minimum_pico: int
 
 
 class Rate(NamedTuple):
@@ -37,6 +43,8 @@ class Rate(NamedTuple):
     version: int
     token_pico: tuple[int, ...]
     unit_pico: dict[str, int]
+    # None: the prices above are all there is.
+    terms: Terms | None = None
 
 
 class PriceBookRefused(ValueError):
@@ -47,42 +55,17 @@ class PriceBookRefused(ValueError):
         self.problems = problems
 
 
-def book_problems(book: PriceBook) -> list[str]:
-    """Everything that is wrong with `book` by itself."""
-    problems = []
-    if not book.currency or len(book.currency) > 8:
-        problems.append(f"currency: {book.currency[:16]!r}; write a code such as USD")
-    if book.version < 1:
-        problems.append(f"version: {book.version}; versions start at 1")
-    if not 0 <= book.effective_ms <= TIME_MS_MAX:
-        problems.append(f"effective_ms: {book.effective_ms} is not a Unix time in milliseconds")
-    if not 0 < len(book.prices) <= PRICES_MAX:
-        problems.append(f"prices: {len(book.prices)} entries; write 1 to {PRICES_MAX}")
-    seen: dict[tuple[str, int, int], int] = {}
-    for line, price in enumerate(book.prices, start=1):
-        if not price.model or len(price.model) > ID_CHARS_MAX or "*" in price.model[:-1]:
-            problems.append(f"prices[{line}].model: {price.model[:64]!r}; write a name, or a prefix that ends in *")
-        key = (price.model, price.operation, price.service_class)
-        if key in seen:
-            problems.append(f"prices[{line}]: the same model, operation and class as prices[{seen[key]}]; keep one")
-        seen.setdefault(key, line)
-        amounts = [(name, getattr(price, name)) for name in PRICE_FIELDS]
-        amounts += [(f"unit_pico[{unit}]", pico) for unit, pico in sorted(price.unit_pico.items())]
-        problems += [
-            f"prices[{line}].{name}: {pico} pico a unit is over {PRICE_PICO_MAX}; prices are per unit, not per million"
-            for name, pico in amounts
-            if pico > PRICE_PICO_MAX
-        ]
-    return problems
-
-
 class PriceBooks:
     """All versions of all currencies, and the rate for a usage."""
 
     def __init__(self, books: Iterable[PriceBook] = ()) -> None:
         self._books: dict[str, list[PriceBook]] = {}
         self._effective_ms: dict[str, list[int]] = {}
-        self._rates: dict[tuple[str, int, str, int, int], Rate | None] = {}
+        self._rates: dict[tuple[str, int, str, int, int, str], Rate | None] = {}
+        # Tenants with a line of their own in any book: all others share what is remembered.
+        self._tenants: set[str] = set()
+        # Whether any book has more than flat prices.
+        self.any_terms = False
         for book in books:
             self.add(book)
 
@@ -90,8 +73,8 @@ class PriceBooks:
         """Every version, by currency, oldest first."""
         return [book for currency in sorted(self._books) for book in self._books[currency]]
 
-    def add(self, book: PriceBook) -> None:
-        """Take the next version of its currency. Raises PriceBookRefused, and then nothing has changed."""
+    def problems(self, book: PriceBook) -> list[str]:
+        """Everything that keeps `book` from being the next version."""
         problems = book_problems(book)
         line = self._books.get(book.currency, [])
         if book.version != len(line) + 1:
@@ -101,13 +84,32 @@ class PriceBooks:
                 f"effective_ms: {book.effective_ms} is not after version {line[-1].version}'s {line[-1].effective_ms}; "
                 "a book is append-only, correct the past by re-rating"
             )
+        return problems
+
+    def add(self, book: PriceBook) -> None:
+        """Take the next version of its currency. Raises PriceBookRefused, and then nothing has changed."""
+        problems = self.problems(book)
         if problems:
             raise PriceBookRefused(problems)
         kept = PriceBook.FromString(book.SerializeToString())
         self._books.setdefault(book.currency, []).append(kept)
         self._effective_ms.setdefault(book.currency, []).append(kept.effective_ms)
+        self._tenants.update(price.tenant_id for price in kept.prices if price.tenant_id)
+        self.any_terms = self.any_terms or any(map(_has_terms, kept.prices))
 
-    def rate(self, currency: str, ended_ms: int, model: str, operation: int, service_class: int) -> Rate | None:
+    def book_at(self, currency: str, time_ms: int) -> PriceBook | None:
+        """The version that rates usage that ended then."""
+        version = bisect_right(self._effective_ms.get(currency, []), time_ms)
+        return self._books[currency][version - 1] if version else None
+
+    def version(self, currency: str, version: int) -> PriceBook | None:
+        """A version by its number."""
+        books = self._books.get(currency, [])
+        return books[version - 1] if 0 < version <= len(books) else None
+
+    def rate(
+        self, currency: str, ended_ms: int, model: str, operation: int, service_class: int, tenant_id: str = ""
+    ) -> Rate | None:
         """The rate for usage that ended at `ended_ms`, or None: unrated."""
         starts = self._effective_ms.get(currency)
         if starts is None:
@@ -115,14 +117,14 @@ class PriceBooks:
         version = bisect_right(starts, ended_ms)
         if version == 0:
             return None
-        key = (currency, version, model, operation, service_class)
+        key = (currency, version, model, operation, service_class, tenant_id if tenant_id in self._tenants else "")
         try:
             return self._rates[key]
         except KeyError:
             # Model names come from outside: what is remembered of them is bounded.
             if len(self._rates) >= _RATES_REMEMBERED_MAX:
                 self._rates.clear()
-            rate = self._rates[key] = _find(self._books[currency][version - 1], model, operation, service_class)
+            rate = self._rates[key] = _find(self._books[currency][version - 1], model, operation, service_class, tenant_id)
             return rate
 
     def constant_within(self, currency: str, start_ms: int, end_ms: int) -> bool:
@@ -131,9 +133,9 @@ class PriceBooks:
         return bisect_right(starts, start_ms) == bisect_right(starts, end_ms - 1)
 
 
-def _find(book: PriceBook, model: str, operation: int, service_class: int) -> Rate | None:
-    best: tuple[tuple[int, int, int], Price] | None = None
-    for price in book.prices:
+def _find(book: PriceBook, model: str, operation: int, service_class: int, tenant_id: str) -> Rate | None:
+    best: tuple[tuple[int, int, int, int], int, Price] | None = None
+    for line, price in enumerate(book.prices, start=1):
         if price.model.endswith("*"):
             if not model.startswith(price.model[:-1]):
                 continue
@@ -144,10 +146,42 @@ def _find(book: PriceBook, model: str, operation: int, service_class: int) -> Ra
             continue
         if price.operation not in (0, operation) or price.service_class not in (0, service_class):
             continue
-        rank = (name_rank, int(price.operation != 0), int(price.service_class != 0))
+        if price.tenant_id not in ("", tenant_id):
+            continue
+        rank = (int(price.tenant_id != ""), name_rank, int(price.operation != 0), int(price.service_class != 0))
         if best is None or rank > best[0]:
-            best = (rank, price)
-    if best is None:
-        return None
-    price = best[1]
-    return Rate(book.version, tuple(getattr(price, name) for name in PRICE_FIELDS), dict(price.unit_pico))
+            best = (rank, line, price)
+    return None if best is None else rate_of(book.version, best[1], best[2], service_class)
+
+
+def rate_of(version: int, line: int, price: Price, service_class: int) -> Rate:
+    """What a price line says to usage of one service class."""
+    factors = {entry.service_class: entry.factor_millionths for entry in price.class_factors}
+    factor = factors.get(service_class, MILLION)
+
+    def part(pico: int) -> int:
+        # Whole: a book where it is not was refused.
+        return pico * factor // MILLION
+
+    terms = None
+    if _has_terms(price):
+        terms = Terms(
+            line,
+            service_class if service_class in factors else 0,
+            {schedule.quantity: schedule_of(schedule, factor) for schedule in price.schedules},
+            tuple(
+                Band(band.above_tokens, {unit.quantity: part(unit.unit_pico) for unit in band.prices})
+                for band in price.context_bands
+            ),
+            part(price.minimum_pico),
+        )
+    return Rate(
+        version,
+        tuple(part(getattr(price, name)) for name in PRICE_FIELDS),
+        {unit: part(pico) for unit, pico in price.unit_pico.items()},
+        terms,
+    )
+
+
+def _has_terms(price: Price) -> bool:
+    return bool(price.schedules or price.context_bands or price.minimum_pico)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
-from billing.prices import Rate
+from billing.prices import Rate, Terms
+from billing.schedules import Part
 from billing.v1.usage_pb2 import (
     OUTCOME_BACKEND_ERROR,
     OUTCOME_REJECTED,
@@ -14,6 +16,21 @@ from billing.validation import TOKEN_FIELDS
 
 # Recorded at price 0, and kept out of the totals of tokens: nothing of it was delivered.
 FREE_OUTCOMES = frozenset({OUTCOME_REJECTED, OUTCOME_BACKEND_ERROR})
+# Of a Part: what lifts a request to the least that it costs.
+MINIMUM = "minimum"
+NONE_COUNTED: Mapping[str, int] = MappingProxyType({})
+
+_CLASSES = frozenset(TOKEN_FIELDS)
+_INPUT_CLASSES = tuple(
+    TOKEN_FIELDS.index(name)
+    for name in (
+        "uncached_input_tokens",
+        "cache_read_tokens",
+        "cache_write_tokens",
+        "image_input_tokens",
+        "audio_input_tokens",
+    )
+)
 
 
 def token_quantities(event: UsageEvent) -> tuple[int, ...]:
@@ -27,15 +44,69 @@ def unit_quantities(event: UsageEvent) -> dict[str, int]:
 
 
 def cost_pico(tokens: Sequence[int], units: Mapping[str, int], rate: Rate) -> int:
-    """The cost of quantities under `rate`; a unit that the rate does not name is free."""
+    """The cost of quantities under a rate without terms; a unit that the rate does not name is free."""
     cost = sum(quantity * price for quantity, price in zip(tokens, rate.token_pico, strict=True))
     for unit, quantity in units.items():
         cost += quantity * rate.unit_pico.get(unit, 0)
     return cost
 
 
-def event_cost_pico(event: UsageEvent, rate: Rate | None) -> int:
-    """What `event` costs: 0 if it is unrated or its outcome is free."""
+def parts(
+    tokens: Sequence[int], units: Mapping[str, int], context_tokens: int, rate: Rate, counted: Mapping[str, int]
+) -> list[Part]:
+    """What a request's cost is made of; `counted`: what its period has seen before it, by quantity, under the rate's terms.
+
+    A request that does not say how much context the model saw had its input as context.
+    """
+    terms = rate.terms
+    band, band_terms = _band(terms, context_tokens or sum(tokens[place] for place in _INPUT_CLASSES))
+    schedules = terms.schedules if terms else {}
+    found: list[Part] = []
+    named = [(name, quantity, price) for name, quantity, price in zip(TOKEN_FIELDS, tokens, rate.token_pico, strict=True)]
+    named += [(unit, quantity, rate.unit_pico.get(unit, 0)) for unit, quantity in units.items() if unit not in _CLASSES]
+    for name, quantity, price in named:
+        if not quantity:
+            continue
+        if name in band:
+            found.append(Part(name, band_terms, quantity, band[name]))
+        elif name in schedules:
+            found += schedules[name].parts(name, counted.get(name, 0), quantity)
+        else:
+            found.append(Part(name, "", quantity, price))
+    # A unit that took the name of a class is priced as a unit, and never by a schedule that means the class.
+    found += [Part(u, "", quantity, rate.unit_pico.get(u, 0)) for u, quantity in units.items() if u in _CLASSES and quantity]
+    if terms and (missing := terms.minimum_pico - sum(part.amount_pico for part in found)) > 0:
+        found.append(Part(MINIMUM, "up to the least price of a request", 1, missing))
+    return found
+
+
+def counted_quantities(tokens: Sequence[int], units: Mapping[str, int], context_tokens: int, rate: Rate) -> dict[str, int]:
+    """By how much a request moves the period's counters of its price line."""
+    terms = rate.terms
+    if terms is None or not terms.schedules:
+        return {}
+    band, _ = _band(terms, context_tokens or sum(tokens[place] for place in _INPUT_CLASSES))
+    quantities = {**units, **dict(zip(TOKEN_FIELDS, tokens, strict=True))}
+    return {name: quantities[name] for name in terms.schedules if name not in band and quantities.get(name)}
+
+
+def _band(terms: Terms | None, context_tokens: int) -> tuple[Mapping[str, int], str]:
+    """The prices of the highest band that so much context passes."""
+    for band in reversed(terms.bands if terms else ()):
+        if context_tokens > band.above_tokens:
+            return band.prices_pico, f"context over {band.above_tokens:,} tokens"
+    return {}, ""
+
+
+def event_cost_pico(event: UsageEvent, rate: Rate | None, counted: Mapping[str, int] = NONE_COUNTED) -> int:
+    """What `event` costs: 0 if it is unrated or its outcome is free. `counted`: as for `parts`."""
     if rate is None or event.outcome in FREE_OUTCOMES:
         return 0
-    return cost_pico(token_quantities(event), unit_quantities(event), rate)
+    if rate.terms is None:
+        return cost_pico(token_quantities(event), unit_quantities(event), rate)
+    return sum(part.amount_pico for part in event_parts(event, rate, counted))
+
+
+def event_parts(event: UsageEvent, rate: Rate, counted: Mapping[str, int]) -> list[Part]:
+    """What an event that is neither unrated nor free costs, in parts."""
+    return parts(token_quantities(event), unit_quantities(event), event.context_tokens, rate, counted)

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from billing.amounts import from_amount
 from billing.limits import REJECTED_PAYLOAD_BYTES_MAX, TIME_MS_MAX
-from billing.prices import PRICE_FIELDS
+from billing.price_checks import PRICE_FIELDS
 from billing.v1.account_pb2 import AccountStatus, BillingMode, KeyScope
 from billing.v1.alert_pb2 import AlertRule, Severity
 from billing.v1.command_pb2 import Command, PriceBook

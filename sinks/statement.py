@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from billing.prices import PRICE_FIELDS, PriceBooks
+from billing.price_checks import PRICE_FIELDS
+from billing.prices import PriceBooks
 from billing.v1.command_pb2 import Price, PriceBook
 from billing.v1.usage_pb2 import Operation, ServiceClass
 from sinks.engine import Reader, decimal_to_pico

@@ -25,7 +25,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 from billing.amounts import PICO, AmountError, parse_decimal_to_pico
-from billing.prices import book_problems
+from billing.price_checks import book_problems
 from billing.v1 import usage_pb2
 from billing.v1.command_pb2 import Price, PriceBook
 from taximeter.errors import InputFileError

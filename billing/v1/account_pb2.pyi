@@ -199,6 +199,7 @@ class Account(_message.Message):
     ABUSE_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     LEASED_FIELD_NUMBER: _builtins.int
+    CALENDAR_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     status: Global___AccountStatus.ValueType
     currency: _builtins.str
@@ -228,6 +229,8 @@ class Account(_message.Message):
     def leased(self) -> Global___Amount:
         """What gateways hold of the balance. Nobody holds credit (and credit limit) - spend - leased."""
 
+    @_builtins.property
+    def calendar(self) -> Global___Calendar: ...
     def __init__(
         self,
         *,
@@ -246,14 +249,50 @@ class Account(_message.Message):
         abuse: Global___AbuseState | None = ...,
         display_name: _builtins.str = ...,
         leased: Global___Amount | None = ...,
+        calendar: Global___Calendar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "credit", b"credit", "leased", b"leased", "plan", b"plan", "spend", b"spend", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "calendar", b"calendar", "credit", b"credit", "leased", b"leased", "plan", b"plan", "spend", b"spend", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "display_name", b"display_name", "duplicates", b"duplicates", "events", b"events", "leased", b"leased", "log_time_ms", b"log_time_ms", "plan", b"plan", "spend", b"spend", "status", b"status", "tenant_id", b"tenant_id", "unrated_events", b"unrated_events", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "calendar", b"calendar", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "display_name", b"display_name", "duplicates", b"duplicates", "events", b"events", "leased", b"leased", "log_time_ms", b"log_time_ms", "plan", b"plan", "spend", b"spend", "status", b"status", "tenant_id", b"tenant_id", "unrated_events", b"unrated_events", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Account: _TypeAlias = Account  # noqa: Y015
+
+@_typing.final
+class Calendar(_message.Message):
+    """When a tenant's billing periods, the months of its time zone, begin. A month begins at its first midnight in UTC less the
+    offset. Zone rules change and differ from machine to machine, so the offsets are stated once, by whoever set the zone, and
+    every reader computes with these. Empty: months in UTC.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    FROM_MONTH_FIELD_NUMBER: _builtins.int
+    OFFSET_MINUTES_FIELD_NUMBER: _builtins.int
+    time_zone: _builtins.str
+    """The IANA name, for people."""
+    @_builtins.property
+    def from_month(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Months since 1970-01, rising, and beside each the minutes east of UTC from that month on. The first also holds before it."""
+
+    @_builtins.property
+    def offset_minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        time_zone: _builtins.str = ...,
+        from_month: _abc.Iterable[_builtins.int] | None = ...,
+        offset_minutes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_month", b"from_month", "offset_minutes", b"offset_minutes", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Calendar: _TypeAlias = Calendar  # noqa: Y015
 
 @_typing.final
 class Lease(_message.Message):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from billing.v1 import account_pb2 as billing_dot_v1_dot_account__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62illing/v1/command.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\"3\n\rSignedCommand\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x9c\x03\n\x07\x43ommand\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x12\n\ncommand_id\x18\x02 \x01(\t\x12\x11\n\tissued_ms\x18\x03 \x01(\x03\x12\x0e\n\x06issuer\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12/\n\x0c\x63redit_grant\x18\n \x01(\x0b\x32\x17.billing.v1.CreditGrantH\x00\x12+\n\nprice_book\x18\x0b \x01(\x0b\x32\x15.billing.v1.PriceBookH\x00\x12\x31\n\rtenant_upsert\x18\x0c \x01(\x0b\x32\x18.billing.v1.TenantUpsertH\x00\x12+\n\nkey_upsert\x18\r \x01(\x0b\x32\x15.billing.v1.KeyUpsertH\x00\x12\x31\n\rlease_request\x18\x0e \x01(\x0b\x32\x18.billing.v1.LeaseRequestH\x00\x12\x37\n\x10lease_retirement\x18\x0f \x01(\x0b\x32\x1b.billing.v1.LeaseRetirementH\x00\x42\x08\n\x06\x61\x63tion\"V\n\x0b\x43reditGrant\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\"\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\"\x94\x01\n\x0cTenantUpsert\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12)\n\x06status\x18\x04 \x01(\x0e\x32\x19.billing.v1.AccountStatus\x12\x1e\n\x04plan\x18\x05 \x01(\x0b\x32\x10.billing.v1.Plan\",\n\tKeyUpsert\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.billing.v1.ApiKey\"\xaf\x01\n\x0cLeaseRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x11\n\tholder_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x16\n\x0erequest_number\x18\x04 \x01(\x04\x12\"\n\x06wanted\x18\x05 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x13\n\x0b\x64uration_ms\x18\x06 \x01(\x04\x12\x19\n\x11previous_sequence\x18\x07 \x01(\x04\"7\n\x0fLeaseRetirement\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x11\n\tunexpired\x18\x02 \x01(\x08\"g\n\tPriceBook\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\x12\x14\n\x0c\x65\x66\x66\x65\x63tive_ms\x18\x03 \x01(\x03\x12!\n\x06prices\x18\x04 \x03(\x0b\x32\x11.billing.v1.Price\"\xf1\x02\n\x05Price\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\x05\x12\x15\n\rservice_class\x18\x03 \x01(\x05\x12\x1b\n\x13uncached_input_pico\x18\x04 \x01(\x04\x12\x13\n\x0boutput_pico\x18\x05 \x01(\x04\x12\x17\n\x0f\x63\x61\x63he_read_pico\x18\x06 \x01(\x04\x12\x18\n\x10\x63\x61\x63he_write_pico\x18\x07 \x01(\x04\x12\x16\n\x0ereasoning_pico\x18\x08 \x01(\x04\x12\x18\n\x10image_input_pico\x18\t \x01(\x04\x12\x18\n\x10\x61udio_input_pico\x18\n \x01(\x04\x12\x19\n\x11\x61udio_output_pico\x18\x0b \x01(\x04\x12\x32\n\tunit_pico\x18\x0c \x03(\x0b\x32\x1f.billing.v1.Price.UnitPicoEntry\x1a/\n\rUnitPicoEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62illing/v1/command.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\"3\n\rSignedCommand\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x9c\x03\n\x07\x43ommand\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x12\n\ncommand_id\x18\x02 \x01(\t\x12\x11\n\tissued_ms\x18\x03 \x01(\x03\x12\x0e\n\x06issuer\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12/\n\x0c\x63redit_grant\x18\n \x01(\x0b\x32\x17.billing.v1.CreditGrantH\x00\x12+\n\nprice_book\x18\x0b \x01(\x0b\x32\x15.billing.v1.PriceBookH\x00\x12\x31\n\rtenant_upsert\x18\x0c \x01(\x0b\x32\x18.billing.v1.TenantUpsertH\x00\x12+\n\nkey_upsert\x18\r \x01(\x0b\x32\x15.billing.v1.KeyUpsertH\x00\x12\x31\n\rlease_request\x18\x0e \x01(\x0b\x32\x18.billing.v1.LeaseRequestH\x00\x12\x37\n\x10lease_retirement\x18\x0f \x01(\x0b\x32\x1b.billing.v1.LeaseRetirementH\x00\x42\x08\n\x06\x61\x63tion\"V\n\x0b\x43reditGrant\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\"\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\"\xbc\x01\n\x0cTenantUpsert\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12)\n\x06status\x18\x04 \x01(\x0e\x32\x19.billing.v1.AccountStatus\x12\x1e\n\x04plan\x18\x05 \x01(\x0b\x32\x10.billing.v1.Plan\x12&\n\x08\x63\x61lendar\x18\x06 \x01(\x0b\x32\x14.billing.v1.Calendar\",\n\tKeyUpsert\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.billing.v1.ApiKey\"\xaf\x01\n\x0cLeaseRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x11\n\tholder_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x16\n\x0erequest_number\x18\x04 \x01(\x04\x12\"\n\x06wanted\x18\x05 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x13\n\x0b\x64uration_ms\x18\x06 \x01(\x04\x12\x19\n\x11previous_sequence\x18\x07 \x01(\x04\"7\n\x0fLeaseRetirement\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x11\n\tunexpired\x18\x02 \x01(\x08\"\x94\x01\n\tPriceBook\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\x12\x14\n\x0c\x65\x66\x66\x65\x63tive_ms\x18\x03 \x01(\x03\x12!\n\x06prices\x18\x04 \x03(\x0b\x32\x11.billing.v1.Price\x12+\n\x0b\x63ommitments\x18\x05 \x03(\x0b\x32\x16.billing.v1.Commitment\"\xa3\x04\n\x05Price\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\x05\x12\x15\n\rservice_class\x18\x03 \x01(\x05\x12\x1b\n\x13uncached_input_pico\x18\x04 \x01(\x04\x12\x13\n\x0boutput_pico\x18\x05 \x01(\x04\x12\x17\n\x0f\x63\x61\x63he_read_pico\x18\x06 \x01(\x04\x12\x18\n\x10\x63\x61\x63he_write_pico\x18\x07 \x01(\x04\x12\x16\n\x0ereasoning_pico\x18\x08 \x01(\x04\x12\x18\n\x10image_input_pico\x18\t \x01(\x04\x12\x18\n\x10\x61udio_input_pico\x18\n \x01(\x04\x12\x19\n\x11\x61udio_output_pico\x18\x0b \x01(\x04\x12\x32\n\tunit_pico\x18\x0c \x03(\x0b\x32\x1f.billing.v1.Price.UnitPicoEntry\x12\x11\n\ttenant_id\x18\r \x01(\t\x12\x14\n\x0cminimum_pico\x18\x0e \x01(\x04\x12\'\n\tschedules\x18\x0f \x03(\x0b\x32\x14.billing.v1.Schedule\x12.\n\rcontext_bands\x18\x10 \x03(\x0b\x32\x17.billing.v1.ContextBand\x12.\n\rclass_factors\x18\x11 \x03(\x0b\x32\x17.billing.v1.ClassFactor\x1a/\n\rUnitPicoEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa6\x01\n\x08Schedule\x12\x10\n\x08quantity\x18\x01 \x01(\t\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.billing.v1.ScheduleMode\x12\x12\n\nfree_units\x18\x03 \x01(\x04\x12\x1f\n\x05tiers\x18\x04 \x03(\x0b\x32\x10.billing.v1.Tier\x12\x15\n\rpackage_units\x18\x05 \x01(\x04\x12\x14\n\x0cpackage_pico\x18\x06 \x01(\x04\".\n\x04Tier\x12\x13\n\x0bup_to_units\x18\x01 \x01(\x04\x12\x11\n\tunit_pico\x18\x02 \x01(\x04\"J\n\x0b\x43ontextBand\x12\x14\n\x0c\x61\x62ove_tokens\x18\x01 \x01(\x04\x12%\n\x06prices\x18\x02 \x03(\x0b\x32\x15.billing.v1.UnitPrice\"0\n\tUnitPrice\x12\x10\n\x08quantity\x18\x01 \x01(\t\x12\x11\n\tunit_pico\x18\x02 \x01(\x04\"?\n\x0b\x43lassFactor\x12\x15\n\rservice_class\x18\x01 \x01(\x05\x12\x19\n\x11\x66\x61\x63tor_millionths\x18\x02 \x01(\x04\"C\n\nCommitment\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\"\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x12.billing.v1.Amount*\x7f\n\x0cScheduleMode\x12\x1d\n\x19SCHEDULE_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SCHEDULE_MODE_GRADUATED\x10\x01\x12\x18\n\x14SCHEDULE_MODE_VOLUME\x10\x02\x12\x19\n\x15SCHEDULE_MODE_PACKAGE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PRICE_UNITPICOENTRY']._loaded_options = None
   _globals['_PRICE_UNITPICOENTRY']._serialized_options = b'8\001'
+  _globals['_SCHEDULEMODE']._serialized_start=2272
+  _globals['_SCHEDULEMODE']._serialized_end=2399
   _globals['_SIGNEDCOMMAND']._serialized_start=66
   _globals['_SIGNEDCOMMAND']._serialized_end=117
   _globals['_COMMAND']._serialized_start=120
@@ -41,17 +43,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREDITGRANT']._serialized_start=534
   _globals['_CREDITGRANT']._serialized_end=620
   _globals['_TENANTUPSERT']._serialized_start=623
-  _globals['_TENANTUPSERT']._serialized_end=771
-  _globals['_KEYUPSERT']._serialized_start=773
-  _globals['_KEYUPSERT']._serialized_end=817
-  _globals['_LEASEREQUEST']._serialized_start=820
-  _globals['_LEASEREQUEST']._serialized_end=995
-  _globals['_LEASERETIREMENT']._serialized_start=997
-  _globals['_LEASERETIREMENT']._serialized_end=1052
-  _globals['_PRICEBOOK']._serialized_start=1054
-  _globals['_PRICEBOOK']._serialized_end=1157
-  _globals['_PRICE']._serialized_start=1160
-  _globals['_PRICE']._serialized_end=1529
-  _globals['_PRICE_UNITPICOENTRY']._serialized_start=1482
-  _globals['_PRICE_UNITPICOENTRY']._serialized_end=1529
+  _globals['_TENANTUPSERT']._serialized_end=811
+  _globals['_KEYUPSERT']._serialized_start=813
+  _globals['_KEYUPSERT']._serialized_end=857
+  _globals['_LEASEREQUEST']._serialized_start=860
+  _globals['_LEASEREQUEST']._serialized_end=1035
+  _globals['_LEASERETIREMENT']._serialized_start=1037
+  _globals['_LEASERETIREMENT']._serialized_end=1092
+  _globals['_PRICEBOOK']._serialized_start=1095
+  _globals['_PRICEBOOK']._serialized_end=1243
+  _globals['_PRICE']._serialized_start=1246
+  _globals['_PRICE']._serialized_end=1793
+  _globals['_PRICE_UNITPICOENTRY']._serialized_start=1746
+  _globals['_PRICE_UNITPICOENTRY']._serialized_end=1793
+  _globals['_SCHEDULE']._serialized_start=1796
+  _globals['_SCHEDULE']._serialized_end=1962
+  _globals['_TIER']._serialized_start=1964
+  _globals['_TIER']._serialized_end=2010
+  _globals['_CONTEXTBAND']._serialized_start=2012
+  _globals['_CONTEXTBAND']._serialized_end=2086
+  _globals['_UNITPRICE']._serialized_start=2088
+  _globals['_UNITPRICE']._serialized_end=2136
+  _globals['_CLASSFACTOR']._serialized_start=2138
+  _globals['_CLASSFACTOR']._serialized_end=2201
+  _globals['_COMMITMENT']._serialized_start=2203
+  _globals['_COMMITMENT']._serialized_end=2270
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,31 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ScheduleMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScheduleModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScheduleMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCHEDULE_MODE_UNSPECIFIED: _ScheduleMode.ValueType  # 0
+    SCHEDULE_MODE_GRADUATED: _ScheduleMode.ValueType  # 1
+    """Each unit at the price of the tier that it falls into."""
+    SCHEDULE_MODE_VOLUME: _ScheduleMode.ValueType  # 2
+    """All units at the price of the tier that the last one falls into. Charged at the first tier's until the period closes."""
+    SCHEDULE_MODE_PACKAGE: _ScheduleMode.ValueType  # 3
+    """Every package that was begun is paid whole. Charged by the unit, rounded down, until the period closes."""
+
+class ScheduleMode(_ScheduleMode, metaclass=_ScheduleModeEnumTypeWrapper): ...
+
+SCHEDULE_MODE_UNSPECIFIED: ScheduleMode.ValueType  # 0
+SCHEDULE_MODE_GRADUATED: ScheduleMode.ValueType  # 1
+"""Each unit at the price of the tier that it falls into."""
+SCHEDULE_MODE_VOLUME: ScheduleMode.ValueType  # 2
+"""All units at the price of the tier that the last one falls into. Charged at the first tier's until the period closes."""
+SCHEDULE_MODE_PACKAGE: ScheduleMode.ValueType  # 3
+"""Every package that was begun is paid whole. Charged by the unit, rounded down, until the period closes."""
+Global___ScheduleMode: _TypeAlias = ScheduleMode  # noqa: Y015
 
 @_typing.final
 class SignedCommand(_message.Message):
@@ -143,12 +169,17 @@ class TenantUpsert(_message.Message):
     CURRENCY_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    CALENDAR_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     display_name: _builtins.str
     currency: _builtins.str
     status: _account_pb2.AccountStatus.ValueType
     @_builtins.property
     def plan(self) -> _account_pb2.Plan: ...
+    @_builtins.property
+    def calendar(self) -> _account_pb2.Calendar:
+        """When its billing periods begin; absent: stays as it is, at first months in UTC."""
+
     def __init__(
         self,
         *,
@@ -157,10 +188,11 @@ class TenantUpsert(_message.Message):
         currency: _builtins.str = ...,
         status: _account_pb2.AccountStatus.ValueType = ...,
         plan: _account_pb2.Plan | None = ...,
+        calendar: _account_pb2.Calendar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calendar", b"calendar", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "display_name", b"display_name", "plan", b"plan", "status", b"status", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calendar", b"calendar", "currency", b"currency", "display_name", b"display_name", "plan", b"plan", "status", b"status", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +306,7 @@ class PriceBook(_message.Message):
     CURRENCY_FIELD_NUMBER: _builtins.int
     EFFECTIVE_MS_FIELD_NUMBER: _builtins.int
     PRICES_FIELD_NUMBER: _builtins.int
+    COMMITMENTS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """1, 2, 3 … without gaps."""
     currency: _builtins.str
@@ -281,6 +314,10 @@ class PriceBook(_message.Message):
     """Rates usage that ended at or after this, until a later version takes over."""
     @_builtins.property
     def prices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Price]: ...
+    @_builtins.property
+    def commitments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Commitment]:
+        """What tenants promised to spend in each period; settled at its close."""
+
     def __init__(
         self,
         *,
@@ -288,10 +325,11 @@ class PriceBook(_message.Message):
         currency: _builtins.str = ...,
         effective_ms: _builtins.int = ...,
         prices: _abc.Iterable[Global___Price] | None = ...,
+        commitments: _abc.Iterable[Global___Commitment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "effective_ms", b"effective_ms", "prices", b"prices", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commitments", b"commitments", "currency", b"currency", "effective_ms", b"effective_ms", "prices", b"prices", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,6 +375,11 @@ class Price(_message.Message):
     AUDIO_INPUT_PICO_FIELD_NUMBER: _builtins.int
     AUDIO_OUTPUT_PICO_FIELD_NUMBER: _builtins.int
     UNIT_PICO_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    MINIMUM_PICO_FIELD_NUMBER: _builtins.int
+    SCHEDULES_FIELD_NUMBER: _builtins.int
+    CONTEXT_BANDS_FIELD_NUMBER: _builtins.int
+    CLASS_FACTORS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name, or a prefix that ends in "*". The exact name wins, then the longest prefix."""
     operation: _builtins.int
@@ -351,9 +394,25 @@ class Price(_message.Message):
     image_input_pico: _builtins.int
     audio_input_pico: _builtins.int
     audio_output_pico: _builtins.int
+    tenant_id: _builtins.str
+    """Of this tenant alone; such a line wins before every other. Empty: of everyone."""
+    minimum_pico: _builtins.int
+    """What one request costs at least. Not together with `schedules`: the sum would depend on the order of requests."""
     @_builtins.property
     def unit_pico(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """By named unit."""
+
+    @_builtins.property
+    def schedules(self) -> _containers.RepeatedCompositeFieldContainer[Global___Schedule]:
+        """Where the price of a unit depends on how many the period has seen; each takes the place of a flat price above."""
+
+    @_builtins.property
+    def context_bands(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContextBand]:
+        """Other prices for requests with much context, by rising threshold; the highest one that a request passes holds for all of it."""
+
+    @_builtins.property
+    def class_factors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassFactor]:
+        """What a service class pays of every amount of this line (batch at half). Classes that are not named pay it whole."""
 
     def __init__(
         self,
@@ -370,11 +429,175 @@ class Price(_message.Message):
         audio_input_pico: _builtins.int = ...,
         audio_output_pico: _builtins.int = ...,
         unit_pico: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        tenant_id: _builtins.str = ...,
+        minimum_pico: _builtins.int = ...,
+        schedules: _abc.Iterable[Global___Schedule] | None = ...,
+        context_bands: _abc.Iterable[Global___ContextBand] | None = ...,
+        class_factors: _abc.Iterable[Global___ClassFactor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input_pico", b"audio_input_pico", "audio_output_pico", b"audio_output_pico", "cache_read_pico", b"cache_read_pico", "cache_write_pico", b"cache_write_pico", "image_input_pico", b"image_input_pico", "model", b"model", "operation", b"operation", "output_pico", b"output_pico", "reasoning_pico", b"reasoning_pico", "service_class", b"service_class", "uncached_input_pico", b"uncached_input_pico", "unit_pico", b"unit_pico"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input_pico", b"audio_input_pico", "audio_output_pico", b"audio_output_pico", "cache_read_pico", b"cache_read_pico", "cache_write_pico", b"cache_write_pico", "class_factors", b"class_factors", "context_bands", b"context_bands", "image_input_pico", b"image_input_pico", "minimum_pico", b"minimum_pico", "model", b"model", "operation", b"operation", "output_pico", b"output_pico", "reasoning_pico", b"reasoning_pico", "schedules", b"schedules", "service_class", b"service_class", "tenant_id", b"tenant_id", "uncached_input_pico", b"uncached_input_pico", "unit_pico", b"unit_pico"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Price: _TypeAlias = Price  # noqa: Y015
+
+@_typing.final
+class Schedule(_message.Message):
+    """The price of a quantity over a period: the first `free_units` are free, the tiers begin behind them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    FREE_UNITS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    PACKAGE_UNITS_FIELD_NUMBER: _builtins.int
+    PACKAGE_PICO_FIELD_NUMBER: _builtins.int
+    quantity: _builtins.str
+    """A class of tokens by its name in UsageEvent ("output_tokens"), or a named unit."""
+    mode: Global___ScheduleMode.ValueType
+    free_units: _builtins.int
+    package_units: _builtins.int
+    """SCHEDULE_MODE_PACKAGE: so many units are sold at once, for so much."""
+    package_pico: _builtins.int
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tier]: ...
+    def __init__(
+        self,
+        *,
+        quantity: _builtins.str = ...,
+        mode: Global___ScheduleMode.ValueType = ...,
+        free_units: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___Tier] | None = ...,
+        package_units: _builtins.int = ...,
+        package_pico: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_units", b"free_units", "mode", b"mode", "package_pico", b"package_pico", "package_units", b"package_units", "quantity", b"quantity", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
+
+@_typing.final
+class Tier(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UP_TO_UNITS_FIELD_NUMBER: _builtins.int
+    UNIT_PICO_FIELD_NUMBER: _builtins.int
+    up_to_units: _builtins.int
+    """The last unit of the tier, counted from the first that is not free. 0: no end, which the last tier has, and it alone."""
+    unit_pico: _builtins.int
+    def __init__(
+        self,
+        *,
+        up_to_units: _builtins.int = ...,
+        unit_pico: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unit_pico", b"unit_pico", "up_to_units", b"up_to_units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
+@_typing.final
+class ContextBand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABOVE_TOKENS_FIELD_NUMBER: _builtins.int
+    PRICES_FIELD_NUMBER: _builtins.int
+    above_tokens: _builtins.int
+    """Holds for a request with more tokens of context than this."""
+    @_builtins.property
+    def prices(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitPrice]:
+        """What is not named here keeps its price or schedule; what is named is priced by this alone, and counted by no schedule."""
+
+    def __init__(
+        self,
+        *,
+        above_tokens: _builtins.int = ...,
+        prices: _abc.Iterable[Global___UnitPrice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above_tokens", b"above_tokens", "prices", b"prices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContextBand: _TypeAlias = ContextBand  # noqa: Y015
+
+@_typing.final
+class UnitPrice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    UNIT_PICO_FIELD_NUMBER: _builtins.int
+    quantity: _builtins.str
+    """As in Schedule."""
+    unit_pico: _builtins.int
+    def __init__(
+        self,
+        *,
+        quantity: _builtins.str = ...,
+        unit_pico: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quantity", b"quantity", "unit_pico", b"unit_pico"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnitPrice: _TypeAlias = UnitPrice  # noqa: Y015
+
+@_typing.final
+class ClassFactor(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    FACTOR_MILLIONTHS_FIELD_NUMBER: _builtins.int
+    service_class: _builtins.int
+    factor_millionths: _builtins.int
+    """500000 is half. Every amount of the line times this must be whole pico."""
+    def __init__(
+        self,
+        *,
+        service_class: _builtins.int = ...,
+        factor_millionths: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["factor_millionths", b"factor_millionths", "service_class", b"service_class"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassFactor: _TypeAlias = ClassFactor  # noqa: Y015
+
+@_typing.final
+class Commitment(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    @_builtins.property
+    def amount(self) -> _account_pb2.Amount:
+        """At least this much a period, in the book's currency."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        amount: _account_pb2.Amount | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Commitment: _TypeAlias = Commitment  # noqa: Y015

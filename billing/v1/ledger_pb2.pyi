@@ -81,6 +81,7 @@ class LedgerRecord(_message.Message):
     PRODUCERS_FIELD_NUMBER: _builtins.int
     ALERTS_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
+    QUANTITIES_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     generation: _builtins.bytes
@@ -130,6 +131,8 @@ class LedgerRecord(_message.Message):
     def alerts(self) -> _containers.RepeatedCompositeFieldContainer[_alert_pb2.Alert]: ...
     @_builtins.property
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Lease]: ...
+    @_builtins.property
+    def quantities(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeriodQuantities]: ...
     def __init__(
         self,
         *,
@@ -153,11 +156,12 @@ class LedgerRecord(_message.Message):
         producers: _abc.Iterable[Global___ProducerMark] | None = ...,
         alerts: _abc.Iterable[_alert_pb2.Alert] | None = ...,
         leases: _abc.Iterable[_account_pb2.Lease] | None = ...,
+        quantities: _abc.Iterable[Global___PeriodQuantities] | None = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "command", b"command", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "keys", b"keys", "leases", b"leases", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "rejected", b"rejected", "released", b"released", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "command", b"command", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "keys", b"keys", "leases", b"leases", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -620,6 +624,81 @@ class WindowTotal(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WindowTotal: _TypeAlias = WindowTotal  # noqa: Y015
+
+@_typing.final
+class PeriodQuantities(_message.Message):
+    """How much of what a price line counts over the period a tenant has used: absolute, so writing it twice is harmless. Only
+    the quantities that the record's usage changed are stated; the others stay.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PERIOD_START_MS_FIELD_NUMBER: _builtins.int
+    PERIOD_END_MS_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    PRICE_VERSION_FIELD_NUMBER: _builtins.int
+    PRICE_LINE_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    period_start_ms: _builtins.int
+    """The period, Unix time in milliseconds: from the start to before the end."""
+    period_end_ms: _builtins.int
+    currency: _builtins.str
+    price_version: _builtins.int
+    price_line: _builtins.int
+    """Which entry of the book's prices, from 1."""
+    service_class: _builtins.int
+    """Service classes with a factor are counted for themselves, all others together under 0."""
+    @_builtins.property
+    def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeriodUnits]: ...
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        period_start_ms: _builtins.int = ...,
+        period_end_ms: _builtins.int = ...,
+        currency: _builtins.str = ...,
+        price_version: _builtins.int = ...,
+        price_line: _builtins.int = ...,
+        service_class: _builtins.int = ...,
+        units: _abc.Iterable[Global___PeriodUnits] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "period_end_ms", b"period_end_ms", "period_start_ms", b"period_start_ms", "price_line", b"price_line", "price_version", b"price_version", "service_class", b"service_class", "tenant_id", b"tenant_id", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeriodQuantities: _TypeAlias = PeriodQuantities  # noqa: Y015
+
+@_typing.final
+class PeriodUnits(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    UNITS_HIGH_FIELD_NUMBER: _builtins.int
+    quantity: _builtins.str
+    """A class of tokens by its name in UsageEvent, or a named unit."""
+    units: _builtins.int
+    """units_high * 2^64 + units."""
+    units_high: _builtins.int
+    def __init__(
+        self,
+        *,
+        quantity: _builtins.str = ...,
+        units: _builtins.int = ...,
+        units_high: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quantity", b"quantity", "units", b"units", "units_high", b"units_high"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeriodUnits: _TypeAlias = PeriodUnits  # noqa: Y015
 
 @_typing.final
 class ProducerMark(_message.Message):

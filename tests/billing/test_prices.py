@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from billing.prices import PriceBookRefused, PriceBooks, book_problems
+from billing.price_checks import book_problems
+from billing.prices import PriceBookRefused, PriceBooks
 from billing.v1.command_pb2 import Price, PriceBook
 
 
