@@ -17,10 +17,13 @@ from typing import Any
 
 from billing.step import LedgerKeys
 from stream_processors import ledger_app
+from stream_processors.bucket import Bucket
 from stream_processors.errors import WorkerError
 from stream_processors.kafka_ports import KafkaLogWriter
+from stream_processors.ledger_host import LedgerHost
 from stream_processors.local_store import LocalStore
-from stream_processors.settings import KafkaSettings, TopicNames, WorkerSettings
+from stream_processors.settings import KafkaSettings, SnapshotSettings, TopicNames, WorkerSettings
+from stream_processors.snapshots import SnapshotStore
 from stream_processors.worker import run_worker
 
 SEAL_KEY = b"seal" * 8
@@ -28,12 +31,15 @@ COMMAND_KEY = b"command!" * 4
 REFUSED = 3
 
 
-def worker_settings(bootstrap: str, prefix: str, folder: Path, **more: Any) -> WorkerSettings:
+def worker_settings(
+    bootstrap: str, prefix: str, folder: Path, snapshots: dict[str, Any] | None = None, **more: Any
+) -> WorkerSettings:
     return WorkerSettings(
         kafka=KafkaSettings(bootstrap),
         state_folder=folder,
         keys=LedgerKeys(SEAL_KEY, COMMAND_KEY),
         topics=TopicNames(prefix),
+        snapshots=None if snapshots is None else SnapshotSettings(**snapshots),
         **{
             "group": f"{prefix}ledger",
             "tick_interval_s": 0.5,
@@ -87,6 +93,12 @@ def _crash_at(point: str, after: int) -> None:
             count()
 
         LocalStore.apply = apply  # type: ignore[method-assign]
+    elif point == "before a snapshot's file":
+        Bucket.put = before(Bucket.put)  # type: ignore[method-assign]
+    elif point == "before a snapshot's manifest":
+        SnapshotStore._put_manifest = before(SnapshotStore._put_manifest)  # type: ignore[method-assign]
+    elif point == "before the announcement":
+        LedgerHost.announce = before(LedgerHost.announce)  # type: ignore[method-assign]
     else:
         raise ValueError(point)
 

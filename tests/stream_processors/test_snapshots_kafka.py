@@ -1,0 +1,106 @@
+"""Snapshots by real workers on real brokers: kill -9 while one is written, new disks, a ledger whose beginning is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from stream_processors.bucket import Bucket
+from stream_processors.local_store import LocalStore
+from stream_processors.snapshots import Snapshot, SnapshotStore
+from tests.services.kafka import KafkaCluster
+from tests.stream_processors.harness import Ledger, event
+from tests.stream_processors.worker_main import SEAL_KEY
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def ledger(bootstrap: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Ledger]:
+    ledger = Ledger(bootstrap, tmp_path, quick_sessions="tansu" in request.node.name)
+    ledger.found()
+    yield ledger
+    ledger.stop()
+
+
+def _taken(ledger: Ledger, partition: int) -> list[Snapshot]:
+    return SnapshotStore(Bucket((ledger.folder / "bucket").as_uri()), partition, SEAL_KEY).find()
+
+
+def _snapshots(ledger: Ledger) -> dict[str, object]:
+    return {"url": (ledger.folder / "bucket").as_uri(), "interval_s": 1.0}
+
+
+def _assert_state_is_the_logs(ledger: Ledger, folder: Path) -> None:
+    for partition, log in enumerate(ledger.logs()):
+        store = LocalStore(folder / f"partition-{partition}", partition)
+        state = store.load()
+        store.close()
+        assert state is not None
+        assert state.digest() == log.state.digest()
+
+
+def _send(ledger: Ledger, batches: int) -> None:
+    for _ in range(batches):
+        ledger.send([event(f"tenant-{i % 7}") for i in range(20)])
+    ledger.wait_charged()
+
+
+def _announced(ledger: Ledger, partition: int) -> list[bytes]:
+    return [r.tick.snapshot.digest for r in ledger.log(partition).records if r.tick.HasField("snapshot")]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("point", ["before a snapshot's file", "before a snapshot's manifest", "before the announcement"])
+def test_kill_9_while_a_snapshot_is_written_and_a_new_disk(ledger: Ledger, point: str) -> None:
+    first = ledger.worker("one", snapshots=_snapshots(ledger), point=point, after=3)
+    _send(ledger, 4)
+    ledger.wait(lambda: not first.alive, "the crash")
+    assert first.exit_code == -9, first.log_tail()
+    second = ledger.worker("two", snapshots=_snapshots(ledger))
+    _send(ledger, 2)
+    ledger.wait(lambda: all(_announced(ledger, partition) for partition in range(2)), "an announcement in each partition")
+    second.stop(10)
+    assert second.exit_code == 0, second.log_tail()
+    _assert_state_is_the_logs(ledger, ledger.folder / "two")
+    assert all(_taken(ledger, partition) for partition in range(2))
+    third = ledger.worker("three", snapshots=_snapshots(ledger))
+    _send(ledger, 1)
+    third.stop(10)
+    assert third.exit_code == 0, third.log_tail()
+    assert third.log_tail(200).count(" restored in ") == 2
+    ledger.assert_exact()
+    _assert_state_is_the_logs(ledger, ledger.folder / "three")
+
+
+@pytest.mark.apache_kafka
+def test_a_new_disk_starts_although_the_ledgers_beginning_was_deleted(apache_kafka: KafkaCluster, tmp_path: Path) -> None:
+    ledger = Ledger(apache_kafka.bootstrap, tmp_path)
+    ledger.found()
+    try:
+        first = ledger.worker("one", snapshots=_snapshots(ledger))
+        _send(ledger, 4)
+        ledger.wait(lambda: all(_taken(ledger, partition) for partition in range(2)), "a snapshot of each partition")
+        first.stop(10)
+        assert first.exit_code == 0, first.log_tail()
+        before = [log.state.digest() for log in ledger.logs()]
+        admin = AdminClient({"bootstrap.servers": ledger.bootstrap})
+        places = [
+            TopicPartition(ledger.names.ledger, partition, _taken(ledger, partition)[0].place.ledger_offset)
+            for partition in range(2)
+        ]
+        for future in admin.delete_records(places).values():
+            future.result(20)
+        without = ledger.worker("without")
+        ledger.wait(lambda: not without.alive, "the refusal")
+        assert "its beginning was deleted" in without.log_tail()
+        fresh = ledger.worker("fresh", snapshots=_snapshots(ledger))
+        ledger.wait(lambda: fresh.log_tail(200).count("taken over in") == 2, "the takeover")
+        assert fresh.log_tail(200).count(" restored in ") == 2
+        assert len(before) == 2
+    finally:
+        ledger.stop()
