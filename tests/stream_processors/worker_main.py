@@ -17,7 +17,6 @@ from typing import Any
 
 from billing.step import LedgerKeys
 from stream_processors import ledger_app
-from stream_processors.bucket import Bucket
 from stream_processors.errors import WorkerError
 from stream_processors.kafka_ports import KafkaLogWriter
 from stream_processors.ledger_host import LedgerHost
@@ -93,8 +92,6 @@ def _crash_at(point: str, after: int) -> None:
             count()
 
         LocalStore.apply = apply  # type: ignore[method-assign]
-    elif point == "before a snapshot's file":
-        Bucket.put = before(Bucket.put)  # type: ignore[method-assign]
     elif point == "before a snapshot's manifest":
         SnapshotStore._put_manifest = before(SnapshotStore._put_manifest)  # type: ignore[method-assign]
     elif point == "before the announcement":
