@@ -8,6 +8,7 @@ from billing.amounts import from_amount, set_amount
 from billing.v1.account_pb2 import (
     ACCOUNT_STATUS_UNKNOWN,
     Account,
+    Calendar,
     Plan,
 )
 
@@ -29,6 +30,7 @@ class AccountState:
     unrated_events: int = 0
     # What gateways hold of the balance: the sum of what remains of their leases.
     leased_pico: int = 0
+    calendar: Calendar = field(default_factory=Calendar)
     minute: int = 0
     minute_tokens: int = 0
     baseline_tokens_x256: int = 0
@@ -39,6 +41,7 @@ class AccountState:
     # The contract form as last stated, filled again at each statement: building it anew costs ten times as much.
     _account: Account | None = field(default=None, repr=False, compare=False)
     _stated_plan: Plan | None = field(default=None, repr=False, compare=False)
+    _stated_calendar: Calendar | None = field(default=None, repr=False, compare=False)
 
     @property
     def balance_pico(self) -> int:
@@ -48,9 +51,12 @@ class AccountState:
     def to_account(self, generation: bytes, sequence: int, log_time_ms: int) -> Account:
         """The absolute state, with the record that states it. Valid until the next call."""
         account = self._account
-        if account is None or self._stated_plan is not self.plan:
+        if account is None or self._stated_plan is not self.plan or self._stated_calendar is not self.calendar:
             account = self._account = Account(tenant_id=self.tenant_id, plan=self.plan)
+            if self.calendar.ByteSize():
+                account.calendar.CopyFrom(self.calendar)
             self._stated_plan = self.plan
+            self._stated_calendar = self.calendar
         account.status = self.status  # type: ignore[assignment]
         account.currency = self.currency
         account.display_name = self.display_name
@@ -85,6 +91,7 @@ class AccountState:
             plan=account.plan,
             status=account.status,
             display_name=account.display_name,
+            calendar=account.calendar,
             credit_pico=from_amount(account.credit),
             spend_pico=from_amount(account.spend),
             leased_pico=from_amount(account.leased),

@@ -7,9 +7,10 @@ from billing.amounts import format_pico, from_amount
 from billing.commands import CommandRefused, remembered_id, verify
 from billing.identity import partition_of
 from billing.limits import ID_CHARS_MAX, RELEASED_LEASES_MAX
+from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
 from billing.state import LedgerState
-from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN, ApiKey
+from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
 from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import (
     Command,
@@ -105,6 +106,8 @@ def _grant(state: LedgerState, grant: CreditGrant, record: LedgerRecord) -> None
 def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecord) -> None:
     _own_tenant(state, upsert.tenant_id)
     account = state.accounts.get(upsert.tenant_id)
+    if problem := calendar_problem(upsert.calendar):
+        raise CommandRefused(problem)
     currency = upsert.currency or (account.currency if account else state.settings.default_currency)
     if len(currency) > 8:
         raise CommandRefused(f"currency: {currency[:16]!r}; write a code such as USD")
@@ -114,6 +117,9 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
         raise CommandRefused(
             f"currency: {currency}; tenant {upsert.tenant_id} has amounts in {account.currency}, which stays its currency"
         )
+    if upsert.HasField("calendar"):
+        _check_calendar(account, upsert.calendar, record.log_time_ms)
+        account.calendar = upsert.calendar
     account.currency = currency
     account.status = upsert.status or ACCOUNT_STATUS_ACTIVE
     if upsert.display_name:
@@ -121,6 +127,15 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     if upsert.HasField("plan"):
         account.plan = upsert.plan
     _state_account(state, account, record)
+
+
+def _check_calendar(account: AccountState, calendar: Calendar, log_time_ms: int) -> None:
+    # A period that has begun keeps its bounds: its tiers and its invoice are counted within them.
+    if account.events and not same_through(account.calendar, calendar, month_of(log_time_ms)):
+        raise CommandRefused(
+            f"calendar: tenant {account.tenant_id} has usage, so periods up to next month's beginning stay as they are; "
+            "let the new zone begin with a later month"
+        )
 
 
 def _upsert_key(state: LedgerState, upsert: KeyUpsert, record: LedgerRecord) -> None:

@@ -117,5 +117,6 @@ def _founding_record(
         record.keys.extend(carried.keys[key_id] for key_id in sorted(carried.keys))
         record.producers.extend(carried.producers[p].to_mark() for p in sorted(carried.producers))
         record.leases.extend(lease.to_lease(generation, 0) for lease in carried.leases)
+        record.quantities.extend(carried.quantities.all())
         record.founding.price_books.extend(carried.books.all())
     return record, seal(record, seal_key)

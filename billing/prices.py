@@ -107,9 +107,7 @@ class PriceBooks:
         books = self._books.get(currency, [])
         return books[version - 1] if 0 < version <= len(books) else None
 
-    def rate(
-        self, currency: str, ended_ms: int, model: str, operation: int, service_class: int, tenant_id: str = ""
-    ) -> Rate | None:
+    def rate(self, currency: str, ended_ms: int, model: str, operation: int, service_class: int, tenant_id: str) -> Rate | None:
         """The rate for usage that ended at `ended_ms`, or None: unrated."""
         starts = self._effective_ms.get(currency)
         if starts is None:

@@ -40,9 +40,9 @@ class Quantities:
         self._units: dict[Counter, dict[str, int]] = {}
         self._moved: dict[Counter, set[str]] = {}
 
-    def counted(self, event: UsageEvent, rate: Rate, currency: str, calendar: Calendar) -> Mapping[str, int]:
+    def counted(self, event: UsageEvent, rate: Rate | None, currency: str, calendar: Calendar) -> Mapping[str, int]:
         """What stands before `event` under its rate."""
-        return {} if rate.terms is None else self._units.get(_counter(event, rate, currency, calendar), {})
+        return {} if rate is None or rate.terms is None else self._units.get(_counter(event, rate, currency, calendar), {})
 
     def take(self, event: UsageEvent, rate: Rate, currency: str, calendar: Calendar) -> list[Part]:
         """What `event` costs, in parts; its counters are moved. The caller rates in the order of the batch."""

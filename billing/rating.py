@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 from billing.prices import Rate, Terms
 from billing.schedules import Part
@@ -18,7 +17,6 @@ from billing.validation import TOKEN_FIELDS
 FREE_OUTCOMES = frozenset({OUTCOME_REJECTED, OUTCOME_BACKEND_ERROR})
 # Of a Part: what lifts a request to the least that it costs.
 MINIMUM = "minimum"
-NONE_COUNTED: Mapping[str, int] = MappingProxyType({})
 
 _CLASSES = frozenset(TOKEN_FIELDS)
 _INPUT_CLASSES = tuple(
@@ -98,7 +96,7 @@ def _band(terms: Terms | None, context_tokens: int) -> tuple[Mapping[str, int], 
     return {}, ""
 
 
-def event_cost_pico(event: UsageEvent, rate: Rate | None, counted: Mapping[str, int] = NONE_COUNTED) -> int:
+def event_cost_pico(event: UsageEvent, rate: Rate | None, counted: Mapping[str, int]) -> int:
     """What `event` costs: 0 if it is unrated or its outcome is free. `counted`: as for `parts`."""
     if rate is None or event.outcome in FREE_OUTCOMES:
         return 0

@@ -52,11 +52,13 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
     elif source == "tick" and record.tick.expired_through_day > state.expired_through_day:
         state.expired_through_day = record.tick.expired_through_day
         state.seen.expire(state.expired_through_day)
-        state.forget_commands(record.log_time_ms - state.settings.dedupe_horizon_ms)
+        state.forget(record.log_time_ms)
     for account in record.accounts:
         state.accounts[account.tenant_id] = AccountState.from_account(account)
     for lease in record.leases:
         state.leases.put(LeaseState.from_lease(lease))
+    for quantities in record.quantities:
+        state.quantities.set(quantities)
     for key in record.keys:
         state.keys[key.key_id] = key
     for mark in record.producers:

@@ -10,6 +10,7 @@ from billing.accounts import AccountState
 from billing.leases import Leases
 from billing.limits import RELEASED_WINDOWS_MAX
 from billing.prices import PriceBooks
+from billing.quantities import KEPT_MS, Quantities
 from billing.sequences import ProducerSequences
 from billing.v1.account_pb2 import ApiKey
 from billing.v1.ledger_pb2 import Founding
@@ -84,6 +85,7 @@ class LedgerState:
         self.windows: dict[Key, Window] = {}
         self.producers: dict[str, ProducerSequences] = {}
         self.leases = Leases()
+        self.quantities = Quantities()
         # Command ID to the log time when it came: a repeat within the horizon is applied once.
         self.commands: dict[str, int] = {}
         self.expired_through_day = 0
@@ -129,10 +131,12 @@ class LedgerState:
                 if not bucket:
                     del self._release[window.release_minute]
 
-    def forget_commands(self, before_ms: int) -> None:
-        """Let go of command IDs older than `before_ms`."""
+    def forget(self, log_time_ms: int) -> None:
+        """Let go of command IDs and of periods' counters that are too old at `log_time_ms`: once a day, by a tick."""
+        before_ms = log_time_ms - self.settings.dedupe_horizon_ms
         for command_id in [c for c, seen_ms in self.commands.items() if seen_ms < before_ms]:
             del self.commands[command_id]
+        self.quantities.forget(log_time_ms - KEPT_MS)
 
     def digest(self, *, with_memory: bool = True) -> str:
         """SHA-256 over everything here in a canonical order: equal states have equal digests.
@@ -167,6 +171,8 @@ class LedgerState:
             add(self.producers[producer_id].to_mark().SerializeToString(deterministic=True))
         for lease in self.leases:
             add(lease.to_lease(b"", 0).SerializeToString(deterministic=True))
+        for quantities in self.quantities.all():
+            add(quantities.SerializeToString(deterministic=True))
         add(sorted(self.commands.items()))
         if with_memory:
             h.update(self.seen.digest())

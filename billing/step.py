@@ -163,7 +163,7 @@ def _tick(state: LedgerState, source: TickInput, record: LedgerRecord) -> None:
     if through_day > state.expired_through_day:
         state.seen.expire(through_day)
         state.expired_through_day = through_day
-        state.forget_commands(record.log_time_ms - state.settings.dedupe_horizon_ms)
+        state.forget(record.log_time_ms)
     record.tick.CopyFrom(Tick(expired_through_day=state.expired_through_day, snapshot=source.snapshot))
 
 

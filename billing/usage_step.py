@@ -29,6 +29,7 @@ from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
 from billing.sequences import ProducerSequences
 from billing.state import DAY_MS, LedgerState
+from billing.terms_step import rate_by_terms
 from billing.v1.ledger_pb2 import (
     DROP_REASON_CONFLICT,
     DROP_REASON_DUPLICATE,
@@ -210,10 +211,13 @@ class _Batch:
         self.conflicts += 1
         account.conflicts += 1
         self.evidence[event.tenant_id].conflicts.append(event.request_id)
-        rate = self.state.books.rate(account.currency, event.ended_ms, event.model, event.operation, event.service_class)
+        rate = self.state.books.rate(
+            account.currency, event.ended_ms, event.model, event.operation, event.service_class, event.tenant_id
+        )
+        counted = self.state.quantities.counted(event, rate, account.currency, account.calendar)
         detail = f"request_id: {event.request_id} came before with another payload; the first stays charged"
         dropped = self._drop(index, DROP_REASON_CONFLICT, detail)
-        dropped.would_have_cost.CopyFrom(to_amount(event_cost_pico(event, rate)))
+        dropped.would_have_cost.CopyFrom(to_amount(event_cost_pico(event, rate, counted)))
 
     def _send_on(self, index: int) -> None:
         tenant_id = self.tenant_ids[index]
@@ -257,6 +261,8 @@ class _Batch:
 
     def charge(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Rate the admitted events and add them to their windows and accounts."""
+        if self.state.books.any_terms:
+            rate_by_terms(self.state, self.events, admitted, self.account, self.costs, record)
         first_minute, last_minute = min(self.ended_ms) // MINUTE_MS, max(self.ended_ms) // MINUTE_MS
         if first_minute == last_minute:
             minutes = [first_minute] * len(self.ended_ms)
@@ -323,11 +329,13 @@ class _Batch:
         books = self.state.books
         start_ms = key.minute * MINUTE_MS
         if books.constant_within(account.currency, start_ms, start_ms + MINUTE_MS):
-            rate = books.rate(account.currency, start_ms, key.model, key.operation, key.service_class)
+            rate = books.rate(account.currency, start_ms, key.model, key.operation, key.service_class, key.tenant_id)
             return self._rate_all(rate, key, account, indexes, classes)
         cost = 0
         for index in indexes:
-            rate = books.rate(account.currency, self.ended_ms[index], key.model, key.operation, key.service_class)
+            rate = books.rate(
+                account.currency, self.ended_ms[index], key.model, key.operation, key.service_class, key.tenant_id
+            )
             cost += self._rate_all(rate, key, account, [index], classes)
         return cost
 
@@ -347,6 +355,10 @@ class _Batch:
                 unrated = self.evidence[key.tenant_id].unrated.setdefault(key.model, [])
                 unrated.extend([self.request_ids[index] for index in indexes])
             return 0
+        if rate.terms is not None:
+            # `rate_by_terms` has noted them.
+            self.rated.append((rate.version, indexes))
+            return sum([self.costs[index] for index in indexes])
         priced = [(column, pico) for position, column in classes if (pico := rate.token_pico[position])]
         if len(priced) == 2:
             (first, first_pico), (second, second_pico) = priced

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from billing.amounts import from_amount
 from billing.prices import PriceBooks
+from billing.quantities import KEPT_MS, Quantities
 from billing.rating import FREE_OUTCOMES, event_cost_pico, token_quantities, unit_quantities
-from billing.v1.account_pb2 import Account
+from billing.v1.account_pb2 import Account, Calendar
 from billing.v1.command_pb2 import Command
 from billing.v1.ledger_pb2 import DROP_REASON_CONFLICT, DROP_REASON_DUPLICATE, LedgerRecord, UsageApplied, WindowTotal
 from billing.v1.usage_pb2 import UsageBatch, UsageEvent
@@ -88,6 +89,7 @@ class ExpectedAccount:
     duplicates: int = 0
     conflicts: int = 0
     unrated_events: int = 0
+    calendar: Calendar = field(default_factory=Calendar)
 
     def values(self) -> dict[str, object]:
         """By name, to compare and to show."""
@@ -126,7 +128,9 @@ class Recomputed:
         self.events_by_tenant: Counter[str] = Counter()
         self.windows_by_tenant: Counter[str] = Counter()
         self._books = PriceBooks()
+        self._quantities = Quantities()
         self._default_currency = ""
+        self._expired_through_day = 0
 
     def take(self, record: LedgerRecord) -> list[ExpectedEvent]:
         """Apply the next record; returns its accepted events."""
@@ -136,8 +140,12 @@ class Recomputed:
                 self._found(record)
             case "usage":
                 expected = list(self._usage(record))
+                self._compare_quantities(record)
             case "command":
                 self._command(record)
+            case "tick" if record.tick.expired_through_day > self._expired_through_day:
+                self._expired_through_day = record.tick.expired_through_day
+                self._quantities.forget(record.log_time_ms - KEPT_MS)
         self._compare_totals(record)
         for key in record.released:
             entry = self.open.pop(key_of(key), None)
@@ -155,6 +163,8 @@ class Recomputed:
             self.open.clear()
             if not self.accounts:
                 self.accounts = {account.tenant_id: _stated(account) for account in record.accounts}
+                for quantities in record.quantities:
+                    self._quantities.set(quantities)
             self._books = PriceBooks(founding.price_books)
 
     def _usage(self, record: LedgerRecord) -> Iterator[ExpectedEvent]:
@@ -176,8 +186,13 @@ class Recomputed:
         self, record: LedgerRecord, event: UsageEvent, index: int, stated_pico: int, stated_version: int
     ) -> ExpectedEvent:
         account = self._account(event.tenant_id)
-        rate = self._books.rate(account.currency, event.ended_ms, event.model, event.operation, event.service_class)
-        cost = event_cost_pico(event, rate)
+        rate = self._books.rate(
+            account.currency, event.ended_ms, event.model, event.operation, event.service_class, event.tenant_id
+        )
+        if rate is None or rate.terms is None or event.outcome in FREE_OUTCOMES:
+            cost = event_cost_pico(event, rate, {})
+        else:
+            cost = sum(part.amount_pico for part in self._quantities.take(event, rate, account.currency, account.calendar))
         if cost != stated_pico:
             self._differs(
                 "cost_differs",
@@ -226,6 +241,8 @@ class Recomputed:
                 upsert = command.tenant_upsert
                 account = self._account(upsert.tenant_id)
                 account.currency = upsert.currency or account.currency
+                if upsert.HasField("calendar"):
+                    account.calendar = upsert.calendar
             case "price_book":
                 self._books.add(command.price_book)
 
@@ -243,6 +260,11 @@ class Recomputed:
                 self._differs("window_unknown", str(stated), "no such window", f"stated by record {record.sequence}")
                 continue
             self._compare("total_differs", f"{stated} in record {record.sequence}", entry[1].values(), _stated_window(total))
+
+    def _compare_quantities(self, record: LedgerRecord) -> None:
+        expected = self._quantities.take_moved()
+        if expected != list(record.quantities):
+            self._differs("quantities_differ", f"record {record.sequence}", str(expected), str(list(record.quantities)))
 
     def _compare_accounts(self, record: LedgerRecord) -> None:
         for stated in record.accounts:
@@ -274,6 +296,7 @@ def _stated(account: Account) -> ExpectedAccount:
         account.duplicates,
         account.conflicts,
         account.unrated_events,
+        account.calendar,
     )
 
 

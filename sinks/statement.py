@@ -101,7 +101,7 @@ def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Sta
             free_events += group.events
         elif not group.price_version:
             unrated_events += group.events
-        lines += _lines(group, books, account.currency)
+        lines += _lines(group, books, account.currency, tenant_id)
     credits_before = _credits(reader, tenant_id, account.currency, 0, start_ms)
     return Statement(
         tenant_id=tenant_id,
@@ -198,12 +198,12 @@ def _groups(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_ms
     return groups
 
 
-def _lines(group: _Group, books: PriceBooks, currency: str) -> list[StatementLine]:
+def _lines(group: _Group, books: PriceBooks, currency: str, tenant_id: str) -> list[StatementLine]:
     prices: dict[str, int] = {}
     if group.charged and group.price_version:
         operation = _number(Operation.items(), "OPERATION_", group.operation)
         service_class = _number(ServiceClass.items(), "SERVICE_CLASS_", group.service_class)
-        rate = books.rate(currency, group.ended_ms, group.model, operation, service_class)
+        rate = books.rate(currency, group.ended_ms, group.model, operation, service_class, tenant_id)
         if rate is None or rate.version != group.price_version:
             raise StatementError(
                 f"price version {group.price_version} of {group.model} ({currency}) is not known here; run `taximeter audit`"

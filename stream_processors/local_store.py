@@ -12,8 +12,9 @@ In embedded mode, where the broker forgets everything with a restart, the store 
 sink has not confirmed, so that the sink can be fed the missing tail from here.
 
 Keys, by their first byte: m place, h head (log time, inputs, expiry), f founding record's settings, p price books, w open
-windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, s
-runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence).
+windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, q
+quantities of periods, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records
+(by sequence).
 """
 
 from __future__ import annotations
@@ -34,11 +35,21 @@ from billing.accounts import AccountState
 from billing.commands import remembered_id
 from billing.leases import LeaseState
 from billing.prices import PriceBooks
+from billing.quantities import KEPT_MS
 from billing.sequences import ProducerSequences
 from billing.state import LedgerState
 from billing.v1.account_pb2 import Account, ApiKey, Lease, LedgerPosition, Progress
 from billing.v1.command_pb2 import Command, PriceBook
-from billing.v1.ledger_pb2 import Founding, LedgerRecord, ProducerMark, Tick, WindowKey, WindowTotal
+from billing.v1.ledger_pb2 import (
+    Founding,
+    LedgerRecord,
+    PeriodQuantities,
+    PeriodUnits,
+    ProducerMark,
+    Tick,
+    WindowKey,
+    WindowTotal,
+)
 from billing.windows import Window, key_of
 from stream_processors.errors import LocalStoreError
 from stream_processors.seen_runs import DamagedRunError
@@ -73,7 +84,7 @@ class _Effect:
 
     # By name; None: let go. With the log time that touched it.
     windows: dict[bytes, tuple[int, WindowTotal] | None] = field(default_factory=dict)
-    states: dict[bytes, Account | ApiKey | Lease | ProducerMark | None] = field(default_factory=dict)
+    states: dict[bytes, Account | ApiKey | Lease | PeriodQuantities | ProducerMark | None] = field(default_factory=dict)
     commands: dict[bytes, int | None] = field(default_factory=dict)
     values: dict[bytes, bytes] = field(default_factory=dict)
     remembered: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
@@ -196,6 +207,8 @@ class LocalStore:
             state.producers[mark.producer_id] = ProducerSequences.from_mark(mark)
         for _, value in self._range(b"l"):
             state.leases.put(LeaseState.from_lease(Lease.FromString(value)))
+        for _, value in self._range(b"q"):
+            state.quantities.set(PeriodQuantities.FromString(value))
         for name, value in self._range(b"c"):
             state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
         for _, value in self._range(b"w"):
@@ -300,6 +313,7 @@ class LocalStore:
         elif source == "tick" and record.tick.expired_through_day > self._expired_through_day:
             self._expired_through_day = record.tick.expired_through_day
             self._forget_commands(effect, record.log_time_ms)
+            self._forget_quantities(effect, record.log_time_ms)
         for account in record.accounts:
             effect.states[b"a" + account.tenant_id.encode()] = account
         for key in record.keys:
@@ -307,6 +321,11 @@ class LocalStore:
         for lease in record.leases:
             name = b"l" + _EPOCH.pack(lease.epoch, len(lease.holder_id)) + f"{lease.holder_id}{lease.tenant_id}".encode()
             effect.states[name] = None if lease.gone else lease
+        for quantities in record.quantities:
+            # One entry a quantity: a record states only those that it moved.
+            for units in quantities.units:
+                stated = _alone(quantities, units)
+                effect.states[_quantity_name(stated)] = stated
         for mark in record.producers:
             effect.states[b"n" + mark.producer_id.encode()] = mark
         for total in record.totals:
@@ -339,6 +358,14 @@ class LocalStore:
         for name, seen_ms in known.items():
             if seen_ms is not None and seen_ms < before_ms:
                 effect.commands[name] = None
+
+    def _forget_quantities(self, effect: _Effect, log_time_ms: int) -> None:
+        for name, value in self._range(b"q"):
+            if PeriodQuantities.FromString(value).period_end_ms < log_time_ms - KEPT_MS:
+                effect.states[name] = None
+        for name, state in effect.states.items():
+            if isinstance(state, PeriodQuantities) and state.period_end_ms < log_time_ms - KEPT_MS:
+                effect.states[name] = None
 
     def _finish_runs(self) -> None:
         """Before a founding record, whose sequence starts again: no work under way may name blobs by the old ones."""
@@ -406,6 +433,18 @@ def _options() -> Options:
 def _window_name(key: WindowKey) -> bytes:
     # With the sequence that opened it, as a record states it and as a record lets it go.
     return b"w" + key.SerializeToString(deterministic=True)
+
+
+def _alone(quantities: PeriodQuantities, units: PeriodUnits) -> PeriodQuantities:
+    stated = PeriodQuantities()
+    stated.CopyFrom(quantities)
+    del stated.units[:]
+    stated.units.append(units)
+    return stated
+
+
+def _quantity_name(stated: PeriodQuantities) -> bytes:
+    return b"q" + _alone(stated, PeriodUnits(quantity=stated.units[0].quantity)).SerializeToString(deterministic=True)
 
 
 def _join_blob(entries: Iterable[tuple[int, bytes]]) -> bytes:

@@ -12,6 +12,7 @@ from billing.state import LedgerState, MemorySeenKeys
 from billing.step import CommandInput, LedgerKeys, StepResult, TickInput, UsageInput, step
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, Plan
 from billing.v1.command_pb2 import Command, Price, PriceBook, TenantUpsert
+from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED, SERVICE_CLASS_STANDARD, UsageBatch, UsageEvent
 
 KEYS = LedgerKeys(seal_key=b"s" * 32, command_key=b"c" * 32)
@@ -101,6 +102,10 @@ class Ledger:
 
     def tenant(self, tenant_id: str, plan: Plan = PLAN) -> StepResult:
         return self.command(tenant_upsert=TenantUpsert(tenant_id=tenant_id, currency="USD", plan=plan))
+
+    def records(self) -> list[LedgerRecord]:
+        """Every record that it wrote."""
+        return [LedgerRecord.FromString(stored) for stored in self.stored]
 
     def replayed(self) -> LedgerState:
         """A state that knows only the stored records."""

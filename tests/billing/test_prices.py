@@ -37,16 +37,16 @@ def test_the_most_exact_price_wins() -> None:
         ("llama-70b", 2, 3): 7,
     }
     for (model, operation, service_class), pico in cases.items():
-        rate = books.rate("USD", 5, model, operation, service_class)
+        rate = books.rate("USD", 5, model, operation, service_class, "t")
         assert rate is not None
         assert rate.token_pico[1] == pico
-    assert books.rate("EUR", 5, "other", 1, 1) is None
+    assert books.rate("EUR", 5, "other", 1, 1, "t") is None
 
 
 def test_a_version_rates_from_its_time_on() -> None:
     books = PriceBooks([book(Price(model="m", output_pico=1), effective_ms=1_000)])
     books.add(book(Price(model="m", output_pico=2), version=2, effective_ms=2_000))
-    found = [books.rate("USD", ended_ms, "m", 1, 1) for ended_ms in (999, 1_000, 1_999, 2_000)]
+    found = [books.rate("USD", ended_ms, "m", 1, 1, "t") for ended_ms in (999, 1_000, 1_999, 2_000)]
     assert [rate and rate.version for rate in found] == [None, 1, 1, 2]
     assert not books.constant_within("USD", 1_500, 2_500)
     assert books.constant_within("USD", 1_000, 2_000)
