@@ -34,7 +34,7 @@ from sinks.coded import Coded
 from sinks.engine import Columns, Table, whole
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames, EventColumns
 
-__all__ = ["NO_OFFSET", "SEQUENCE_BITS", "Accepted", "build_columns", "version_of"]
+__all__ = ["NO_OFFSET", "SEQUENCE_BITS", "Accepted", "build_accounts", "build_columns", "version_of"]
 
 SEQUENCE_BITS = 40
 NO_OFFSET = -1
@@ -87,13 +87,9 @@ def build_columns(batch: Sequence[Accepted], usage_topic: str) -> list[tuple[Tab
         tables.COMMANDS: _commands(batch),
         tables.API_KEYS: _api_keys(batch),
         tables.PRODUCER_MARKS: _producer_marks(batch),
-        tables.ACCOUNTS: _accounts(batch),
+        tables.ACCOUNTS: build_accounts(batch),
     }
-    return [(table, built[table]) for table in tables.ALL_TABLES if table in built and _has_rows(built[table])]
-
-
-def _has_rows(columns: Columns) -> bool:
-    return any(len(values) for values in columns.values())
+    return [(table, built[table]) for table in tables.ALL_TABLES if table in built and any(map(len, built[table].values()))]
 
 
 def _from_rows(table: Table, rows: Iterable[tuple[object, ...]]) -> Columns:
@@ -316,7 +312,8 @@ def _totals(batch: Sequence[Accepted]) -> Columns:
     return _from_rows(tables.USAGE_TOTALS, rows)
 
 
-def _accounts(batch: Sequence[Accepted]) -> Columns:
+def build_accounts(batch: Sequence[Accepted]) -> Columns:
+    """Each account as the last record of `batch` that states it does."""
     last = _last_by_key((account.tenant_id, accepted, account) for accepted in batch for account in accepted.record.accounts)
     return _from_rows(
         tables.ACCOUNTS,

@@ -1,7 +1,9 @@
 """The sink: reads usage.ledger, writes ClickHouse, and says on usage.progress how far it is.
 
 Two threads: one reads, checks and makes columns, the other writes; between them stands one batch, so what the sink holds is
-bounded by three batches. ClickHouse away: the writing thread waits and repeats, the reading one stops at its bound.
+bounded by three batches. Many records in few batches are what ClickHouse likes, and people want to see balances at once, so a
+third thread shows the accounts of the batch that is being collected, unless the sink has to catch up.
+ClickHouse away: the writing thread waits and repeats, the reading one stops at its bound, nothing is shown.
 Kafka away: the reading thread waits. A record that cannot be read, a log that does not fit the database, a refused insert: the
 sink ends with the error; it never skips.
 """
@@ -14,16 +16,18 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from billing.limits import RECORD_BYTES_MAX
+from sinks.collecting import Collected
 from sinks.columns import NO_OFFSET, Accepted
 from sinks.engine import Engine
-from sinks.errors import EngineUnavailable, LedgerError, LedgerUnavailable
+from sinks.errors import EngineUnavailable, LedgerError, LedgerUnavailable, SinkError
 from sinks.follow import Follower, generation_of
 from sinks.locate import locate
 from sinks.progress import ProgressPublisher
@@ -36,7 +40,7 @@ __all__ = ["run_sink"]
 _LOG = logging.getLogger(__name__)
 
 _POLL_MESSAGES = 64
-_IDLE_POLL_S = 0.05
+_POLL_S_MIN, _POLL_S_MAX = 0.005, 0.05
 _METADATA_TIMEOUT_S = 10.0
 # Ticks come more often than this. After it, the sink asks whether the log still reaches to where it stands.
 _SILENCE_S = 5.0
@@ -114,39 +118,41 @@ class _Sink:
         self._ready: queue.Queue[Prepared] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
         self._storing = threading.Thread(target=self._store_all, name="sink-writer", daemon=True)
+        self._shower = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink-preview")
+        self._showing: Future[None] = Future()
+        self._showing.set_result(None)
 
     def run(self) -> None:
         positions = self._persist("reading the position", self._writer.positions)
         self._begin(positions)
         self._assign()
         self._storing.start()
-        batch: list[Accepted] = []
-        size, started_s = 0, 0.0
+        collected = Collected(self._settings)
         heard_s = time.monotonic()
         while True:
             self._check()
-            if time.monotonic() - heard_s > _SILENCE_S:
+            now_s = time.monotonic()
+            if now_s - heard_s > _SILENCE_S:
                 self._look_at_silence()
-                heard_s = time.monotonic()
-            left_s = started_s + self._settings.linger_ms / 1000 - time.monotonic() if batch else _IDLE_POLL_S
-            for accepted in self._poll(max(left_s, 0.0)):
-                heard_s = time.monotonic()
-                if not batch:
-                    started_s = heard_s
-                batch.append(accepted)
-                size += len(accepted.stored)
-            full = size >= self._settings.batch_bytes
-            due = bool(batch) and time.monotonic() - started_s >= self._settings.linger_ms / 1000
+                heard_s = now_s
+            # What is due and was not done waits for another thread.
+            found = self._poll(max(min(collected.wait_s(now_s), _POLL_S_MAX), _POLL_S_MIN))
+            now_s = time.monotonic()
+            if found:
+                heard_s = now_s
+                collected.add(found, now_s)
             # While the writer is busy a batch may grow to its bound; then it waits here, and Kafka keeps.
-            if full or (due and self._ready.empty()):
-                self._hand_over(self._writer.prepare(batch))
-                batch, size = [], 0
+            if collected.is_full or (collected.is_due(now_s) and self._ready.empty()):
+                self._hand_over(self._writer.prepare(collected.take()))
+            elif collected.is_to_show(now_s) and len(found) < _POLL_MESSAGES and self._showing.done():
+                self._showing = self._shower.submit(self._show, collected.show())
 
     def close(self) -> None:
         """Let the batch that is being written end; what was read beyond it is read again next time."""
         self._stop.set()
         if self._storing.is_alive():
             self._storing.join()
+        self._shower.shutdown()
         self._consumer.close()
         self._progress.close()
 
@@ -282,6 +288,13 @@ class _Sink:
             pass
         except BaseException as error:  # noqa: BLE001 - the reading thread raises it
             self._failure = error
+
+    def _show(self, part: Sequence[Accepted]) -> None:
+        try:
+            self._writer.preview(part)
+        except SinkError as error:
+            # The batch writes the same rows, again and again if need be, and says what is wrong.
+            _LOG.debug("balances are shown later: %s", error)
 
     def _check(self) -> None:
         if self._failure is not None:

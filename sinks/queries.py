@@ -1,7 +1,8 @@
 """What people and programs ask: balances, usage, statements, alerts, events. Typed rows, money in whole pico.
 
 Promise: balances and usage read accounts and totals, never raw events; events and statements read one tenant's. Every value
-goes in as a parameter. An answer is what the database holds; `freshness` says up to which log time that is.
+goes in as a parameter. An answer is what the database holds; `freshness` says up to which log time that is, and balances
+may be newer than the rest.
 """
 
 from __future__ import annotations

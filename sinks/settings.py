@@ -24,15 +24,20 @@ class SinkSettings:
     name: str = "sink/clickhouse"
     # librdkafka's own names (security.protocol, sasl.*, ssl.*).
     security: Mapping[str, str] = field(default_factory=dict, repr=False)
-    # A batch is written when it is this old or this large; larger ones fall out of the processor's cache and are slower.
+    # A batch is written when nothing more came for `linger_ms`, when it is `collect_ms` old, or when it is this large; larger
+    # ones fall out of the processor's cache and are slower.
     linger_ms: int = 100
+    collect_ms: int = 1_000
     batch_bytes: int = 8_000_000
+    # Balances are shown after this, before the batch that they are of.
+    preview_ms: int = 50
     retry_ms_max: int = 10_000
     accept_gap: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.linger_ms <= 60_000:
-            raise ValueError(f"linger_ms: {self.linger_ms}; between 0 and 60,000")
+        for name in ("linger_ms", "collect_ms", "preview_ms"):
+            if not 0 <= getattr(self, name) <= 60_000:
+                raise ValueError(f"{name}: {getattr(self, name)}; between 0 and 60,000")
         if not 100_000 <= self.batch_bytes <= 256_000_000:
             raise ValueError(f"batch_bytes: {self.batch_bytes}; between 100,000 and 256,000,000")
         if self.retry_ms_max < 100:

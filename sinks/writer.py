@@ -5,6 +5,9 @@
     again and their rows replace themselves, by key and version.
  2. the positions, one row a partition. A crash here repeats the batch; a crash after it has written everything.
 So a position never stands for rows that are not there, and nothing is ever there twice for a reader that reads by key.
+
+`preview` writes the accounts of records that a later `store` brings, once more, with everything else: balances are fresh though
+batches are large. It may fail, come late or be left out, for `store` counts on none of it.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sinks.columns import Accepted, build_columns
+from sinks.columns import Accepted, build_accounts, build_columns
 from sinks.engine import Columns, Engine, Table
-from sinks.tables import SINK_POSITIONS
+from sinks.tables import ACCOUNTS, SINK_POSITIONS
 
 __all__ = ["Position", "Prepared", "Writer"]
 
@@ -71,6 +74,10 @@ class Writer:
                 partition, bytes.fromhex(str(generation)), ordinal, sequence, bytes.fromhex(str(record_hash)), offset
             )
         return found
+
+    def preview(self, batch: Sequence[Accepted]) -> None:
+        """Write the accounts as `batch` leaves them, ahead of its `store`. Raises EngineError; then it need not be repeated."""
+        self._engine.insert(ACCOUNTS, build_accounts(batch))
 
     def prepare(self, batch: Sequence[Accepted]) -> Prepared:
         """The columns of `batch`, which holds each partition's records in order. No I/O: may run beside a `store`."""

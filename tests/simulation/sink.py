@@ -129,6 +129,10 @@ class Sink:
                 if accepted is not None:
                     batch.append(accepted)
             read = end
+            if world.choices.random() < 0.5:
+                # Shown and not written yet: whatever happens now, the same records come again.
+                writer.preview(batch)
+                await asyncio.sleep(world.choices.random() * 0.2)
             prepared = writer.prepare(batch)
             await asyncio.sleep(0)
             writer.store(prepared)

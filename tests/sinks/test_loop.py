@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,49 @@ def test_waits_while_clickhouse_is_away(tansu: TansuBroker, unique_name: Callabl
         flaky.away.clear()
         assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
     assert queries.totals(engine).events == 50
+
+
+def test_balances_are_shown_before_their_batch(
+    tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine
+) -> None:
+    settings = make_topics(tansu.bootstrap, unique_name("preview"))
+    ledger = filled(3)
+    produce(settings, ledger.stored)
+    shown = []
+    for _ in range(2):
+        # As after a crash of the first sink: nothing but balances was written, and the second one does all of it again.
+        with running(replace(settings, linger_ms=60_000, collect_ms=60_000, preview_ms=10), engine) as status:
+            waited = threading.Event()
+            for _ in range(600):
+                if [balance.events for balance in queries.balances(engine, TENANT)] == [30]:
+                    break
+                waited.wait(0.05)
+            assert status.snapshot()["positions"] == {}
+        shown = queries.balances(engine, TENANT)
+        assert [(balance.events, balance.spend_pico) for balance in shown] == [(30, ledger.state.accounts[TENANT].spend_pico)]
+        assert queries.totals(engine).events == 0
+        assert queries.freshness(engine) == []
+    with running(settings, engine) as status:
+        assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+    assert queries.totals(engine).events == 30
+    assert queries.balances(engine, TENANT) == shown
+
+
+def test_balances_that_cannot_be_shown_come_with_their_batch(
+    tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine
+) -> None:
+    settings = replace(make_topics(tansu.bootstrap, unique_name("unshown")), linger_ms=1_000, preview_ms=0)
+    flaky = Flaky(engine)
+    flaky.away.set()
+    ledger = filled(3)
+    produce(settings, ledger.stored)
+    with running(settings, flaky) as status:  # type: ignore[arg-type]  # it has what the sink calls
+        # The first that is written is a preview.
+        assert flaky.refused.wait(WAIT_S)
+        assert status.snapshot()["waiting_for"] == ""
+        flaky.away.clear()
+        assert status.wait_for({PARTITION: ledger.state.sequence}, WAIT_S)
+    assert [balance.events for balance in queries.balances(engine, TENANT)] == [30]
 
 
 def test_a_new_generation_that_carries_on_is_entered(
