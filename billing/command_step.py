@@ -179,6 +179,14 @@ def _retire_leases(state: LedgerState, retirement: LeaseRetirement, record: Ledg
         applied.outcome += f"; usage worth up to {bounds} may still come from that gateway's journal"
     if state.leases.held_by(retirement.holder_id):
         applied.outcome += "; more are left, repeat it with another command ID"
+    producer = state.producers.get(retirement.holder_id)
+    if producer is not None:
+        # Its journal does not come back either: what it announced and did not send is not waited for any more.
+        given_up = sum(hole.numbers for hole in producer.missing())
+        producer.retire()
+        record.producers.append(producer.to_mark())
+        if given_up:
+            applied.outcome += f"; {given_up} event(s) that it counted are given up as missing"
 
 
 def _take_book(state: LedgerState, book: PriceBook, applied: CommandApplied) -> None:

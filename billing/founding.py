@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from billing.chain import seal
+from billing.completeness import MISSING_GRACE_MS, SILENCE_MS
 from billing.limits import SCHEMA_VERSION
 from billing.state import DAY_MS, LedgerState
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan
@@ -26,6 +27,8 @@ class LedgerSettings:
     future_alert_ms: int = 5 * 60_000
     future_reject_ms: int = DAY_MS
     alert_cooldown_ms: int = 10 * 60_000
+    missing_grace_ms: int = MISSING_GRACE_MS
+    silence_ms: int = SILENCE_MS
     default_currency: str = "USD"
     default_prompt_tokens_max: int = 0
     default_burst_tokens_floor: int = 1_000_000
@@ -50,6 +53,8 @@ class LedgerSettings:
             future_alert_ms=self.future_alert_ms,
             future_reject_ms=self.future_reject_ms,
             alert_cooldown_ms=self.alert_cooldown_ms,
+            missing_grace_ms=self.missing_grace_ms,
+            silence_ms=self.silence_ms,
             founded_ms=founded_ms,
             default_currency=self.default_currency,
             default_plan=Plan(
@@ -106,6 +111,7 @@ def _founding_record(
         generation=generation,
         sequence=0,
         log_time_ms=log_time_ms,
+        resumed_ms=log_time_ms,
         partition=partition,
         writer=writer,
         founding=founding,

@@ -26,8 +26,13 @@ TIME_MS_MAX = 9_999_999_999_999
 ALERT_REQUEST_IDS_MAX = 10
 # Windows let go by one record; more wait for the next.
 RELEASED_WINDOWS_MAX = 2_000
-# Ranges remembered beyond a hole in a producer's numbering; further ones are merged over the smallest gap and counted missing.
+# Ranges remembered beyond a hole in a producer's numbering; the furthest are forgotten, and counted missing until they are sent
+# again.
 PRODUCER_RANGES_MAX = 64
+# A number beyond it is nonsense: at a million events a second it would take 140 years.
+SEQUENCE_MAX = 2**52
+# Alerts about producers in one record, each with a mark (64 ranges: 3 KB); more wait for the next.
+PRODUCER_ALERTS_MAX = 50
 # Gateways that hold leases in one partition, and leases let go by one record; more wait for the next.
 LEASE_HOLDERS_MAX = 1_000
 RELEASED_LEASES_MAX = 1_000

@@ -77,6 +77,7 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
     state.generation = record.generation
     state.sequence = record.sequence
     state.log_time_ms = record.log_time_ms
+    state.resumed_ms = record.resumed_ms
     state.record_hash = chain.record_hash(stored)
 
 

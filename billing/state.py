@@ -77,6 +77,8 @@ class LedgerState:
         self.sequence = -1
         self.record_hash = b""
         self.log_time_ms = 0
+        # When the ledger went on after it had stood still: see `completeness`.
+        self.resumed_ms = 0
         self.settings = Founding()
         self.inputs: dict[str, int] = {}
         self.books = PriceBooks()
@@ -154,6 +156,7 @@ class LedgerState:
             self.sequence,
             self.record_hash,
             self.log_time_ms,
+            self.resumed_ms,
             sorted(self.inputs.items()),
         )
         add(self.settings.SerializeToString(deterministic=True), self.expired_through_day)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
-from billing import chain
+from billing import chain, completeness
 from billing.command_step import apply_command
 from billing.limits import (
     BATCH_BYTES_MAX,
@@ -91,6 +91,9 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
         partition=state.partition,
         writer=writer,
     )
+    if log_time_ms - state.log_time_ms > completeness.PAUSE_MS:
+        state.resumed_ms = log_time_ms
+    record.resumed_ms = state.resumed_ms
     forwards: list[Forward] = []
     match source:
         case UsageInput():
@@ -101,6 +104,8 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
             _command(state, source, record, keys.command_key)
         case TickInput():
             _tick(state, source, record)
+    if completeness.is_due(state, log_time_ms):
+        completeness.look(state, record)
     due = state.due_windows(log_time_ms)
     if due:
         record.released.extend(window_key(key, state.windows[key].opened_sequence) for key in due)

@@ -27,7 +27,7 @@ from billing.limits import (
 )
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
-from billing.sequences import ProducerSequences
+from billing.sequences import ProducerSequences, is_numbered
 from billing.state import DAY_MS, LedgerState
 from billing.terms_step import rate_by_terms
 from billing.v1.ledger_pb2 import (
@@ -472,7 +472,7 @@ def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, record: Led
     record.usage.dropped.extend(work.dropped)
     record.usage.duplicates = work.duplicates
     record.usage.conflicts = work.conflicts
-    released = _mark(state, batch, record) if batch.producer_id else set()
+    released = _mark(state, batch, record) if is_numbered(batch) else set()
     work.judge(record)
     for tenant_id in sorted(released - work.evidence.keys()):
         account = state.accounts[tenant_id]
@@ -485,7 +485,7 @@ def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> set[st
     producer = state.producers.get(batch.producer_id)
     if producer is None:
         producer = state.producers[batch.producer_id] = ProducerSequences(batch.producer_id)
-    producer.take(batch.first_sequence, len(batch.events), batch.highest_sequence, record.log_time_ms)
+    producer.take(batch.first_sequence, len(batch.events), batch.highest_sequence, record.log_time_ms, closed=batch.closed)
     record.producers.append(producer.to_mark())
     gone = state.leases.settle(batch.producer_id, producer.covered, state.accounts, RELEASED_LEASES_MAX)
     record.leases.extend(lease.to_lease(state.generation, record.sequence) for lease in gone)

@@ -5,7 +5,9 @@ then leaves the journal. It goes out again when Kafka refuses it, when Kafka sho
 generation changes, and when the ledger does not cover it in time. Memory is bounded: events are read from the journal a batch
 at a time, and no more than `in_flight_bytes_max` wait for Kafka's word; Kafka away for a day costs disk, nothing else.
 
-Each partition's batches and heartbeats carry the highest number assigned there, so that a tail that never arrives shows.
+Each partition's batches and heartbeats carry the highest number assigned there, so that a tail that never arrives shows. Where
+nothing was ever numbered, no heartbeat is due, but in the partition of the producer's own name: there its silence is noticed.
+Who closes with nothing left to send says so.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from functools import partial
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from billing.identity import partition_of
 from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, SCHEMA_VERSION
 from billing.v1.account_pb2 import Progress
 from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
@@ -88,6 +91,7 @@ class Publisher:
         self._deliveries = [Delivery.begin(p, journal.freed_sequence(p)) for p in range(settings.partitions)]
         self._progress: dict[int, Progress] = {}
         self._progress_lock = threading.Lock()
+        self._home = partition_of(journal.producer_id, settings.partitions)
         self._key_prefix = f"producer/{journal.producer_id}/".encode()
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -169,12 +173,22 @@ class Publisher:
                     self._await_progress()
                     is_first = False
                 self._publish(producer)
+                if not self._abandoned.is_set() and self._is_done():
+                    self._say_goodbye(producer)
                 self._discard(producer)
             except Exception:
                 # Ending here would leave usage unpublished for as long as the process lives.
                 self._counts["faults"] += 1
                 logger.exception("topic %s: publishing failed; beginning again", self.settings.topic)
                 self._abandoned.wait(_RETRY_S)
+
+    def _say_goodbye(self, producer: Producer) -> None:
+        """Everything is acknowledged: silence from now on is no alarm. Where Kafka does not hear it, it will be one."""
+        for delivery in self._deliveries:
+            highest = self._journal.highest_sequence(delivery.partition)
+            if highest or delivery.partition == self._home:
+                self._send(producer, delivery, UsageBatch(highest_sequence=highest, closed=True), b"", 0, time.monotonic())
+        producer.flush(_METADATA_TIMEOUT_S)
 
     def _discard(self, producer: Producer) -> None:
         """Everything that this producer has not delivered is sent anew by the next one."""
@@ -275,8 +289,7 @@ class Publisher:
                 return linger_s - lingered_s
             if not self._send_batch(producer, delivery, highest, now):
                 return _POLL_S
-        if not highest:
-            # Nothing was ever numbered here, so no heartbeat is due, now or later.
+        if not highest and delivery.partition != self._home:
             return _IDLE_S
         if now - delivery.sent_at >= self.settings.heartbeat_s:
             if not self._send(producer, delivery, UsageBatch(highest_sequence=highest), b"", 0, now):

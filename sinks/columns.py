@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from billing.amounts import from_amount
 from billing.limits import REJECTED_PAYLOAD_BYTES_MAX, TIME_MS_MAX
 from billing.price_checks import PRICE_FIELDS
+from billing.sequences import first_number
 from billing.v1.account_pb2 import AccountStatus, BillingMode, KeyScope
 from billing.v1.alert_pb2 import AlertRule, Severity
 from billing.v1.command_pb2 import Command, PriceBook
@@ -140,8 +141,7 @@ class _Usage:
             return
         costs: Sequence[int] = usage.cost_pico_low
         if usage.cost_pico_high:
-            pairs = zip(usage.cost_pico_high, usage.cost_pico_low, strict=True)
-            costs = [high << 64 | low for high, low in pairs]
+            costs = [high << 64 | low for high, low in zip(usage.cost_pico_high, usage.cost_pico_low, strict=True)]
         versions: Sequence[int] = usage.price_versions
         if len(versions) == 1:
             versions = array("I", versions) * count
@@ -156,7 +156,7 @@ class _Usage:
         self.cost_pico += costs
         self.price_versions.extend(versions)
         self.producer_ids.repeat(batch.producer_id, count)
-        first = batch.first_sequence
+        first = first_number(batch)
         self.producer_sequences.extend([first + index for index in indexes] if first else array("Q", bytes(8 * count)))
         self.accepted_ms += array("q", [record.log_time_ms]) * count
         self.partitions += array("I", [record.partition]) * count
@@ -170,12 +170,12 @@ class _Usage:
         kept: list[Dropped] = [entry for entry in usage.dropped if entry.reason in _KEEP_PAYLOAD]
         if not kept:
             return
+        first = first_number(batch)
         raw = RawUsageBatch.FromString(usage.batch).events
         offset = next((entry.offset for entry in accepted.record.inputs if entry.topic == usage_topic), NO_OFFSET)
         for entry in kept:
-            event = batch.events[entry.index]
-            payload = raw[entry.index]
-            number = batch.first_sequence + entry.index if batch.first_sequence else 0
+            event, payload = batch.events[entry.index], raw[entry.index]
+            number = first + entry.index if first else 0
             self.rejected.append(
                 (
                     *_position(accepted),

@@ -11,7 +11,7 @@ names is removed.
 In embedded mode, where the broker forgets everything with a restart, the store also keeps the stored bytes of records that the
 sink has not confirmed, so that the sink can be fed the missing tail from here.
 
-Keys, by their first byte: m place, h head (log time, inputs, expiry), f founding record's settings, p price books, w open
+Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
 windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, q
 quantities of periods, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records
 (by sequence).
@@ -190,6 +190,7 @@ class LocalStore:
         state.sequence = self.place.position.sequence
         state.record_hash = self.place.record_hash
         state.log_time_ms = head.log_time_ms
+        state.resumed_ms = head.resumed_ms
         state.inputs = {position.topic: position.offset for position in head.inputs}
         state.expired_through_day = head.tick.expired_through_day
         state.settings = Founding.FromString(self._get(b"f"))
@@ -269,6 +270,7 @@ class LocalStore:
         )
         head = LedgerRecord(
             log_time_ms=last.record.log_time_ms,
+            resumed_ms=last.record.resumed_ms,
             inputs=last.record.inputs,
             tick=Tick(expired_through_day=self._expired_through_day),
         )

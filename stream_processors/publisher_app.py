@@ -23,6 +23,7 @@ from faust.types import TP
 from billing import chain
 from billing.chain import Chain
 from billing.v1.account_pb2 import AccountUpdate, LedgerPosition, LedgerTick, Progress
+from billing.v1.alert_pb2 import Alert
 from billing.v1.ledger_pb2 import (
     DROP_REASON_CONFLICT,
     DROP_REASON_INVALID,
@@ -84,11 +85,17 @@ def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
             partition=partition, producer_id=mark.producer_id, covered_sequence=mark.covered_sequence, position=version
         )
         batch.states[topics.progress, f"producer/{mark.producer_id}/{partition}"] = progress.SerializeToString()
-    batch.notices.extend((topics.alerts, alert.tenant_id, alert.SerializeToString()) for alert in record.alerts)
+    batch.notices.extend((topics.alerts, _alert_key(alert), alert.SerializeToString()) for alert in record.alerts)
     batch.notices.extend(
         (topics.rejected, f"{version.generation.hex()}/{version.sequence}/{rejected.index}", rejected.SerializeToString())
         for rejected in _rejected_of(record, topics, version)
     )
+
+
+def _alert_key(alert: Alert) -> str:
+    """Whom it is about: a tenant, or a producer, or the system."""
+    producer_id = alert.labels.get("producer_id", "")
+    return alert.tenant_id or (f"producer/{producer_id}" if producer_id else "")
 
 
 def _rejected_of(record: LedgerRecord, topics: TopicNames, version: LedgerPosition) -> list[RejectedInput]:

@@ -30,6 +30,7 @@ from confluent_kafka.admin import (
 
 from billing import replay
 from billing.chain import Chain, UnreadableRecord
+from billing.completeness import missing_grace_ms, silence_ms
 from billing.founding import GENERATION_BYTES, LedgerSettings, found, found_again
 from billing.state import LedgerState
 from billing.v1.ledger_pb2 import Founding, LedgerRecord
@@ -292,6 +293,8 @@ def _settings_of(given: LedgerSettings, founding: Founding) -> LedgerSettings:
         future_alert_ms=founding.future_alert_ms,
         future_reject_ms=founding.future_reject_ms,
         alert_cooldown_ms=founding.alert_cooldown_ms,
+        missing_grace_ms=missing_grace_ms(founding),
+        silence_ms=silence_ms(founding),
         default_currency=founding.default_currency,
         default_prompt_tokens_max=founding.default_plan.prompt_tokens_max,
         default_burst_tokens_floor=founding.default_plan.burst_tokens_floor,

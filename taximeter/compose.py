@@ -245,6 +245,8 @@ def apply_settings(config: Config, *, embedded: bool) -> ApplySettings:
             future_alert_ms=ledger.future_alert_minutes * minute_ms,
             future_reject_ms=ledger.future_reject_minutes * minute_ms,
             alert_cooldown_ms=ledger.alert_cooldown_minutes * minute_ms,
+            missing_grace_ms=ledger.missing_grace_seconds * 1_000,
+            silence_ms=ledger.producer_silence_seconds * 1_000,
             default_currency=ledger.currency,
         ),
         seal_key=read_secret(ledger, "seal_key", needed_for="founding a ledger"),

@@ -98,6 +98,8 @@ class LedgerConfig(_Section):
     future_alert_minutes: Annotated[int, Field(ge=1)] = 5
     future_reject_minutes: Annotated[int, Field(ge=1)] = 1_440
     alert_cooldown_minutes: Annotated[int, Field(ge=0)] = 10
+    missing_grace_seconds: Annotated[int, Field(ge=1)] = 120
+    producer_silence_seconds: Annotated[int, Field(ge=1)] = 300
     # Where workers put snapshots of their state, so that a new disk need not replay the whole ledger: file:///folder,
     # s3://bucket/prefix, gs://…, az://…; empty: nowhere. Credentials come from the environment, as the cloud's tools take them.
     snapshot_url: Annotated[str, Field(pattern=r"^$|^[a-z0-9]+://[^@]*$")] = ""

@@ -69,6 +69,7 @@ class LedgerRecord(_message.Message):
     PARTITION_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
+    RESUMED_MS_FIELD_NUMBER: _builtins.int
     FOUNDING_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     COMMAND_FIELD_NUMBER: _builtins.int
@@ -95,6 +96,8 @@ class LedgerRecord(_message.Message):
     partition: _builtins.int
     writer: _builtins.str
     """Who wrote it: host, process and start, for people who look at a zombie."""
+    resumed_ms: _builtins.int
+    """Log time of the first record after the ledger last stood still: what producers said meanwhile came after it."""
     seal: _builtins.bytes
     """HMAC-SHA256 under the installation's ledger key, over SHA-256 of the stored bytes before this field."""
     @_builtins.property
@@ -144,6 +147,7 @@ class LedgerRecord(_message.Message):
         partition: _builtins.int = ...,
         writer: _builtins.str = ...,
         inputs: _abc.Iterable[Global___InputPosition] | None = ...,
+        resumed_ms: _builtins.int = ...,
         founding: Global___Founding | None = ...,
         usage: Global___UsageApplied | None = ...,
         command: Global___CommandApplied | None = ...,
@@ -161,7 +165,7 @@ class LedgerRecord(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "command", b"command", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "keys", b"keys", "leases", b"leases", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "command", b"command", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "keys", b"keys", "leases", b"leases", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -208,6 +212,8 @@ class Founding(_message.Message):
     DEFAULT_PLAN_FIELD_NUMBER: _builtins.int
     DEFAULT_CURRENCY_FIELD_NUMBER: _builtins.int
     PRICE_BOOKS_FIELD_NUMBER: _builtins.int
+    MISSING_GRACE_MS_FIELD_NUMBER: _builtins.int
+    SILENCE_MS_FIELD_NUMBER: _builtins.int
     partitions: _builtins.int
     dedupe_key: _builtins.bytes
     """32 random bytes: the key of the dedupe hash."""
@@ -223,6 +229,9 @@ class Founding(_message.Message):
     predecessor_hash: _builtins.bytes
     default_currency: _builtins.str
     """Of a tenant that nobody has created."""
+    missing_grace_ms: _builtins.int
+    """How long a number may be missing, and a producer silent, before an alert says so; 0: this version's own bounds."""
+    silence_ms: _builtins.int
     @_builtins.property
     def predecessor(self) -> _account_pb2.LedgerPosition:
         """When this generation carries on the local state of one whose log is gone: where that one ended."""
@@ -251,10 +260,12 @@ class Founding(_message.Message):
         default_plan: _account_pb2.Plan | None = ...,
         default_currency: _builtins.str = ...,
         price_books: _abc.Iterable[_command_pb2.PriceBook] | None = ...,
+        missing_grace_ms: _builtins.int = ...,
+        silence_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_plan", b"default_plan", "predecessor", b"predecessor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_cooldown_ms", b"alert_cooldown_ms", "dedupe_horizon_ms", b"dedupe_horizon_ms", "dedupe_key", b"dedupe_key", "default_currency", b"default_currency", "default_plan", b"default_plan", "founded_ms", b"founded_ms", "future_alert_ms", b"future_alert_ms", "future_reject_ms", b"future_reject_ms", "partitions", b"partitions", "predecessor", b"predecessor", "predecessor_hash", b"predecessor_hash", "price_books", b"price_books", "window_lateness_ms", b"window_lateness_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_cooldown_ms", b"alert_cooldown_ms", "dedupe_horizon_ms", b"dedupe_horizon_ms", "dedupe_key", b"dedupe_key", "default_currency", b"default_currency", "default_plan", b"default_plan", "founded_ms", b"founded_ms", "future_alert_ms", b"future_alert_ms", "future_reject_ms", b"future_reject_ms", "missing_grace_ms", b"missing_grace_ms", "partitions", b"partitions", "predecessor", b"predecessor", "predecessor_hash", b"predecessor_hash", "price_books", b"price_books", "silence_ms", b"silence_ms", "window_lateness_ms", b"window_lateness_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -712,13 +723,33 @@ class ProducerMark(_message.Message):
     HIGHEST_SEQUENCE_FIELD_NUMBER: _builtins.int
     SEEN_MS_FIELD_NUMBER: _builtins.int
     MISSING_SINCE_MS_FIELD_NUMBER: _builtins.int
+    TAIL_SINCE_MS_FIELD_NUMBER: _builtins.int
+    HEARTBEATS_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    RETIRED_THROUGH_FIELD_NUMBER: _builtins.int
+    ALERTED_THROUGH_FIELD_NUMBER: _builtins.int
+    ALERTED_MS_FIELD_NUMBER: _builtins.int
+    SILENT_MS_FIELD_NUMBER: _builtins.int
     producer_id: _builtins.str
     covered_sequence: _builtins.int
     """Every sequence number up to and including this one is in the ledger."""
     highest_sequence: _builtins.int
     seen_ms: _builtins.int
     missing_since_ms: _builtins.int
-    """Since when (log time) something is missing; 0 when nothing is."""
+    """Since when (log time) something is missing, or under way; 0 when nothing is."""
+    tail_since_ms: _builtins.int
+    """Since when nothing came of what was announced beyond the last known number; 0: all of it is there."""
+    heartbeats: _builtins.bool
+    """It sends heartbeats."""
+    closed: _builtins.bool
+    """Its last message said that it ends."""
+    retired_through: _builtins.int
+    """An operator gave up what was missing up to this number."""
+    alerted_through: _builtins.int
+    """What is missing up to this number was told, and when last; 0: nothing is."""
+    alerted_ms: _builtins.int
+    silent_ms: _builtins.int
+    """When its silence was told; 0: it is not silent."""
     @_builtins.property
     def beyond(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceRange]:
         """Ranges beyond it that are in the ledger too; what lies between is missing."""
@@ -732,10 +763,17 @@ class ProducerMark(_message.Message):
         highest_sequence: _builtins.int = ...,
         seen_ms: _builtins.int = ...,
         missing_since_ms: _builtins.int = ...,
+        tail_since_ms: _builtins.int = ...,
+        heartbeats: _builtins.bool = ...,
+        closed: _builtins.bool = ...,
+        retired_through: _builtins.int = ...,
+        alerted_through: _builtins.int = ...,
+        alerted_ms: _builtins.int = ...,
+        silent_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beyond", b"beyond", "covered_sequence", b"covered_sequence", "highest_sequence", b"highest_sequence", "missing_since_ms", b"missing_since_ms", "producer_id", b"producer_id", "seen_ms", b"seen_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alerted_ms", b"alerted_ms", "alerted_through", b"alerted_through", "beyond", b"beyond", "closed", b"closed", "covered_sequence", b"covered_sequence", "heartbeats", b"heartbeats", "highest_sequence", b"highest_sequence", "missing_since_ms", b"missing_since_ms", "producer_id", b"producer_id", "retired_through", b"retired_through", "seen_ms", b"seen_ms", "silent_ms", b"silent_ms", "tail_since_ms", b"tail_since_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -747,17 +785,21 @@ class SequenceRange(_message.Message):
 
     FIRST_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    SINCE_MS_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     last: _builtins.int
+    since_ms: _builtins.int
+    """Since when (log time) the numbers before it are missing."""
     def __init__(
         self,
         *,
         first: _builtins.int = ...,
         last: _builtins.int = ...,
+        since_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last", "since_ms", b"since_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

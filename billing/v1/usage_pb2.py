@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62illing/v1/usage.proto\x12\nbilling.v1\"\xa6\x01\n\nUsageBatch\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x13\n\x0bproducer_id\x18\x02 \x01(\t\x12\x16\n\x0e\x66irst_sequence\x18\x03 \x01(\x04\x12\x18\n\x10highest_sequence\x18\x04 \x01(\x04\x12&\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x16.billing.v1.UsageEvent\x12\x11\n\tforwarded\x18\x06 \x01(\x08\"\x1f\n\rRawUsageBatch\x12\x0e\n\x06\x65vents\x18\x05 \x03(\x0c\"\xa7\x07\n\nUsageEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x12\n\nproject_id\x18\x03 \x01(\t\x12\x0f\n\x07user_id\x18\x04 \x01(\t\x12\x12\n\napi_key_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12(\n\toperation\x18\x07 \x01(\x0e\x32\x15.billing.v1.Operation\x12/\n\rservice_class\x18\x08 \x01(\x0e\x32\x18.billing.v1.ServiceClass\x12$\n\x07outcome\x18\t \x01(\x0e\x32\x13.billing.v1.Outcome\x12-\n\x0c\x63ount_source\x18\n \x01(\x0e\x32\x17.billing.v1.CountSource\x12\x12\n\nstarted_ms\x18\x0b \x01(\x03\x12\x10\n\x08\x65nded_ms\x18\x0c \x01(\x03\x12\x1d\n\x15uncached_input_tokens\x18\r \x01(\x04\x12\x15\n\routput_tokens\x18\x0e \x01(\x04\x12\x19\n\x11\x63\x61\x63he_read_tokens\x18\x0f \x01(\x04\x12\x1a\n\x12\x63\x61\x63he_write_tokens\x18\x10 \x01(\x04\x12\x18\n\x10reasoning_tokens\x18\x11 \x01(\x04\x12\x1a\n\x12image_input_tokens\x18\x12 \x01(\x04\x12\x1a\n\x12\x61udio_input_tokens\x18\x13 \x01(\x04\x12\x1b\n\x13\x61udio_output_tokens\x18\x14 \x01(\x04\x12\'\n\x05units\x18\x15 \x03(\x0b\x32\x18.billing.v1.UnitQuantity\x12\x11\n\ttokenizer\x18\x16 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x17 \x01(\x04\x12\x1e\n\x16time_to_first_token_ms\x18\x18 \x01(\r\x12\x12\n\nlatency_ms\x18\x19 \x01(\r\x12\x11\n\tserver_id\x18\x1a \x01(\t\x12\x0e\n\x06region\x18\x1b \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x1c \x01(\t\x12\x31\n\x0erefusal_reason\x18\x1d \x01(\x0e\x32\x19.billing.v1.RefusalReason\x12\x10\n\x08\x62\x61\x63kfill\x18\x1e \x01(\x08\x12:\n\nattributes\x18\x1f \x03(\x0b\x32&.billing.v1.UsageEvent.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\x0cUnitQuantity\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x10\n\x08quantity\x18\x02 \x01(\x04*\x8f\x02\n\tOperation\x12\x19\n\x15OPERATION_UNSPECIFIED\x10\x00\x12\x16\n\x12OPERATION_GENERATE\x10\x01\x12\x12\n\x0eOPERATION_CHAT\x10\x02\x12\x18\n\x14OPERATION_EMBEDDINGS\x10\x03\x12\x1c\n\x18OPERATION_CLASSIFICATION\x10\x04\x12\x11\n\rOPERATION_OCR\x10\x05\x12\x1c\n\x18OPERATION_SPEECH_TO_TEXT\x10\x06\x12\x1c\n\x18OPERATION_TEXT_TO_SPEECH\x10\x07\x12\x1b\n\x17OPERATION_TEXT_TO_IMAGE\x10\x08\x12\x17\n\x13OPERATION_BATCH_JOB\x10\t*~\n\x0cServiceClass\x12\x1d\n\x19SERVICE_CLASS_UNSPECIFIED\x10\x00\x12\x1a\n\x16SERVICE_CLASS_STANDARD\x10\x01\x12\x1a\n\x16SERVICE_CLASS_PRIORITY\x10\x02\x12\x17\n\x13SERVICE_CLASS_BATCH\x10\x03*\xf3\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_COMPLETED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x1d\n\x19OUTCOME_DEADLINE_EXCEEDED\x10\x03\x12\x19\n\x15OUTCOME_BACKEND_ERROR\x10\x04\x12!\n\x1dOUTCOME_BACKEND_ERROR_PARTIAL\x10\x05\x12\x14\n\x10OUTCOME_REJECTED\x10\x06\x12\x15\n\x11OUTCOME_TRUNCATED\x10\x07\x12\x17\n\x13OUTCOME_INTERRUPTED\x10\x08*|\n\x0b\x43ountSource\x12\x1c\n\x18\x43OUNT_SOURCE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43OUNT_SOURCE_BACKEND\x10\x01\x12\x1a\n\x16\x43OUNT_SOURCE_TOKENIZER\x10\x02\x12\x19\n\x15\x43OUNT_SOURCE_ESTIMATE\x10\x03*\xd9\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12REFUSAL_REASON_KEY\x10\x01\x12#\n\x1fREFUSAL_REASON_PROMPT_TOO_LARGE\x10\x02\x12\x17\n\x13REFUSAL_REASON_RATE\x10\x03\x12\x1a\n\x16REFUSAL_REASON_BALANCE\x10\x04\x12\x18\n\x14REFUSAL_REASON_MODEL\x10\x05\x12\x1c\n\x18REFUSAL_REASON_SUSPENDED\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62illing/v1/usage.proto\x12\nbilling.v1\"\xb6\x01\n\nUsageBatch\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x13\n\x0bproducer_id\x18\x02 \x01(\t\x12\x16\n\x0e\x66irst_sequence\x18\x03 \x01(\x04\x12\x18\n\x10highest_sequence\x18\x04 \x01(\x04\x12&\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x16.billing.v1.UsageEvent\x12\x11\n\tforwarded\x18\x06 \x01(\x08\x12\x0e\n\x06\x63losed\x18\x07 \x01(\x08\"\x1f\n\rRawUsageBatch\x12\x0e\n\x06\x65vents\x18\x05 \x03(\x0c\"\xa7\x07\n\nUsageEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x12\n\nproject_id\x18\x03 \x01(\t\x12\x0f\n\x07user_id\x18\x04 \x01(\t\x12\x12\n\napi_key_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12(\n\toperation\x18\x07 \x01(\x0e\x32\x15.billing.v1.Operation\x12/\n\rservice_class\x18\x08 \x01(\x0e\x32\x18.billing.v1.ServiceClass\x12$\n\x07outcome\x18\t \x01(\x0e\x32\x13.billing.v1.Outcome\x12-\n\x0c\x63ount_source\x18\n \x01(\x0e\x32\x17.billing.v1.CountSource\x12\x12\n\nstarted_ms\x18\x0b \x01(\x03\x12\x10\n\x08\x65nded_ms\x18\x0c \x01(\x03\x12\x1d\n\x15uncached_input_tokens\x18\r \x01(\x04\x12\x15\n\routput_tokens\x18\x0e \x01(\x04\x12\x19\n\x11\x63\x61\x63he_read_tokens\x18\x0f \x01(\x04\x12\x1a\n\x12\x63\x61\x63he_write_tokens\x18\x10 \x01(\x04\x12\x18\n\x10reasoning_tokens\x18\x11 \x01(\x04\x12\x1a\n\x12image_input_tokens\x18\x12 \x01(\x04\x12\x1a\n\x12\x61udio_input_tokens\x18\x13 \x01(\x04\x12\x1b\n\x13\x61udio_output_tokens\x18\x14 \x01(\x04\x12\'\n\x05units\x18\x15 \x03(\x0b\x32\x18.billing.v1.UnitQuantity\x12\x11\n\ttokenizer\x18\x16 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x17 \x01(\x04\x12\x1e\n\x16time_to_first_token_ms\x18\x18 \x01(\r\x12\x12\n\nlatency_ms\x18\x19 \x01(\r\x12\x11\n\tserver_id\x18\x1a \x01(\t\x12\x0e\n\x06region\x18\x1b \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x1c \x01(\t\x12\x31\n\x0erefusal_reason\x18\x1d \x01(\x0e\x32\x19.billing.v1.RefusalReason\x12\x10\n\x08\x62\x61\x63kfill\x18\x1e \x01(\x08\x12:\n\nattributes\x18\x1f \x03(\x0b\x32&.billing.v1.UsageEvent.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\x0cUnitQuantity\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x10\n\x08quantity\x18\x02 \x01(\x04*\x8f\x02\n\tOperation\x12\x19\n\x15OPERATION_UNSPECIFIED\x10\x00\x12\x16\n\x12OPERATION_GENERATE\x10\x01\x12\x12\n\x0eOPERATION_CHAT\x10\x02\x12\x18\n\x14OPERATION_EMBEDDINGS\x10\x03\x12\x1c\n\x18OPERATION_CLASSIFICATION\x10\x04\x12\x11\n\rOPERATION_OCR\x10\x05\x12\x1c\n\x18OPERATION_SPEECH_TO_TEXT\x10\x06\x12\x1c\n\x18OPERATION_TEXT_TO_SPEECH\x10\x07\x12\x1b\n\x17OPERATION_TEXT_TO_IMAGE\x10\x08\x12\x17\n\x13OPERATION_BATCH_JOB\x10\t*~\n\x0cServiceClass\x12\x1d\n\x19SERVICE_CLASS_UNSPECIFIED\x10\x00\x12\x1a\n\x16SERVICE_CLASS_STANDARD\x10\x01\x12\x1a\n\x16SERVICE_CLASS_PRIORITY\x10\x02\x12\x17\n\x13SERVICE_CLASS_BATCH\x10\x03*\xf3\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_COMPLETED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x1d\n\x19OUTCOME_DEADLINE_EXCEEDED\x10\x03\x12\x19\n\x15OUTCOME_BACKEND_ERROR\x10\x04\x12!\n\x1dOUTCOME_BACKEND_ERROR_PARTIAL\x10\x05\x12\x14\n\x10OUTCOME_REJECTED\x10\x06\x12\x15\n\x11OUTCOME_TRUNCATED\x10\x07\x12\x17\n\x13OUTCOME_INTERRUPTED\x10\x08*|\n\x0b\x43ountSource\x12\x1c\n\x18\x43OUNT_SOURCE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43OUNT_SOURCE_BACKEND\x10\x01\x12\x1a\n\x16\x43OUNT_SOURCE_TOKENIZER\x10\x02\x12\x19\n\x15\x43OUNT_SOURCE_ESTIMATE\x10\x03*\xd9\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12REFUSAL_REASON_KEY\x10\x01\x12#\n\x1fREFUSAL_REASON_PROMPT_TOO_LARGE\x10\x02\x12\x17\n\x13REFUSAL_REASON_RATE\x10\x03\x12\x1a\n\x16REFUSAL_REASON_BALANCE\x10\x04\x12\x18\n\x14REFUSAL_REASON_MODEL\x10\x05\x12\x1c\n\x18REFUSAL_REASON_SUSPENDED\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,24 +33,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_USAGEEVENT_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_USAGEEVENT_ATTRIBUTESENTRY']._serialized_options = b'8\001'
-  _globals['_OPERATION']._serialized_start=1227
-  _globals['_OPERATION']._serialized_end=1498
-  _globals['_SERVICECLASS']._serialized_start=1500
-  _globals['_SERVICECLASS']._serialized_end=1626
-  _globals['_OUTCOME']._serialized_start=1629
-  _globals['_OUTCOME']._serialized_end=1872
-  _globals['_COUNTSOURCE']._serialized_start=1874
-  _globals['_COUNTSOURCE']._serialized_end=1998
-  _globals['_REFUSALREASON']._serialized_start=2001
-  _globals['_REFUSALREASON']._serialized_end=2218
+  _globals['_OPERATION']._serialized_start=1243
+  _globals['_OPERATION']._serialized_end=1514
+  _globals['_SERVICECLASS']._serialized_start=1516
+  _globals['_SERVICECLASS']._serialized_end=1642
+  _globals['_OUTCOME']._serialized_start=1645
+  _globals['_OUTCOME']._serialized_end=1888
+  _globals['_COUNTSOURCE']._serialized_start=1890
+  _globals['_COUNTSOURCE']._serialized_end=2014
+  _globals['_REFUSALREASON']._serialized_start=2017
+  _globals['_REFUSALREASON']._serialized_end=2234
   _globals['_USAGEBATCH']._serialized_start=39
-  _globals['_USAGEBATCH']._serialized_end=205
-  _globals['_RAWUSAGEBATCH']._serialized_start=207
-  _globals['_RAWUSAGEBATCH']._serialized_end=238
-  _globals['_USAGEEVENT']._serialized_start=241
-  _globals['_USAGEEVENT']._serialized_end=1176
-  _globals['_USAGEEVENT_ATTRIBUTESENTRY']._serialized_start=1127
-  _globals['_USAGEEVENT_ATTRIBUTESENTRY']._serialized_end=1176
-  _globals['_UNITQUANTITY']._serialized_start=1178
-  _globals['_UNITQUANTITY']._serialized_end=1224
+  _globals['_USAGEBATCH']._serialized_end=221
+  _globals['_RAWUSAGEBATCH']._serialized_start=223
+  _globals['_RAWUSAGEBATCH']._serialized_end=254
+  _globals['_USAGEEVENT']._serialized_start=257
+  _globals['_USAGEEVENT']._serialized_end=1192
+  _globals['_USAGEEVENT_ATTRIBUTESENTRY']._serialized_start=1143
+  _globals['_USAGEEVENT_ATTRIBUTESENTRY']._serialized_end=1192
+  _globals['_UNITQUANTITY']._serialized_start=1194
+  _globals['_UNITQUANTITY']._serialized_end=1240
 # @@protoc_insertion_point(module_scope)

@@ -164,6 +164,7 @@ class UsageBatch(_message.Message):
     HIGHEST_SEQUENCE_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     FORWARDED_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """The version of this contract that the writer speaks. A reader that does not know it sends the batch to `usage.rejected`."""
     producer_id: _builtins.str
@@ -174,6 +175,8 @@ class UsageBatch(_message.Message):
     """The highest sequence number that the producer has assigned in this partition so far: a tail that does not close is a loss."""
     forwarded: _builtins.bool
     """Set when a ledger worker found these events in the wrong partition and sent them on: it is done once, never twice."""
+    closed: _builtins.bool
+    """The producer ends, and has nothing left to send: its silence from now on is no alarm."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageEvent]: ...
     def __init__(
@@ -185,10 +188,11 @@ class UsageBatch(_message.Message):
         highest_sequence: _builtins.int = ...,
         events: _abc.Iterable[Global___UsageEvent] | None = ...,
         forwarded: _builtins.bool = ...,
+        closed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "first_sequence", b"first_sequence", "forwarded", b"forwarded", "highest_sequence", b"highest_sequence", "producer_id", b"producer_id", "schema_version", b"schema_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "events", b"events", "first_sequence", b"first_sequence", "forwarded", b"forwarded", "highest_sequence", b"highest_sequence", "producer_id", b"producer_id", "schema_version", b"schema_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

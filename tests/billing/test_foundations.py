@@ -58,14 +58,14 @@ def test_marks_know_exactly_what_came(batches: list[tuple[int, int]]) -> None:
         sequences = ProducerSequences.from_mark(sequences.to_mark())
     covered = next(n for n in range(1, 200) if n not in came) - 1
     assert sequences.covered == covered
-    missing = {n for first, last in sequences.missing() for n in range(first, last + 1)}
+    missing = {n for first, last, _ in sequences.missing() for n in range(first, last + 1)}
     assert missing == set(range(1, max(came, default=0) + 1)) - came
 
 
 def test_a_tail_that_does_not_close_is_missing_until_it_does() -> None:
     sequences = ProducerSequences("p")
     sequences.take(1, 5, 8, log_time_ms=10)
-    assert (sequences.missing(), sequences.missing_since_ms) == ([(6, 8)], 10)
+    assert (sequences.missing(), sequences.missing_since_ms) == ([(6, 8, 10)], 10)
     sequences.take(6, 3, 8, log_time_ms=20)
     assert (sequences.missing(), sequences.missing_since_ms) == ([], 0)
 

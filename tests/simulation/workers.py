@@ -42,7 +42,15 @@ _REBALANCE_TIMEOUT_S = 6.0
 
 
 def ledger_settings(partitions: int) -> LedgerSettings:
-    return LedgerSettings(partitions=partitions, dedupe_key=b"k" * 32, window_lateness_ms=20_000, alert_cooldown_ms=5_000)
+    return LedgerSettings(
+        partitions=partitions,
+        dedupe_key=b"k" * 32,
+        window_lateness_ms=20_000,
+        alert_cooldown_ms=5_000,
+        # Short, so that faults do raise it and healing resolves it.
+        missing_grace_ms=6_000,
+        silence_ms=30_000,
+    )
 
 
 class _Stream:

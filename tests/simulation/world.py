@@ -24,7 +24,7 @@ from billing.chain import Chain
 from billing.identity import partition_of
 from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.account_pb2 import AccountUpdate
-from billing.v1.alert_pb2 import Alert
+from billing.v1.alert_pb2 import ALERT_RULE_MISSING_SEQUENCE, Alert
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.rejected_pb2 import RejectedInput
 from billing.v1.usage_pb2 import UsageEvent
@@ -416,6 +416,8 @@ class World:
             hosts = [m.worker.ledger.hosts.get(partition) for m in self.machines if m.worker and m.worker.ledger]
             if not any(host is not None and host.state.sequence == known.sequence and not host.in_flight for host in hosts):
                 return f"no host stands at {known.sequence} of partition {partition}"
+            if any(producer.alerted_through for producer in known.state.producers.values()):
+                return f"an alert about missing numbers in partition {partition} is not resolved"
         return ""
 
     def _published(self, partition: int) -> int:
@@ -449,6 +451,23 @@ class World:
             self._judge_readers(known.partition)
             self._judge_published(known.partition)
             self._judge_sink(known.partition)
+            self._judge_completeness(known.partition)
+
+    def _judge_completeness(self, partition: int) -> None:
+        """Every journal is free: no number is missing, and whatever an alert called missing was told to have come."""
+        known = self.truth.partitions[partition]
+        told: dict[str, str] = {}
+        for _, value in self.broker.log(TOPICS.alerts, partition):
+            alert = Alert.FromString(value)
+            if alert.rule == ALERT_RULE_MISSING_SEQUENCE:
+                told[alert.labels["producer_id"]] = alert.labels["state"]
+        for producer_id, state in told.items():
+            self.note(f"missing sequence told, then {state}")
+            if state != "closed":
+                self.loop.fail(f"partition {partition}: {producer_id} is told to be missing something, and everything is there")
+        for producer in known.state.producers.values():
+            if producer.missing():
+                self.loop.fail(f"partition {partition}: {producer.producer_id} lacks {producer.missing()}; its journal is free")
 
     def _judge_sums(self, partition: int) -> None:
         known = self.truth.partitions[partition]
