@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["MODULES", "Fault", "all_faults"]
 
 # Where faults are found, in the order of the table.
-MODULES = ("tests.chaos.kills",)
+MODULES = ("tests.chaos.kills", "tests.chaos.zombies")
 
 
 class Fault(ABC):

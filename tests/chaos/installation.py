@@ -25,7 +25,7 @@ from stream_processors import topics
 from taximeter import compose
 from taximeter.commanding import Commander
 from taximeter.config import Config, load
-from taximeter.embedded.process import Child, free_port
+from taximeter.embedded.process import Child, ChildError, free_port
 from taximeter.price_files import read_price_book
 from tests.chaos.load import EventLoad
 from tests.services.clickhouse import ClickHouseServer
@@ -46,6 +46,7 @@ PRICES_PICO: Final = {
 PRICE_BOOK: Final = Path(__file__).with_name("prices.toml")
 _READY_TIMEOUT_S: Final = 90.0
 _STOP_GRACE_S: Final = 15.0
+_START_ATTEMPTS: Final = 4
 
 
 class Part:
@@ -140,6 +141,7 @@ class Installation(ABC):
     def reader(self) -> Reader:
         """Answers queries about the database. The caller closes it."""
 
+    services: ClassVar[tuple[str, ...]] = ("kafka", "clickhouse")
     # The log starts anew when the broker is killed, so that it is read from its beginning each time.
     forgets: ClassVar[bool] = False
 
@@ -158,11 +160,27 @@ class Installation(ABC):
     def restart_dead(self) -> list[str]:
         """What a supervisor would do: start again whatever has ended; the names."""
         dead = [name for name, part in self.parts.items() if not part.alive]
+        # What others stand on comes first, and must be ready before them.
+        others = [name for name in dead if not name.startswith(self.services)]
         for name in dead:
+            if name not in others:
+                self.parts[name].start()
+        for name in others:
             self.parts[name].launch()
-        for name in dead:
-            self.parts[name].start()
+        for name in others:
+            self._start_patiently(self.parts[name])
         return dead
+
+    def _start_patiently(self, part: Part) -> None:
+        """A part may give up while what it needs is coming back: a supervisor starts it again."""
+        for attempt in range(_START_ATTEMPTS):
+            try:
+                part.start()
+            except ChildError:
+                if attempt + 1 == _START_ATTEMPTS:
+                    raise
+            else:
+                return
 
     def producer(self) -> Part:
         """The producer's process, not started."""

@@ -156,3 +156,88 @@ class KillProducer(_AtRandom):
         self.world.wait(lambda: not self.world.installation.load.connected, 5.0, "the end of the producer's connection")
         unknown = self.world.unknown()
         return f"{unknown} requests without an answer" if unknown else ""
+
+
+class KillSink(_AtRandom):
+    name = "kill-sink"
+
+    def victim(self) -> str:
+        return "sink"
+
+    def look_at_window(self) -> str:
+        return "sink dead, the ledger ahead of the database" if self.world.database_behind() else ""
+
+
+class _Service(_Kafka):
+    """Something that the product stands on is killed, and comes back with what it had on disk."""
+
+    nightly = 10
+    checks = "I1, I3, I9"
+    service: ClassVar[str]
+    hold_s = (0.2, 2.0)
+
+    def inject(self) -> None:
+        time.sleep(self.draw.uniform(0.0, 0.6))
+        self.part(self.service).kill9()
+        self._before = self.world.acknowledged()
+
+    def heal(self) -> None:
+        self._during = self.world.acknowledged() - self._before
+        super().heal()
+
+    def evidence(self) -> str:
+        return f"{self._during} acknowledged while {self.service} was dead" if self._during else ""
+
+
+class KillKafka(_Service):
+    name = "kill-kafka"
+    service = "kafka"
+    heal_timeout_s = 90.0
+
+
+class KillClickHouse(_Service):
+    name = "kill-clickhouse"
+    service = "clickhouse"
+    heal_timeout_s = 90.0
+
+
+class KillClickHouseBetweenInserts(_Service):
+    """The server dies when some tables of a batch are inserted and others are not; the sink lives."""
+
+    name = "kill-clickhouse-between-inserts"
+    service = "clickhouse"
+    heal_timeout_s = 90.0
+
+    def inject(self) -> None:
+        sink = self.part("sink")
+        before = len(sink.marks())
+        sink.arm("between-inserts", after=self.draw.randrange(6), action="stop")
+        self.world.wait(lambda: sink.stopped_by_itself, _ARMED_TIMEOUT_S, "a stop between inserts")
+        self.part(self.service).kill9()
+        self._before = self.world.acknowledged()
+        self._mark = sink.marks()[before]
+        sink.resume()
+
+    def evidence(self) -> str:
+        return f"the server died between inserts: {self._mark}"
+
+
+class KillEverything(_Kafka):
+    """Broker, database, workers, sink and producer, in any order, within a moment."""
+
+    name = "kill-everything"
+    checks = "I1-I4, I9"
+    nightly = 10
+    heal_timeout_s = 90.0
+
+    def inject(self) -> None:
+        names = list(self.world.installation.parts)
+        self.draw.shuffle(names)
+        time.sleep(self.draw.uniform(0.0, 0.6))
+        self._behind = self.world.behind()
+        for name in names:
+            self.part(name).kill9()
+
+    def evidence(self) -> str:
+        unknown = self.world.unknown()
+        return f"{self._behind} acknowledged and not in the ledger, {unknown} unknown" if self._behind or unknown else ""

@@ -51,6 +51,8 @@ class Trial:
     doubled: int = 0
     wrong: int = 0
     unsettled: int = 0
+    # Parts that ended after the healing, by themselves, and were started again.
+    restarted: list[str] = field(default_factory=list)
     evidence: str = ""
     findings: list[str] = field(default_factory=list)
     error: str = ""
@@ -94,6 +96,11 @@ class World:
         told = {receipt.request_id for receipt in list(self.history.receipts) if receipt.outcome is Outcome.OK}
         self.wait(self.look, 30.0, "a look at the ledger")
         return len(told - self.ledger.charged.keys())
+
+    def database_behind(self) -> bool:
+        """Whether the ledger, read now, has records that the database does not show yet."""
+        self.wait(self.look, 30.0, "a look at the ledger")
+        return not self._caught_up()
 
     def look(self) -> bool:
         """Read the ledger to its end; False when it cannot be read just now."""
@@ -160,10 +167,14 @@ class World:
         finally:
             fault.heal()
         acknowledged = load.acknowledged
-        self.wait(lambda: load.acknowledged > acknowledged + _WARM_EVENTS // 2, _START_TIMEOUT_S, "usage after healing")
+        self.wait(
+            lambda: self._supervised(trial) and load.acknowledged > acknowledged + _WARM_EVENTS // 2,
+            _START_TIMEOUT_S,
+            "usage after healing",
+        )
         healing = time.monotonic()
         load.end()
-        settled = self._settle(history, kind.heal_timeout_s)
+        settled = self._settle(trial, history, kind.heal_timeout_s)
         trial.healed_in_s = round(time.monotonic() - healing, 2)
         self.records = self.ledger.take()
         charges = [charge for seen in self.records for charge in seen.charges]
@@ -175,16 +186,21 @@ class World:
         trial.evidence = fault.evidence()
         trial.findings += fault.violations()
 
-    def _settle(self, history: History, timeout_s: float) -> set[str]:
+    def _supervised(self, trial: Trial) -> bool:
+        """What a supervisor does all the time: start again what ended."""
+        trial.restarted += self.installation.restart_dead()
+        return True
+
+    def _settle(self, trial: Trial, history: History, timeout_s: float) -> set[str]:
         """Wait until everything that any journal holds is in ledger and database; then an unknown outcome is known.
 
         On a timeout it goes on: what is missing then is lost, and the checker says so.
         """
         deadline = time.monotonic() + timeout_s
         marks = None
-        while marks is None and time.monotonic() < deadline:
+        while marks is None and time.monotonic() < deadline and self._supervised(trial):
             marks = self.installation.load.marks()
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self._supervised(trial):
             if marks is not None and self.look() and self._covers(marks) and self._caught_up():
                 return set(history.attempts)
             time.sleep(_LOOK_S)
