@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv proto check test demo bench simulate chaos lock kafka clean
+.PHONY: help venv proto check test demo bench simulate chaos nightly lock kafka clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -66,8 +66,14 @@ bench: venv ## The measured claims
 simulate: venv ## The simulator: SEEDS=500 from FROM=0; one again: SEED=123
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),500) --from $(or $(FROM),0))
 
-chaos: venv ## The tests that kill real processes
-	$(PYTEST) -m chaos $(PYTEST_ARGS)
+# The trials take turns on running installations; the same seed goes on where it was interrupted.
+chaos: venv ## Real processes killed: TRIALS=5 of each fault, FAULT=name alone, SEED=1; all of it runs pytest's chaos tests too
+	$(if $(FAULT)$(TRIALS)$(SEED),,$(PYTEST) -m chaos $(PYTEST_ARGS))
+	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),5) --seed $(or $(SEED),1) $(foreach name,$(FAULT),--fault $(name)) $(CHAOS_ARGS)
+
+nightly: venv ## As many trials of each fault as the table asks for; SOAK=hours: all of them in turn for so long
+	$(BIN)/python -m tests.chaos --nightly --seed $(or $(SEED),1) $(if $(SOAK),--soak-hours $(SOAK)) \
+		$(foreach name,$(FAULT),--fault $(name)) $(CHAOS_ARGS)
 
 kafka: venv ## Fetch Apache Kafka's jars for the tests (a JDK and Maven are needed)
 	$(BIN)/python -m tests.services.kafka

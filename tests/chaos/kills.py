@@ -234,7 +234,7 @@ class KillEverything(_Kafka):
         names = list(self.world.installation.parts)
         self.draw.shuffle(names)
         time.sleep(self.draw.uniform(0.0, 0.6))
-        self._behind = self.world.behind()
+        self._behind = self.world.await_behind()
         for name in names:
             self.part(name).kill9()
 

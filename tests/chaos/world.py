@@ -97,6 +97,18 @@ class World:
         self.wait(self.look, 30.0, "a look at the ledger")
         return len(told - self.ledger.charged.keys())
 
+    def await_behind(self, timeout_s: float = 10.0) -> int:
+        """Wait until something acknowledged is not in the ledger; how much."""
+        found = 0
+
+        def behind() -> bool:
+            nonlocal found
+            found = self.behind()
+            return bool(found)
+
+        self.wait(behind, timeout_s, "something that is acknowledged and not in the ledger")
+        return found
+
     def database_behind(self) -> bool:
         """Whether the ledger, read now, has records that the database does not show yet."""
         self.wait(self.look, 30.0, "a look at the ledger")
