@@ -18,13 +18,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
     NewTopic,
+    OffsetSpec,
     ResourceType,
 )
 
@@ -40,6 +41,8 @@ from stream_processors.local_store import Acknowledged, LocalStore
 from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings
 
 __all__ = ["ApplySettings", "Change", "apply", "check_partitions", "plan"]
+
+_LEADER_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +179,27 @@ def _creation(admin: AdminClient, topic: NewTopic, timeout_s: float) -> Callable
         futures: Mapping[str, Future[None]] = admin.create_topics([topic], request_timeout=timeout_s)
         for future in futures.values():
             future.result(timeout_s)
+        _await_leaders(admin, topic, timeout_s)
 
     return act
+
+
+def _await_leaders(admin: AdminClient, topic: NewTopic, timeout_s: float) -> None:
+    """A topic is said to be created a moment before its partitions can be read: whoever founds a ledger then was refused."""
+    asked = {TopicPartition(topic.topic, partition): OffsetSpec.latest() for partition in range(topic.num_partitions)}
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            for future in admin.list_offsets(asked, request_timeout=timeout_s).values():
+                future.result(timeout_s)
+        except KafkaException as error:
+            if time.monotonic() >= deadline:
+                raise RefusedToStart(
+                    f"topic {topic.topic} was created and cannot be read after {timeout_s:g} s ({error}); is Kafka well?"
+                ) from error
+            time.sleep(_LEADER_PAUSE_S)
+        else:
+            return
 
 
 def _alteration(admin: AdminClient, name: str, config: Mapping[str, str], timeout_s: float) -> Callable[[], None]:

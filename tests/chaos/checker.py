@@ -140,6 +140,8 @@ def _judge(
         for name in sorted(attempt.tokens.keys() | charge.tokens.keys()):
             most, counted = attempt.tokens.get(name, 0), charge.tokens.get(name, 0)
             least = most if exact else receipt.delivered.get(name, 0)
+            if not exact and name in attempt.slack:
+                most = min(most, least + attempt.slack[name])
             if not least <= counted <= most:
                 verdict.wrong.append(f"{who}: {counted} {name}, and {least} to {most} are right")
         cost_pico = sum(count * attempt.prices_pico.get(name, 0) for name, count in charge.tokens.items())

@@ -34,6 +34,8 @@ class Attempt:
     # Of one token of each class.
     prices_pico: dict[str, int]
     exact: bool = True
+    # Of a stream that broke: how much may be charged in each class beyond what had been delivered; else all that was asked.
+    slack: dict[str, int] = field(default_factory=dict)
     at_ms: int = 0
     kind: str = "attempt"
 

@@ -27,6 +27,7 @@ from taximeter.commanding import Commander
 from taximeter.config import Config, load
 from taximeter.embedded.process import Child, ChildError, free_port
 from taximeter.price_files import read_price_book
+from tests.chaos.gateway_load import GatewayLoad
 from tests.chaos.load import EventLoad
 from tests.services.clickhouse import ClickHouseServer
 from tests.services.kafka import KafkaCluster, kafka_libs
@@ -130,6 +131,7 @@ class Installation(ABC):
         self.folder = folder
         self.parts: dict[str, Part] = {}
         self.load = EventLoad(folder / "load.sock")
+        self.gateway_load: GatewayLoad | None = None
 
     @abstractmethod
     def start(self) -> None: ...
@@ -144,6 +146,9 @@ class Installation(ABC):
     services: ClassVar[tuple[str, ...]] = ("kafka", "clickhouse")
     # The log starts anew when the broker is killed, so that it is read from its beginning each time.
     forgets: ClassVar[bool] = False
+
+    def admit(self, tenants: list[str]) -> None:  # noqa: B027  most need nothing
+        """Give each tenant what it needs to ask; called once, when everything runs."""
 
     @property
     def config_path(self) -> Path:
@@ -223,7 +228,7 @@ class KafkaInstallation(Installation):
             folder / "kafka", kafka_libs(), nodes=self.nodes, settings={"group.min.session.timeout.ms": "1000"}
         )
         self.clickhouse = ClickHouseServer(self.clickhouse_folder())
-        self._bootstrap = ""
+        self.gateway_port, self.upstream_port = free_port(), free_port()
 
     def clickhouse_folder(self) -> Path:
         return self.folder / "clickhouse"
@@ -296,8 +301,8 @@ class KafkaInstallation(Installation):
             user = "{self.clickhouse.user}"
             password_file = "{self.folder}/clickhouse_password"
             [gateway]
-            port = {free_port()}
-            upstream = "127.0.0.1:{free_port()}"
+            port = {self.gateway_port}
+            upstream = "127.0.0.1:{self.upstream_port}"
             journal_path = "{self.folder}/gateway/journal.sqlite"
             key_pepper_file = "{self.folder}/key_pepper"
             [models.profiles.trace]

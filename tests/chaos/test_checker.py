@@ -225,6 +225,14 @@ def test_a_stream_that_was_cut_is_charged_what_was_delivered_or_more(
     assert kinds(verdict) == found
 
 
+@pytest.mark.parametrize(("output_tokens", "found"), [(6, {}), (7, {"wrong": 1})])
+def test_a_stream_that_was_cut_is_charged_no_more_than_was_on_its_way(output_tokens: int, found: dict[str, int]) -> None:
+    asked = Attempt("r1", "tenant-1", tokens(1), PRICES, exact=False, slack={"output_tokens": 2})
+    receipts = [Receipt("r1", Outcome.UNKNOWN, {"uncached_input_tokens": 101, "output_tokens": 4})]
+    ledger = [charge(1, tokens={"uncached_input_tokens": 101, "output_tokens": output_tokens})]
+    assert kinds(check([asked], receipts, ledger, ledger, sums_of(ledger), sums_of(ledger), {"r1"})) == found
+
+
 def test_a_history_is_read_back_without_a_torn_line(tmp_path: Path, case: Case) -> None:
     history = History(tmp_path / "history.jsonl")
     history.add(case.attempts)

@@ -20,8 +20,10 @@ from sinks.engine import Reader
 from sinks.errors import SinkError
 from tests.chaos.checker import Verdict, check
 from tests.chaos.faults import Fault
+from tests.chaos.gateway_load import GatewayLoad
 from tests.chaos.history import History, Outcome
 from tests.chaos.installation import PARTITIONS, PRICES_PICO, Installation
+from tests.chaos.load import EventLoad
 from tests.chaos.reading import DatabaseReader, LedgerReader, NotReadableError, Seen
 
 __all__ = ["Trial", "World"]
@@ -76,6 +78,7 @@ class World:
         # The ledger's records of this trial, by partition; complete once everything has healed.
         self.records: list[Seen] = []
         self._reader: Reader | None = None
+        self._loads: dict[str, EventLoad | GatewayLoad] = {}
         self.tenants = _spread(_TENANTS)
 
     # --- what faults use ---
@@ -142,7 +145,8 @@ class World:
         self.database = DatabaseReader(self._reader, self.installation.config.ledger.partitions)
         partitions = self.installation.config.ledger.partitions
         self.wait(lambda: self.look() and self.ledger.commands["applied"] >= partitions, _START_TIMEOUT_S, "the price book")
-        self.wait(self._caught_up, _START_TIMEOUT_S, "the sink")
+        self.installation.admit(list(self.tenants))
+        self.wait(lambda: self.look() and self._caught_up(), _START_TIMEOUT_S, "the sink")
         self._forget_before()
 
     def close(self) -> None:
@@ -159,7 +163,7 @@ class World:
             self._run(trial, kind, history)
         except Exception:  # noqa: BLE001  a failure of the harness is a failed trial, told as what it is
             trial.error = traceback.format_exc(limit=6)
-            self.installation.load.end(0.0)
+            self._end()
         trial.seconds = round(time.monotonic() - began, 2)
         history.close()
         if trial.good:
@@ -170,8 +174,7 @@ class World:
         draw = random.Random(f"{trial.seed}/{kind.name}/{trial.number}")
         prefix = f"{kind.name}-{trial.number}-"
         fault = kind(self, draw)
-        load = self.installation.load
-        load.begin(history, prefix, self.tenants, PRICES_PICO, draw)
+        load = self._begin(kind, history, prefix, draw)
         self.wait(lambda: load.acknowledged >= _WARM_EVENTS, _START_TIMEOUT_S, "usage before the fault")
         try:
             fault.inject()
@@ -185,7 +188,7 @@ class World:
             "usage after healing",
         )
         healing = time.monotonic()
-        load.end()
+        self._end()
         settled = self._settle(trial, history, kind.heal_timeout_s)
         trial.healed_in_s = round(time.monotonic() - healing, 2)
         self.records = self.ledger.take()
@@ -198,6 +201,21 @@ class World:
         trial.evidence = fault.evidence()
         trial.findings += fault.violations()
 
+    def _begin(self, kind: type[Fault], history: History, prefix: str, draw: random.Random) -> EventLoad | GatewayLoad:
+        """Start the fault's loads; the one that says when there was enough of it."""
+        gateway_load = self.installation.gateway_load
+        self._loads = {"events": self.installation.load} if "events" in kind.loads else {}
+        if "gateway" in kind.loads:
+            assert gateway_load is not None, f"{kind.name}: {kind.setup.name} has no gateway"
+            self._loads["gateway"] = gateway_load
+        for name, load in self._loads.items():
+            load.begin(history, f"{prefix}{name[0]}", self.tenants, PRICES_PICO, draw)
+        return next(iter(self._loads.values()))
+
+    def _end(self) -> None:
+        for load in self._loads.values():
+            load.end()
+
     def _supervised(self, trial: Trial) -> bool:
         """What a supervisor does all the time: start again what ended."""
         trial.restarted += self.installation.restart_dead()
@@ -209,17 +227,23 @@ class World:
         On a timeout it goes on: what is missing then is lost, and the checker says so.
         """
         deadline = time.monotonic() + timeout_s
-        marks = None
-        while marks is None and time.monotonic() < deadline and self._supervised(trial):
-            marks = self.installation.load.marks()
+        marks: dict[str, dict[str, object]] = {}
         while time.monotonic() < deadline and self._supervised(trial):
-            if marks is not None and self.look() and self._covers(marks) and self._caught_up():
+            for name, load in self._loads.items():
+                if name not in marks and (mark := load.marks()) is not None:
+                    marks[name] = mark
+            there = len(marks) == len(self._loads) and self.look()
+            if there and all(map(self._covers, marks.values())) and self._caught_up():
                 return set(history.attempts)
             time.sleep(_LOOK_S)
         self.tell(f"not caught up after {timeout_s:g} s: marks {marks}, ledger {self.ledger.covered}")
         return set()
 
     def _covers(self, marks: dict[str, object]) -> bool:
+        if "requests" in marks:
+            requests = marks["requests"]
+            assert isinstance(requests, list)
+            return all(name in self.ledger.charged for name in requests)
         covered = self.ledger.covered.get(str(marks["producer_id"]), [])
         highest = marks["highest"]
         assert isinstance(highest, list)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from billing.founding import LedgerSettings
 from billing.v1.ledger_pb2 import LedgerRecord
@@ -49,3 +51,20 @@ def test_a_ledger_is_kept_at_least_as_long_as_dedupe_keys_live(tmp_path: Path) -
     settings = Ledger("nowhere:1", tmp_path).apply_settings()
     with pytest.raises(ValueError, match="under the dedupe horizon"):
         replace(settings, topics=TopicSettings(partitions=2, ledger_retention_ms=86_400_000))
+
+
+def test_a_topic_that_cannot_be_read_yet_is_waited_for(bootstrap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apache Kafka says that a topic is created before its partitions have leaders; the founding was refused then."""
+    asked = []
+    list_offsets = AdminClient.list_offsets
+
+    def late(self: AdminClient, places: dict[TopicPartition, OffsetSpec], **more: float) -> object:
+        asked.append(places)
+        if len(asked) % 3:
+            raise KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
+        return list_offsets(self, places, **more)
+
+    monkeypatch.setattr(AdminClient, "list_offsets", late)
+    ledger = Ledger(bootstrap, tmp_path)
+    assert len(ledger.found()) == 8 + 2
+    assert len(asked) == 8 * 3

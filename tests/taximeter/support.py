@@ -48,7 +48,7 @@ class Up:
         self.data_dir = DataDir(data_dir)
         flags = (*flags, f"embedded.gateway={gateway}", f"embedded.model_server={gateway}", "embedded.models=trace")
         settings = [part for flag in flags for part in ("--set", flag)]
-        self._child = Child(
+        self.child = Child(
             "taximeter up",
             [sys.executable, "-m", "taximeter", "up", "--data-dir", str(data_dir), *settings],
             log_path=data_dir / "up.log",
@@ -57,12 +57,12 @@ class Up:
         )
 
     def __enter__(self) -> Up:
-        self._child.start()
-        self._child.wait_until(lambda: self.data_dir.running() is not None, START_TIMEOUT_S)
+        self.child.start()
+        self.child.wait_until(lambda: self.data_dir.running() is not None, START_TIMEOUT_S)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._child.stop(30.0)
+        self.child.stop(30.0)
 
     def revive(self) -> None:
         """Start it again after it was killed."""
@@ -70,12 +70,12 @@ class Up:
 
     @property
     def alive(self) -> bool:
-        return self._child.alive
+        return self.child.alive
 
     def kill9_all(self) -> None:
         """SIGKILL to the supervisor: the kernel ends its parts with it."""
         parts = list(self.pids().values())
-        os.kill(self._child.pid, signal.SIGKILL)
+        os.kill(self.child.pid, signal.SIGKILL)
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in parts), what="the end of all parts")
 
     def pids(self) -> dict[str, int]:
