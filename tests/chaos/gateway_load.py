@@ -29,7 +29,7 @@ _MODEL: Final = "trace"
 _STREAMS: Final = 10
 _CHUNK_DELAY_MS: Final = 10
 _DEADLINE_S: Final = 30.0
-_PAUSE_S: Final = 0.05
+_PAUSE_S: Final = 0.25
 # What a gateway may have counted and not delivered: the chunks that it holds, and one that is on its way.
 _CHUNKS_ON_THE_WAY: Final = 65
 # Refused before anything was forwarded: nothing may be charged.

@@ -49,6 +49,7 @@ class Receipt:
     # Of a stream: what had arrived when it was cut. At least this much was used.
     delivered: dict[str, int] = field(default_factory=dict)
     reason: str = ""
+    at_ms: int = 0
     kind: str = "receipt"
 
 

@@ -6,6 +6,7 @@ import time
 from typing import ClassVar, Final
 
 from tests.chaos.faults import Fault
+from tests.chaos.history import Outcome
 from tests.chaos.installation import KafkaInstallation, Part
 from tests.chaos.part import SINK_POINTS, WORKER_POINTS
 
@@ -120,19 +121,11 @@ class _AtRandom(_Kafka):
         self._name = self.victim()
         time.sleep(self.draw.uniform(0.0, 0.6))
         self.await_window()
+        self._killed_ms = time.time_ns() // 1_000_000
         self.part(self._name).kill9()
-        # The part is dead: what was acknowledged and has not come through it was in its way.
-        self._evidence = self.look_at_window()
 
     def await_window(self) -> None:
         """Wait for the moment, where a drawn one alone would seldom be it."""
-
-    def look_at_window(self) -> str:
-        behind = self.world.behind()
-        return f"{self._name} dead, {behind} acknowledged and not in the ledger" if behind else ""
-
-    def evidence(self) -> str:
-        return self._evidence
 
 
 class KillWorker(_AtRandom):
@@ -140,6 +133,11 @@ class KillWorker(_AtRandom):
 
     def victim(self) -> str:
         return self.draw.choice([name for name in self.world.installation.parts if name.startswith("worker-")])
+
+    def evidence(self) -> str:
+        # So long after it only because another worker had to take over first.
+        waited = self.world.in_between(self._killed_ms, margin_ms=1_000)
+        return f"{self._name} dead, {waited} acknowledged, and in the ledger after a takeover" if waited else ""
 
 
 class KillProducer(_AtRandom):
@@ -149,13 +147,13 @@ class KillProducer(_AtRandom):
         return "producer"
 
     def await_window(self) -> None:
+        # Asked, and no answer: in memory, in the journal or on its way to Kafka.
         self.world.wait(lambda: self.world.installation.load.outstanding, 10.0, "a request without an answer")
 
-    def look_at_window(self) -> str:
-        # Asked, and no answer: in memory, in the journal or on its way to Kafka.
-        self.world.wait(lambda: not self.world.installation.load.connected, 5.0, "the end of the producer's connection")
-        unknown = self.world.unknown()
-        return f"{unknown} requests without an answer" if unknown else ""
+    def evidence(self) -> str:
+        assert self.world.history is not None
+        cut = sum(receipt.outcome is Outcome.UNKNOWN for receipt in self.world.history.receipts)
+        return f"{cut} requests had no answer" if cut else ""
 
 
 class KillSink(_AtRandom):
@@ -164,8 +162,12 @@ class KillSink(_AtRandom):
     def victim(self) -> str:
         return "sink"
 
-    def look_at_window(self) -> str:
-        return "sink dead, the ledger ahead of the database" if self.world.database_behind() else ""
+    def inject(self) -> None:
+        super().inject()
+        self._behind = self.world.database_behind()
+
+    def evidence(self) -> str:
+        return "the ledger was ahead of the database" if self._behind else ""
 
 
 class _Service(_Kafka):
@@ -234,10 +236,10 @@ class KillEverything(_Kafka):
         names = list(self.world.installation.parts)
         self.draw.shuffle(names)
         time.sleep(self.draw.uniform(0.0, 0.6))
-        self._behind = self.world.await_behind()
+        self._killed_ms = time.time_ns() // 1_000_000
         for name in names:
             self.part(name).kill9()
 
     def evidence(self) -> str:
-        unknown = self.world.unknown()
-        return f"{self._behind} acknowledged and not in the ledger, {unknown} unknown" if self._behind or unknown else ""
+        between, unknown = self.world.in_between(self._killed_ms), self.world.unknown()
+        return f"{between} acknowledged and not in the ledger, {unknown} unknown" if between else ""

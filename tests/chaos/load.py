@@ -143,6 +143,7 @@ class EventLoad:
 
     def _note(self, answers: Sequence[dict[str, object]]) -> None:
         receipts = []
+        now_ms = time.time_ns() // 1_000_000
         for answer in answers:
             if "marks" in answer:
                 self._marks[int(str(answer["marks"]))] = answer
@@ -152,7 +153,7 @@ class EventLoad:
                 if self._outstanding.pop(str(answer["id"]), None) is None:
                     continue
             self.acknowledged += outcome is Outcome.OK
-            receipts.append(Receipt(str(answer["id"]), outcome, reason=str(answer["reason"])))
+            receipts.append(Receipt(str(answer["id"]), outcome, reason=str(answer["reason"]), at_ms=now_ms))
         if receipts and self._history is not None:
             self._history.add(receipts)
 

@@ -50,7 +50,7 @@ class _Embedded(Fault):
     def inject(self) -> None:
         time.sleep(self.draw.uniform(0.0, 0.6))
         self._generations = self.founded()
-        self._behind = self.world.await_behind()
+        self._killed_ms = time.time_ns() // 1_000_000
         self.kill()
 
     def kill(self) -> None:
@@ -61,7 +61,8 @@ class _Embedded(Fault):
 
     def evidence(self) -> str:
         anew = sum(a != b for a, b in zip(self._generations, self.founded(), strict=True))
-        return f"{self._behind} acknowledged and not in the ledger; {anew} partitions founded anew" if anew else ""
+        between = self.world.in_between(self._killed_ms)
+        return f"{between} acknowledged and not in the ledger; {anew} partitions founded anew" if anew and between else ""
 
 
 class KillEmbeddedBroker(_Embedded):

@@ -72,6 +72,8 @@ class LedgerReader:
         self.chains = [Chain(partition, seal_key) for partition in range(config.ledger.partitions)]
         self.seen = [Seen() for _ in self.chains]
         self.charged: Counter[str] = Counter()
+        # The log time of the record that charged it.
+        self.charged_ms: dict[str, int] = {}
         self.commands: Counter[str] = Counter()
         self.refusals: list[str] = []
         # producer -> by partition, the number up to which the ledger has everything.
@@ -168,6 +170,7 @@ class LedgerReader:
             charges = list(_charges(record))
             seen.charges += charges
             self.charged.update(charge.request_id for charge in charges)
+            self.charged_ms.update(dict.fromkeys((charge.request_id for charge in charges), record.log_time_ms))
             if charges:
                 seen.written.append((record.sequence, record.writer))
 

@@ -93,24 +93,16 @@ class World:
         assert self.history is not None
         return sum(receipt.outcome is Outcome.UNKNOWN for receipt in self.history.outcomes().values())
 
-    def behind(self) -> int:
-        """Of what was acknowledged by now, how much the ledger does not have."""
+    def in_between(self, at_ms: int, margin_ms: int = 0) -> int:
+        """Asked after the catching up: how many requests were acknowledged before that moment, and are in a ledger record whose
+        log time is after it, by more than the margin. All clocks here are this machine's."""
         assert self.history is not None
-        told = {receipt.request_id for receipt in list(self.history.receipts) if receipt.outcome is Outcome.OK}
-        self.wait(self.look, 30.0, "a look at the ledger")
-        return len(told - self.ledger.charged.keys())
-
-    def await_behind(self, timeout_s: float = 10.0) -> int:
-        """Wait until something acknowledged is not in the ledger; how much."""
-        found = 0
-
-        def behind() -> bool:
-            nonlocal found
-            found = self.behind()
-            return bool(found)
-
-        self.wait(behind, timeout_s, "something that is acknowledged and not in the ledger")
-        return found
+        return sum(
+            receipt.outcome is Outcome.OK
+            and receipt.at_ms <= at_ms
+            and self.ledger.charged_ms.get(receipt.request_id, 0) > at_ms + margin_ms
+            for receipt in self.history.receipts
+        )
 
     def database_behind(self) -> bool:
         """Whether the ledger, read now, has records that the database does not show yet."""
