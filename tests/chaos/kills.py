@@ -132,7 +132,13 @@ class KillWorker(_AtRandom):
     name = "kill-worker"
 
     def victim(self) -> str:
-        return self.draw.choice([name for name in self.world.installation.parts if name.startswith("worker-")])
+        """One that owns a partition: the last to have written there."""
+        self.world.wait(self.world.look, 30.0, "a look at the ledger")
+        writers = {int(seen.written[-1][1].split("/")[1]) for seen in self.world.ledger.seen if seen.written}
+        parts = self.world.installation.parts
+        return self.draw.choice(
+            [name for name in sorted(parts) if name.startswith("worker-") and parts[name].child.pid in writers]
+        )
 
     def evidence(self) -> str:
         # So long after it only because another worker had to take over first.

@@ -6,6 +6,7 @@ that raised) is told in `error`, and counts as a failed trial. Every trial's his
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
@@ -17,7 +18,7 @@ from typing import Final
 
 from billing.identity import partition_of
 from sinks.engine import Reader
-from sinks.errors import SinkError
+from sinks.errors import EngineUnavailable, SinkError
 from tests.chaos.checker import Verdict, check
 from tests.chaos.faults import Fault
 from tests.chaos.gateway_load import GatewayLoad
@@ -113,7 +114,7 @@ class World:
         """Read the ledger to its end; False when it cannot be read just now."""
         try:
             self.ledger.look()
-        except NotReadableError:
+        except (NotReadableError, EngineUnavailable):
             return False
         return True
 
@@ -155,7 +156,8 @@ class World:
             self._run(trial, kind, history)
         except Exception:  # noqa: BLE001  a failure of the harness is a failed trial, told as what it is
             trial.error = traceback.format_exc(limit=6)
-            self._end()
+            with contextlib.suppress(Exception):
+                self._end()
         trial.seconds = round(time.monotonic() - began, 2)
         history.close()
         if trial.good:
