@@ -6,7 +6,7 @@ from billing.accounts import AccountState
 from billing.amounts import format_pico, from_amount
 from billing.commands import CommandRefused, remembered_id, verify
 from billing.identity import partition_of
-from billing.limits import ID_CHARS_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
+from billing.limits import ID_CHARS_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
 from billing.state import LedgerState
@@ -111,8 +111,6 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     currency = upsert.currency or (account.currency if account else state.settings.default_currency)
     if len(currency) > 8:
         raise CommandRefused(f"currency: {currency[:16]!r}; write a code such as USD")
-    if upsert.plan.ByteSize() > PLAN_BYTES_MAX:
-        raise CommandRefused(f"plan: {upsert.plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
     if account is None:
         account = state.accounts[upsert.tenant_id] = AccountState(upsert.tenant_id, currency, plan=state.settings.default_plan)
     elif currency != account.currency and (account.credit_pico or account.spend_pico):
@@ -164,7 +162,7 @@ def _lease(state: LedgerState, request: LeaseRequest, record: LedgerRecord, appl
     holder = state.producers.get(request.holder_id)
     covered = holder.covered if holder else 0
     changed, applied.outcome = state.leases.answer(request, account, covered, record.log_time_ms)
-    record.leases.extend(lease.to_lease(state.generation, record.sequence) for lease in changed)
+    record.leases.extend(lease.to_lease(state.generation, record.sequence, covered) for lease in changed)
     _state_account(state, account, record)
 
 

@@ -44,8 +44,8 @@ class LeaseState:
         """What its holder may have promised to usage that the ledger has not seen."""
         return 0 if self.gone else max(0, self.granted_pico - self.charged_pico)
 
-    def to_lease(self, generation: bytes, sequence: int) -> Lease:
-        """The contract form, with the record that states it."""
+    def to_lease(self, generation: bytes, sequence: int, covered_sequence: int = 0) -> Lease:
+        """The contract form, with the record that states it; in an answer also how far the holder's events are charged."""
         return Lease(
             tenant_id=self.tenant_id,
             holder_id=self.holder_id,
@@ -58,6 +58,7 @@ class LeaseState:
             last_sequence=self.last_sequence,
             gone=self.gone,
             version=LedgerPosition(generation=generation, sequence=sequence),
+            covered_sequence=covered_sequence,
         )
 
     @classmethod

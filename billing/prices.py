@@ -125,6 +125,11 @@ class PriceBooks:
             rate = self._rates[key] = _find(self._books[currency][version - 1], model, operation, service_class, tenant_id)
             return rate
 
+    def moments(self, currency: str, from_ms: int, until_ms: int) -> list[int]:
+        """A time under each version that rates usage which ends from `from_ms` to `until_ms`."""
+        starts = self._effective_ms.get(currency, [])
+        return [from_ms, *starts[bisect_right(starts, from_ms) : bisect_right(starts, until_ms)]]
+
     def constant_within(self, currency: str, start_ms: int, end_ms: int) -> bool:
         """Whether one version rates all usage that ends from `start_ms` to before `end_ms`."""
         starts = self._effective_ms.get(currency, [])

@@ -105,6 +105,45 @@ def event_cost_pico(event: UsageEvent, rate: Rate | None, counted: Mapping[str, 
     return sum(part.amount_pico for part in event_parts(event, rate, counted))
 
 
+def cost_bound_pico(event: UsageEvent, rate: Rate | None) -> int:
+    """The most that `event` costs whatever its period has seen before it; equal to its cost where the rate has no terms."""
+    if rate is None or event.outcome in FREE_OUTCOMES:
+        return 0
+    if rate.terms is None:
+        return cost_pico(token_quantities(event), unit_quantities(event), rate)
+    bound = sum(quantity * _dearest_pico(rate, name, price) for name, quantity, price in _priced(event, rate) if quantity)
+    return max(bound, rate.terms.minimum_pico)
+
+
+def worst_case_pico(rate: Rate | None, input_tokens: int, output_tokens: int) -> int:
+    """The most that a text request costs whose model sees so much and writes so much, however its tokens fall into classes."""
+    if rate is None:
+        return 0
+    dearest = {name: _dearest_pico(rate, name, price) for name, price in zip(TOKEN_FIELDS, rate.token_pico, strict=True)}
+    input_pico = max(dearest[name] for name in ("uncached_input_tokens", "cache_read_tokens", "cache_write_tokens"))
+    output_pico = max(dearest[name] for name in ("output_tokens", "reasoning_tokens"))
+    bound = input_tokens * input_pico + output_tokens * output_pico + rate.unit_pico.get("requests", 0)
+    return max(bound, rate.terms.minimum_pico if rate.terms else 0)
+
+
+def _priced(event: UsageEvent, rate: Rate) -> list[tuple[str, int, int]]:
+    """Each quantity of the event with its flat price."""
+    tokens = zip(TOKEN_FIELDS, token_quantities(event), rate.token_pico, strict=True)
+    return [*tokens, *((unit, quantity, rate.unit_pico.get(unit, 0)) for unit, quantity in unit_quantities(event).items())]
+
+
+def _dearest_pico(rate: Rate, name: str, flat_pico: int) -> int:
+    """The most that one unit costs under any of the rate's terms."""
+    terms = rate.terms
+    if terms is None:
+        return flat_pico
+    schedule = terms.schedules.get(name)
+    prices = [flat_pico] if schedule is None else [*schedule.prices_pico]
+    if schedule is not None and schedule.package_units:
+        prices.append(-(-schedule.package_pico // schedule.package_units))
+    return max([*prices, *(band.prices_pico.get(name, 0) for band in terms.bands)], default=0)
+
+
 def event_parts(event: UsageEvent, rate: Rate, counted: Mapping[str, int]) -> list[Part]:
     """What an event that is neither unrated nor free costs, in parts."""
     return parts(token_quantities(event), unit_quantities(event), event.context_tokens, rate, counted)

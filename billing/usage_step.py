@@ -49,7 +49,7 @@ from billing.v1.usage_pb2 import (
     UsageBatch,
 )
 from billing.validation import OPTIONAL_IDS, TOKEN_FIELDS, event_problem
-from billing.windows import MINUTE_MS, Key, Window, window_key
+from billing.windows import MINUTE_MS, Key, Window
 
 _FIELDS = attrgetter(
     "tenant_id",
@@ -283,9 +283,8 @@ class _Batch:
         for key, indexes in groups.items():
             account = self.account(key[0])
             window = state.windows.get(key)  # type: ignore[call-overload]  # a plain tuple finds its Key
-            if window is None or not window.takes(account.currency):
-                if window is not None:
-                    record.released.append(window_key(window.key, window.opened_sequence))
+            if window is None or window.currency != account.currency:
+                # A tenant without amounts may change its currency within the minute: one window holds one currency.
                 window = Window(Key(*key), record.sequence, account.currency)
                 state.windows[window.key] = window
             evidence = self.evidence[key[0]]

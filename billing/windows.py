@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from billing.amounts import from_amount, set_amount
-from billing.limits import WINDOW_EVENTS_MAX, WINDOW_UNITS_MAX
 from billing.v1.ledger_pb2 import WindowKey, WindowTotal
 
 MINUTE_MS = 60_000
@@ -57,13 +56,6 @@ class Window:
         self.release_minute = 0
         # The part of the total that never changes is built once.
         self._total = WindowTotal(key=window_key(key, opened_sequence), currency=currency)
-
-    def takes(self, currency: str) -> bool:
-        """Whether more usage in `currency` may be added; else another window of the same minute follows this one.
-
-        One window holds one currency (a tenant without amounts may change it), and no sum of it outgrows its field.
-        """
-        return currency == self.currency and self.events < WINDOW_EVENTS_MAX and len(self.units) <= WINDOW_UNITS_MAX
 
     def to_total(self) -> WindowTotal:
         """The absolute total, as a record states it. Valid until the next call."""

@@ -8,6 +8,7 @@ partition. A command about a tenant goes to the tenant's partition, a price book
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,14 +18,16 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from billing.commands import sign
 from billing.identity import partition_of
 from billing.limits import ID_CHARS_MAX, SCHEMA_VERSION
-from billing.v1.command_pb2 import Command
+from billing.v1.command_pb2 import Command, LeaseRequest
 from producers.errors import CommandNotSent
 
-__all__ = ["CommandSender", "CommandSettings", "tenant_of"]
+__all__ = ["CommandSender", "CommandSettings", "LeaseSender", "tenant_of"]
 
 logger = logging.getLogger(__name__)
 
 _METADATA_TIMEOUT_S = 5.0
+_LEASE_TIMEOUT_MS = 5_000
+_LEASES_QUEUED_MAX = 10_000
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,13 @@ def tenant_of(command: Command) -> str | None:
         raise ValueError(
             f"command_id: {command.command_id!r}; give it 1 to {ID_CHARS_MAX} characters, they make a repeat harmless"
         )
-    if action == "price_book":
+    if action in ("price_book", "lease_retirement"):
         return None
     tenant = {
         "credit_grant": command.credit_grant.tenant_id,
         "tenant_upsert": command.tenant_upsert.tenant_id,
         "key_upsert": command.key_upsert.key.tenant_id,
+        "lease_request": command.lease_request.tenant_id,
     }[action]
     if not tenant:
         raise ValueError(f"{action}.tenant_id: is empty; name the tenant that the command concerns")
@@ -117,6 +121,77 @@ class CommandSender:
 
     def _not_sent(self, problem: str) -> CommandNotSent:
         return CommandNotSent(f"topic {self.settings.topic}: {problem}; send the same command again when Kafka answers")
+
+
+class LeaseSender:
+    """Sends lease requests as they come, over one connection, and waits for nothing.
+
+    A request that is lost is no harm: the keeper of leases asks again. `send` may be called from one thread at a time.
+    """
+
+    def __init__(self, settings: CommandSettings, key: bytes) -> None:
+        """`key` is the lease key: see `billing.commands.lease_key`."""
+        self.lost = 0
+        self._settings = settings
+        self._key = key
+        self._producer: Producer | None = None
+        self._failed = False
+
+    def send(self, request: LeaseRequest) -> None:
+        """Hand `request` to the client library."""
+        if self._failed or self._producer is None:
+            # A connection that has outlived its broker may never deliver again.
+            self._failed = False
+            self._producer = self._connect()
+        command = Command(
+            schema_version=SCHEMA_VERSION,
+            command_id=f"{request.holder_id[:64]}/{request.epoch}/{request.request_number}",
+            issued_ms=time.time_ns() // 1_000_000,
+            issuer=request.holder_id,
+            lease_request=request,
+        )
+        try:
+            self._producer.produce(
+                self._settings.topic,
+                key=request.tenant_id,
+                value=sign(command, self._key),
+                partition=partition_of(request.tenant_id, self._settings.partitions),
+                on_delivery=self._on_delivery,
+            )
+            self._producer.poll(0)
+        except (BufferError, KafkaException) as error:
+            self._lose(str(error))
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Wait a little for what is on its way."""
+        if self._producer is not None:
+            self._producer.flush(timeout_s)
+
+    def _connect(self) -> Producer:
+        return Producer(
+            {
+                "bootstrap.servers": self._settings.bootstrap,
+                "enable.idempotence": True,
+                "acks": "all",
+                "linger.ms": 0,
+                "message.timeout.ms": _LEASE_TIMEOUT_MS,
+                "queue.buffering.max.messages": _LEASES_QUEUED_MAX,
+                "allow.auto.create.topics": False,
+                "log.connection.close": False,
+                **self._settings.security,
+                "logger": logger,
+                "log_level": 2,
+            }
+        )
+
+    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._lose(error.str())
+
+    def _lose(self, problem: str) -> None:
+        self.lost += 1
+        self._failed = True
+        logger.info("a lease request was lost (%s); it is asked again", problem)
 
 
 def _on_delivery(

@@ -99,6 +99,9 @@ class Journal:
             self._store = JournalStore(path)
             try:
                 self.producer_id = self._identify()
+                # Who holds something under this producer's ID holds it under its start: see `billing.leases`.
+                self.starts = int(self._store.mark("starts") or 0) + 1
+                self._store.set_mark("starts", str(self.starts))
                 highest = self._store.highest_sequences()
                 self._highest = [highest.get(partition, 0) for partition in range(settings.partitions)]
                 freed = self._store.freed_sequences()

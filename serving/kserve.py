@@ -108,8 +108,6 @@ _SHARED_MEMORY_PARAMETER: Final = "shared_memory_region"
 _LENGTH: Final = struct.Struct("<I")
 # A scalar or a short vector is what token counts are; a tensor of a gigabyte of ones is not a count.
 _MAX_ELEMENTS: Final = 1 << 20
-# The product of a million dimensions takes minutes.
-_MAX_RANK: Final = 32
 
 
 class TensorError(ValueError):
@@ -219,8 +217,6 @@ def _raw_input(request: ModelInferRequest, tensor: _Tensor) -> bytes:
 
 
 def _elements(tensor: _Tensor) -> int:
-    if len(tensor.shape) > _MAX_RANK:
-        raise TensorError(tensor.name, f"a shape of {len(tensor.shape)} dimensions", f"at most {_MAX_RANK} dimensions")
     shape: list[int] = list(tensor.shape)
     if any(dimension < 0 for dimension in shape):
         raise TensorError(tensor.name, f"shape {shape}", "dimensions are not negative")
@@ -386,6 +382,15 @@ def add_bytes_input(request: ModelInferRequest, name: str, elements: Sequence[by
         request.raw_input_contents.append(pack_bytes(elements))
     else:
         tensor.contents.bytes_contents.extend(elements)
+
+
+def add_integer_input(request: ModelInferRequest, name: str, value: int, *, dtype: str, shape: Sequence[int] = (1,)) -> None:
+    """Append an input of one whole number, of any of the integer datatypes."""
+    tensor, raw = _add_input(request, name, dtype, shape)
+    if raw:
+        request.raw_input_contents.append(struct.pack(f"<{_STRUCT_CODE[dtype]}", value))
+    else:
+        getattr(tensor.contents, _TYPED_FIELD[dtype]).append(value)
 
 
 def add_bool_input(request: ModelInferRequest, name: str, value: bool, *, shape: Sequence[int] = (1,)) -> None:

@@ -41,6 +41,10 @@ class TopicNames:
         return f"{self.prefix}billing.keys"
 
     @property
+    def prices(self) -> str:
+        return f"{self.prefix}billing.prices"
+
+    @property
     def progress(self) -> str:
         return f"{self.prefix}usage.progress"
 

@@ -135,6 +135,7 @@ def _wanted(names: TopicNames, topics: TopicSettings) -> dict[str, dict[str, str
         names.ledger: {**kept(topics.ledger_retention_ms), **large, **bounded},
         names.accounts: {"cleanup.policy": "compact"},
         names.keys: {"cleanup.policy": "compact"},
+        names.prices: {"cleanup.policy": "compact", **large},
         names.progress: {"cleanup.policy": "compact"},
         names.alerts: kept(topics.notice_retention_ms),
         names.rejected: {**kept(topics.notice_retention_ms), **large},

@@ -2,7 +2,7 @@
 
 import typer
 
-from taximeter.commands import accounts, checking, configuration, demo, feeding, operations, parts, reading, running
+from taximeter.commands import accounts, checking, configuration, demo, feeding, leases, operations, parts, reading, running
 
 __all__ = ["app", "main"]
 
@@ -18,6 +18,7 @@ config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
 tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
 key_app = typer.Typer(no_args_is_help=True, help="API keys.")
 credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
+lease_app = typer.Typer(no_args_is_help=True, help="What gateways hold of balances.")
 topics_app = typer.Typer(no_args_is_help=True, help="Kafka's topics.")
 prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
 
@@ -41,6 +42,7 @@ for group, name in (
     (tenant_app, "tenant"),
     (key_app, "key"),
     (credit_app, "credit"),
+    (lease_app, "lease"),
     (prices_app, "prices"),
     (topics_app, "topics"),
     (config_app, "config"),
@@ -48,6 +50,8 @@ for group, name in (
     app.add_typer(group, name=name)
 tenant_app.command("create")(accounts.create_tenant)
 key_app.command("create")(accounts.create_key)
+lease_app.command("key")(leases.key)
+lease_app.command("retire")(leases.retire)
 credit_app.command("grant")(accounts.grant_credit)
 prices_app.command("apply")(accounts.apply_prices)
 topics_app.command("apply")(operations.apply_topics)

@@ -22,7 +22,7 @@ from billing.v1.account_pb2 import (
     KeyScope,
     Plan,
 )
-from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, PriceBook, TenantUpsert
+from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, LeaseRetirement, PriceBook, TenantUpsert
 from producers.commands import CommandSender, CommandSettings, tenant_of
 from sinks.errors import EngineUnavailable
 from taximeter.compose import kafka_security, topic_names
@@ -141,6 +141,10 @@ class Commander:
     def prices(self, book: PriceBook, *, command_id: str = "") -> Command:
         """A version of the price book, for every partition."""
         return self._command(command_id, "", price_book=book)
+
+    def lease_retirement(self, holder_id: str, *, unexpired: bool) -> Command:
+        """Give up on a gateway, in every partition."""
+        return self._command("", "", lease_retirement=LeaseRetirement(holder_id=holder_id, unexpired=unexpired))
 
     def send(self, commands: Sequence[Command]) -> None:
         """Send, without waiting for what becomes of them."""

@@ -6,6 +6,7 @@ import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from billing.commands import lease_key
 from billing.founding import DEDUPE_KEY_BYTES, LedgerSettings
 from billing.step import LedgerKeys
 from producers.meter import MeterSettings
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from serving.gateway.settings import GatewaySettings
+    from serving.gateway.settings import GatewaySettings, LeaseSettings
     from serving.model_server.settings import ServerSettings
     from sinks.embedded import JsonReader
     from sinks.engine import Engine, Reader
@@ -307,6 +308,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
         server_id=gateway.server_id,
         region=gateway.region,
         admission=AdmissionSettings(state_age_max_ms=int(gateway.accounts_age_max_s * 1_000), fail_open=gateway.fail_open),
+        leases=_lease_settings(config) if gateway.leases else None,
         limits=LimitSettings(
             requests_max=gateway.requests_max,
             tenant_requests_max=gateway.tenant_requests_max,
@@ -314,6 +316,35 @@ def gateway_settings(config: Config) -> GatewaySettings:
             durable_timeout_s=config.producer.durable_timeout_s,
         ),
     )
+
+
+def _lease_settings(config: Config) -> LeaseSettings:
+    from serving.gateway.settings import LeaseSettings
+
+    gateway, names = config.gateway, topic_names(config)
+    return LeaseSettings(
+        bootstrap=config.kafka.bootstrap,
+        key=_lease_key(config),
+        commands_topic=names.commands,
+        prices_topic=names.prices,
+        security=kafka_security(config.kafka),
+        wait_ms=gateway.lease_wait_ms,
+        duration_ms=gateway.lease_seconds * 1_000,
+        output_tokens_default=gateway.output_tokens_default,
+        clamp_output=gateway.clamp_output,
+    )
+
+
+def _lease_key(config: Config) -> bytes:
+    """The gateway's own, else what the command key makes of it, where one machine runs everything."""
+    gateway, ledger = config.gateway, config.ledger
+    if gateway.lease_key is None and gateway.lease_key_file is None and (ledger.command_key or ledger.command_key_file):
+        return lease_key(read_secret(ledger, "command_key", needed_for="the gateway's leases"))
+    text = read_secret(gateway, "lease_key", needed_for="the gateway's leases (`taximeter lease key` shows it)")
+    try:
+        return bytes.fromhex(text.decode())
+    except ValueError:
+        raise ConfigError("gateway.lease_key is not what `taximeter lease key` shows: set it to that") from None
 
 
 def model_server_settings(config: Config) -> ServerSettings:

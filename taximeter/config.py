@@ -153,6 +153,18 @@ class GatewayConfig(_Section):
     # What is known of accounts is stale when their partition of the ledger has been silent for so long.
     accounts_age_max_s: Annotated[float, Field(gt=0)] = 60.0
     fail_open: bool = False
+    # Requests are paid from leases on the tenants' balances, so that no balance is passed however many gateways there are.
+    leases: bool = True
+    # `taximeter lease key` shows it: what lease requests are signed with. Not needed where ledger.command_key is at hand.
+    lease_key: SecretStr | None = None
+    lease_key_file: Path | None = None
+    # How long a request waits for the ledger where what the gateway holds does not suffice, before it is refused.
+    lease_wait_ms: Annotated[int, Field(ge=0)] = 1_000
+    lease_seconds: Annotated[int, Field(ge=5, le=3_600)] = 30
+    # Set aside for requests that state no maximum of output, where the plan has none either.
+    output_tokens_default: Annotated[int, Field(ge=1)] = 4_096
+    # Answers are clamped to what is left, where a request's worst case costs more; else the request is refused.
+    clamp_output: bool = True
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> GatewayConfig:
@@ -337,7 +349,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"configuration file {path} cannot be read ({error.strerror}): correct --config") from None
-    except (ValueError, RecursionError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} is not TOML ({error}): correct that line") from None
 
 

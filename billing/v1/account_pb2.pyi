@@ -314,6 +314,7 @@ class Lease(_message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     GONE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    COVERED_SEQUENCE_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     holder_id: _builtins.str
     """The producer through whose journal the usage comes."""
@@ -328,6 +329,8 @@ class Lease(_message.Message):
     last_sequence: _builtins.int
     gone: _builtins.bool
     """Nothing of it is left; nothing more is said of it."""
+    covered_sequence: _builtins.int
+    """In an answer to a request: every event of the holder in this partition up to this number is in `charged`."""
     @_builtins.property
     def granted(self) -> Global___Amount:
         """In all, since the epoch began; and of it, what the ledger has charged to usage that came through the holder."""
@@ -350,10 +353,11 @@ class Lease(_message.Message):
         last_sequence: _builtins.int = ...,
         gone: _builtins.bool = ...,
         version: Global___LedgerPosition | None = ...,
+        covered_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charged", b"charged", "granted", b"granted", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charged", b"charged", "ended", b"ended", "epoch", b"epoch", "expires_ms", b"expires_ms", "gone", b"gone", "granted", b"granted", "holder_id", b"holder_id", "last_sequence", b"last_sequence", "request_number", b"request_number", "tenant_id", b"tenant_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charged", b"charged", "covered_sequence", b"covered_sequence", "ended", b"ended", "epoch", b"epoch", "expires_ms", b"expires_ms", "gone", b"gone", "granted", b"granted", "holder_id", b"holder_id", "last_sequence", b"last_sequence", "request_number", b"request_number", "tenant_id", b"tenant_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -88,6 +88,8 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_TRUNCATED: _Outcome.ValueType  # 7
     OUTCOME_INTERRUPTED: _Outcome.ValueType  # 8
     """The metering point died mid-stream; its journal holds what had been delivered."""
+    OUTCOME_BALANCE_EXHAUSTED: _Outcome.ValueType  # 9
+    """The gateway stopped the answer where the tenant's money ended: billed for what was delivered."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
 
@@ -104,6 +106,8 @@ OUTCOME_REJECTED: Outcome.ValueType  # 6
 OUTCOME_TRUNCATED: Outcome.ValueType  # 7
 OUTCOME_INTERRUPTED: Outcome.ValueType  # 8
 """The metering point died mid-stream; its journal holds what had been delivered."""
+OUTCOME_BALANCE_EXHAUSTED: Outcome.ValueType  # 9
+"""The gateway stopped the answer where the tenant's money ended: billed for what was delivered."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 class _CountSource:

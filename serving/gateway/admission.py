@@ -40,6 +40,7 @@ __all__ = [
     "concurrency_refusal",
     "key_refusal",
     "model_refusal",
+    "money_refusal",
     "prompt_limit",
     "prompt_refusal",
 ]
@@ -126,6 +127,19 @@ def account_refusal(account: AccountView | None, log_time_ms: int, now_ms: int, 
             True,
         )
     return None
+
+
+def money_refusal(account: AccountView) -> Refusal:
+    """For a request whose worst case is more than the tenant has free."""
+    balance = format_pico(account.balance_pico, account.currency)
+    leased = format_pico(account.leased_pico, account.currency)
+    return Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        REFUSAL_REASON_BALANCE,
+        f"balance: {balance}, of which {leased} is set aside for requests that run: not enough for this request's longest "
+        "answer: allow fewer output tokens, wait, or add credit",
+        True,
+    )
 
 
 def model_refusal(model: str) -> Refusal:

@@ -8,13 +8,14 @@ ignored. A message that cannot be read changes nothing and is counted: one bad r
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from billing.amounts import from_amount
 from billing.identity import partition_of
-from billing.v1.account_pb2 import Account, AccountUpdate, ApiKey, LedgerPosition
+from billing.v1.account_pb2 import BILLING_MODE_POSTPAID, Account, AccountUpdate, ApiKey, Lease, LedgerPosition
 
 __all__ = ["AccountView", "Directory", "KeyView"]
 
@@ -42,7 +43,20 @@ class AccountView:
     currency: str
     balance_pico: int
     credit_limit_pico: int
-    prompt_tokens_max: int
+    leased_pico: int = 0
+    prompt_tokens_max: int = 0
+    output_tokens_default: int = 0
+
+    @property
+    def free_pico(self) -> int | None:
+        """What nobody holds of the tenant's money; None: nothing bounds it."""
+        if self.billing_mode != BILLING_MODE_POSTPAID:
+            return self.balance_pico - self.leased_pico
+        return self.balance_pico + self.credit_limit_pico - self.leased_pico if self.credit_limit_pico else None
+
+
+def _nobody(_: object) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +86,9 @@ def _account_view(account: Account) -> AccountView:
         currency=account.currency,
         balance_pico=from_amount(account.credit) - from_amount(account.spend),
         credit_limit_pico=from_amount(plan.credit_limit),
+        leased_pico=from_amount(account.leased),
         prompt_tokens_max=plan.prompt_tokens_max,
+        output_tokens_default=plan.output_tokens_default,
     )
 
 
@@ -80,6 +96,9 @@ class Directory:
     """What is known of keys and accounts."""
 
     def __init__(self, partitions: int) -> None:
+        # Called on the follower's thread, for every lease and for every account that has changed.
+        self.on_lease: Callable[[Lease], None] = _nobody
+        self.on_changed_account: Callable[[AccountView], None] = _nobody
         self._partitions = partitions
         self._keys: dict[str, tuple[_Version, bytes, KeyView]] = {}
         self._by_hash: dict[bytes, str] = {}
@@ -127,6 +146,9 @@ class Directory:
         if update.HasField("tick"):
             self._see(update.tick.partition, update.tick.log_time_ms)
             return
+        if update.HasField("lease"):
+            self.on_lease(update.lease)
+            return
         if not update.HasField("account"):
             return
         account = update.account
@@ -134,7 +156,9 @@ class Directory:
         if known is not None and not known[0].yields_to(account.version, account.log_time_ms):
             return
         version = _Version(account.version.generation, account.version.sequence, account.log_time_ms)
-        self._accounts[account.tenant_id] = (version, _account_view(account))
+        view = _account_view(account)
+        self._accounts[account.tenant_id] = (version, view)
+        self.on_changed_account(view)
         self._see(partition_of(account.tenant_id, self._partitions), account.log_time_ms)
 
     def _see(self, partition: int, log_time_ms: int) -> None:

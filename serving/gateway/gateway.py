@@ -39,10 +39,11 @@ if TYPE_CHECKING:
     from billing.v1.usage_pb2 import UsageEvent
     from producers.meter import Receipt
     from serving.gateway.admission import Refusal
-    from serving.gateway.directory import Directory, KeyView
+    from serving.gateway.directory import AccountView, Directory, KeyView
     from serving.gateway.policy import Policy
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import GatewaySettings
+    from serving.gateway.spending import RequestMoney, Spending
     from serving.gateway.tokens import TextCount
     from serving.gateway.upstream import Upstream
     from serving.kserve import ModelInferRequest
@@ -107,6 +108,8 @@ class Gateway:
         self.metrics: Counter[str] = Counter()
         self.ready = False
         self.stopping = False
+        # Set where leases are kept: what a tenant's requests are paid from.
+        self.spending: Spending | None = None
         self._directory = directory
         self._hash_secret = SecretHasher(settings.directory.pepper)
         self._parts = parts
@@ -205,19 +208,55 @@ class Gateway:
         plan_max = 0 if account is None else account.prompt_tokens_max
         limit = admission.prompt_limit(plan_max, profile.prompt_tokens_max, self.settings.limits.prompt_tokens_max)
         prompt_count = await self._check_prompt(prepared, profile, limit, event)
-        meter = RequestMeter(self._parts, event, profile, prepared, AnswerCounter(profile, prepared), prompt_count)
+        money = None
+        if self.spending is not None and account is not None and account.free_pico is not None:
+            money = await self._set_aside(self.spending, request, event, account, profile, prepared, prompt_count)
+        meter = RequestMeter(self._parts, event, profile, prepared, AnswerCounter(profile, prepared), prompt_count, money)
         try:
             await meter.open()
-        except JournalFull as error:
-            self.metrics["journal_full"] += 1
-            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"usage cannot be recorded: {error}") from error
         except ProducerError as error:
-            raise self.unrecorded(error) from error
+            if money is not None:
+                money.release()
+            raise self._not_opened(error) from error
         except asyncio.CancelledError:
             self._settle(meter, OUTCOME_CANCELLED)
             raise
         self.metrics["requests_admitted"] += 1
         return Admitted(request, profile, prepared, meter, key.tenant_id)
+
+    def _not_opened(self, error: ProducerError) -> CallError:
+        if isinstance(error, JournalFull):
+            self.metrics["journal_full"] += 1
+            return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"usage cannot be recorded: {error}")
+        return self.unrecorded(error)
+
+    async def _set_aside(
+        self,
+        spending: Spending,
+        request: ModelInferRequest,
+        event: UsageEvent,
+        account: AccountView,
+        profile: ModelProfile,
+        prepared: PreparedRequest,
+        prompt_count: TextCount | None,
+    ) -> RequestMoney:
+        """The money for the request's worst case. Refuses where there is not enough."""
+        if prompt_count is not None:
+            prompt_tokens = prompt_count.tokens
+        else:
+            bound = self._parts.tokens.bound(profile.tokenizer, prepared.prompt, prepared.framing)
+            prompt_tokens = len(prepared.prompt.encode()) if bound is None else bound
+        until_ms = event.started_ms + int(self.settings.limits.upstream_timeout_s * 1_000)
+        try:
+            money = await spending.set_aside(request, event, account, profile, prompt_tokens, until_ms)
+        except TensorError as error:
+            self.metrics["requests_invalid"] += 1
+            raise CallError.invalid(error) from error
+        if money is None:
+            await self._refuse(admission.money_refusal(account), event)
+        if money.clamped_tokens:
+            self.metrics["answers_clamped"] += 1
+        return money
 
     async def _check_prompt(
         self, prepared: PreparedRequest, profile: ModelProfile, limit: int, event: UsageEvent

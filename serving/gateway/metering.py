@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from serving.gateway.counting import AnswerCounter, Counted, PreparedRequest
     from serving.gateway.directory import KeyView
     from serving.gateway.profiles import ModelProfile
+    from serving.gateway.spending import RequestMoney
     from serving.gateway.tokens import TokenCounts
     from serving.kserve import ModelInferResponse
 
@@ -114,8 +115,10 @@ class RequestMeter:
         prepared: PreparedRequest,
         counter: AnswerCounter,
         prompt_count: TextCount | None,
+        money: RequestMoney | None = None,
     ) -> None:
         self.counter = counter
+        self._money = money
         self._parts = parts
         self._event = event
         self._profile = profile
@@ -153,8 +156,8 @@ class RequestMeter:
     def _elapsed_ms(self) -> int:
         return min(int((time.monotonic() - self._started) * 1000), 2**32 - 1)
 
-    async def progress(self, delivered: Counted) -> None:
-        """Return when `delivered` is durable: the responses that it counts may leave then."""
+    async def progress(self, delivered: Counted) -> bool:
+        """Return when `delivered` is durable: the responses that it counts may leave then. False: nothing more is paid for."""
         input_tokens, output_tokens = delivered.input_tokens, delivered.output_tokens
         exact = input_tokens is not None and output_tokens is not None
         if input_tokens is None:
@@ -164,6 +167,7 @@ class RequestMeter:
         self._fill(input_tokens, output_tokens, COUNT_SOURCE_BACKEND if exact else COUNT_SOURCE_ESTIMATE)
         assert self._open is not None, "progress comes after open"
         await self._open.progress(self._event).wait(self._parts.durable_timeout_s)
+        return self._money is None or self._money.covers(self._event)
 
     async def _count_prompt(self) -> TextCount:
         if self._prompt_count is None or not self._prompt_count.exact:
@@ -232,6 +236,8 @@ class RequestMeter:
             except JournalError:
                 self._closed = False
                 raise
+            if self._money is not None:
+                self._money.settle(event)
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from billing.v1.usage_pb2 import OPERATION_GENERATE
+from serving.gateway.output_limits import OutputLimit
 from serving.tokenizers import Framing
 
 __all__ = ["VLLM_COUNTS", "CountFlags", "ModelProfile", "generic", "tensorrt_llm", "vllm"]
@@ -50,6 +51,8 @@ class ModelProfile:
     """Without streaming and without `exclude_input`, the text starts with the prompt, which the model did not write."""
     decoupled: bool = True
     """False: one response a request, and a stream answers in the order of its requests."""
+    output_limit: OutputLimit = OutputLimit.SAMPLING_PARAMETERS
+    """Where a request says how long its answer may be."""
     operation: int = OPERATION_GENERATE
     prompt_tokens_max: int = 0
     """For plans that state none; 0: the gateway's."""
@@ -87,6 +90,7 @@ def tensorrt_llm(
         model,
         tokenizer=tokenizer,
         counts=_TENSORRT_LLM_COUNTS,
+        output_limit=OutputLimit.TENSOR,
         prompt_in_output_text=True,
         decoupled=decoupled,
         prompt_tokens_max=prompt_tokens_max,

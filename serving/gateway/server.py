@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from tritonclient.grpc import service_pb2
 
+from producers.commands import CommandSettings, LeaseSender
 from producers.follower import TopicFollower
 from producers.meter import UsageMeter
 from producers.publisher import Publisher
@@ -23,15 +24,20 @@ from serving.gateway import streams, unary
 from serving.gateway.directory import Directory
 from serving.gateway.errors import CallError
 from serving.gateway.gateway import Gateway
+from serving.gateway.leases import LeaseKeeper
 from serving.gateway.metering import MeterParts
 from serving.gateway.policy import HEALTH_SERVICE, POLICIES, Access, Policy
+from serving.gateway.spending import Spending
 from serving.gateway.tokens import TokenCounts, make_registry
 from serving.gateway.upstream import Upstream
+from serving.gateway.worth import Worth
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from serving.gateway.settings import GatewaySettings
+    from billing.v1.account_pb2 import Lease
+    from serving.gateway.directory import AccountView
+    from serving.gateway.settings import GatewaySettings, LeaseSettings
 
 __all__ = ["GatewayServer", "new_event_loop", "run_gateway"]
 
@@ -67,6 +73,10 @@ def _make_proxied(gateway: Gateway, policy: Policy, service: str, method: str) -
             serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
             status: bytes = serving.SerializeToString()
             return status
+        if method == "ServerReady" and not gateway.ready:
+            # Whoever spreads requests over gateways asks this.
+            unready: bytes = service_pb2.ServerReadyResponse(ready=False).SerializeToString()
+            return unready
         try:
             if policy.access is not Access.OPEN:
                 gateway.authenticate(caller, policy)
@@ -121,6 +131,8 @@ class GatewayServer:
         self._tokens = TokenCounts(make_registry(settings.tokenizers, settings.limits.requests_max))
         self._followers: list[TopicFollower] = []
         self._publisher: Publisher | None = None
+        self._worth = Worth()
+        self._lease_sender: LeaseSender | None = None
         self._server: Any = None
         self._meter: UsageMeter | None = None
         self._stopped = False
@@ -140,6 +152,8 @@ class GatewayServer:
         parts = MeterParts(meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s)
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
+        if settings.leases is not None:
+            self._keep_leases(settings.leases, meter)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 1),
@@ -165,6 +179,27 @@ class GatewayServer:
             self._follow()
         await self._await_ready()
 
+    def _keep_leases(self, leases: LeaseSettings, meter: UsageMeter) -> None:
+        """After the recovery: what an earlier start owed is numbered, and everything from here on is this start's."""
+        journal, loop = meter.journal, asyncio.get_running_loop()
+        partitions = self._settings.directory.partitions
+        commands = CommandSettings(leases.bootstrap, partitions, leases.commands_topic, leases.security)
+        self._lease_sender = LeaseSender(commands, leases.key)
+        keeper = LeaseKeeper(
+            leases, journal.producer_id, journal.starts, partitions, journal.highest_sequence, self._lease_sender.send
+        )
+        self.gateway.spending = Spending(leases, keeper, self._worth)
+
+        def on_lease(lease: Lease) -> None:
+            if lease.holder_id == journal.producer_id:
+                loop.call_soon_threadsafe(keeper.on_lease, lease)
+
+        def on_account(account: AccountView) -> None:
+            loop.call_soon_threadsafe(keeper.on_account, account.tenant_id, account.free_pico)
+
+        self._directory.on_lease = on_lease
+        self._directory.on_changed_account = on_account
+
     def _follow(self) -> None:
         directory = self._settings.directory
         follow = partial(TopicFollower, directory.bootstrap, security=directory.security)
@@ -172,6 +207,8 @@ class GatewayServer:
             follow(directory.keys_topic, self._directory.on_key),
             follow(directory.accounts_topic, self._directory.on_account),
         ]
+        if self._settings.leases is not None:
+            self._followers.append(follow(self._settings.leases.prices_topic, self._worth.on_book))
         for follower in self._followers:
             follower.start()
 
@@ -186,7 +223,14 @@ class GatewayServer:
                         f"ready_timeout_s: {directory.ready_timeout_s:g}: topic {follower.topic} could not be read from "
                         f"{directory.bootstrap} in time: see that Kafka is there and the topic exists"
                     )
+        if self.gateway.spending is not None:
+            self.gateway.spending.keeper.start()
         self.gateway.ready = True
+
+    async def _give_leases_back(self) -> None:
+        if self.gateway.spending is not None and self._lease_sender is not None:
+            await self.gateway.spending.keeper.close()
+            await asyncio.to_thread(self._lease_sender.close)
 
     @property
     def meter(self) -> UsageMeter:
@@ -196,7 +240,9 @@ class GatewayServer:
 
     def metrics(self) -> Mapping[str, int]:
         """Counts since the start, and what is known now."""
-        return {**self.gateway.metrics, **self._directory.counts(), **self.meter.metrics()}
+        spending = self.gateway.spending
+        leases = {} if spending is None else spending.keeper.metrics
+        return {**self.gateway.metrics, **self._directory.counts(), **self.meter.metrics(), **leases}
 
     async def stop(self) -> None:
         """Stop serving, bill what is cut off, close the journal. Does nothing the second time."""
@@ -212,6 +258,7 @@ class GatewayServer:
             self.gateway.stopping = True
             await stopping
             await self.gateway.drain(limits.durable_timeout_s)
+            await self._give_leases_back()
             await self._upstream.close()
         for follower in self._followers:
             await asyncio.to_thread(follower.close)

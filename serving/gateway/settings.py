@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from producers.publisher import PublisherSettings
     from serving.gateway.profiles import ModelProfile
 
-__all__ = ["AdmissionSettings", "DirectorySettings", "GatewaySettings", "LimitSettings", "TlsSettings"]
+__all__ = ["AdmissionSettings", "DirectorySettings", "GatewaySettings", "LeaseSettings", "LimitSettings", "TlsSettings"]
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -54,6 +54,33 @@ class AdmissionSettings:
 
     def __post_init__(self) -> None:
         _at_least("state_age_max_ms", self.state_age_max_ms, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSettings:
+    """How the gateway holds parts of tenants' balances."""
+
+    bootstrap: str
+    key: bytes = field(repr=False)
+    """Signs lease requests, and nothing else: `billing.commands.lease_key`."""
+    commands_topic: str = "billing.commands"
+    prices_topic: str = "billing.prices"
+    security: Mapping[str, str] = field(default_factory=dict, repr=False)
+    wait_ms: int = 1_000
+    """How long a request waits for the ledger before it is refused."""
+    duration_ms: int = 30_000
+    guard_ms: int = 2_000
+    """A lease is left unused for so long before it may expire: clocks do not run alike."""
+    output_tokens_default: int = 4_096
+    """Set aside for requests that state no maximum, where the plan has none either."""
+    clamp_output: bool = True
+    """When less is left than the worst case costs: let the answer be as long as the money reaches, instead of refusing."""
+
+    def __post_init__(self) -> None:
+        _at_least("wait_ms", self.wait_ms, 0)
+        _at_least("guard_ms", self.guard_ms, 0)
+        _at_least("duration_ms", self.duration_ms, 2 * self.guard_ms + 1)
+        _at_least("output_tokens_default", self.output_tokens_default, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +159,8 @@ class GatewaySettings:
     chunks leave at once, and such clients are not told their usage in band."""
     bill_partial_answers: bool = True
     """A back end's error after part of the answer was delivered: bill that part, or record it at price 0."""
+    leases: LeaseSettings | None = None
+    """None: a request is admitted while the balance is above zero, and requests at the same time may pass it."""
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
 

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2
 from billing.v1.usage_pb2 import (
     OUTCOME_BACKEND_ERROR,
     OUTCOME_BACKEND_ERROR_PARTIAL,
+    OUTCOME_BALANCE_EXHAUSTED,
     OUTCOME_COMPLETED,
     OUTCOME_DEADLINE_EXCEEDED,
 )
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["METHOD", "make_model_stream_infer"]
 
 METHOD = (SERVICE_NAME, "ModelStreamInfer")
+
+_MONEY_ENDED = "balance: is used up: the answer ends here, and is billed up to here: add credit"
 
 StreamResponse = Any  # inference.ModelStreamInferResponse, which has no types
 
@@ -154,9 +157,14 @@ class _RequestFlow:
                 else:
                     ready.append(item)
             if ready:
-                await self._meter.progress(self._before_held or self._meter.counter.counted())
+                paid = await self._meter.progress(self._before_held or self._meter.counter.counted())
                 self._delivered_any = True
                 await self._write(ready)
+                if not paid:
+                    await self._finish(
+                        [], None, _End(grpc.StatusCode.RESOURCE_EXHAUSTED, _MONEY_ENDED), OUTCOME_BALANCE_EXHAUSTED
+                    )
+                    return
 
     def _may_be_last(self, final: object) -> bool:
         """Whether the client may get nothing after this chunk: it has not asked for an empty final response, or the back
@@ -165,14 +173,18 @@ class _RequestFlow:
             return False
         return not self._prepared.empty_final_asked or final is None
 
-    async def _finish(self, ready: list[StreamResponse], last: StreamResponse | None, end: _End) -> None:
+    async def _finish(
+        self, ready: list[StreamResponse], last: StreamResponse | None, end: _End, outcome: int | None = None
+    ) -> None:
         """Bill the request, then let go of what is left of the answer, the usage on the last response that is visible."""
         if self._held is not None:
             ready.append(self._held)
         # An empty last response is for those who asked for it.
         if last is not None and (last.infer_response.outputs or self._prepared.empty_final_asked):
             ready.append(last)
-        usage = await self._meter.close(self._outcome(end, delivered=self._delivered_any or bool(ready)))
+        if outcome is None:
+            outcome = self._outcome(end, delivered=self._delivered_any or bool(ready))
+        usage = await self._meter.close(outcome)
         if ready:
             tell_usage(ready[-1].infer_response, usage)
             await self._write(ready)

@@ -26,7 +26,7 @@ def test_the_dry_run_says_what_is_done_and_a_second_run_does_nothing(bootstrap: 
     planned = asyncio.run(plan(settings))
     done = asyncio.run(apply(settings))
     assert [(change.kind, change.name) for change in planned] == [(change.kind, change.name) for change in done]
-    assert len(done) == 8 + 2
+    assert len(done) == 9 + 2
     assert asyncio.run(plan(settings)) == []
     assert asyncio.run(apply(settings)) == []
     assert check_partitions(settings.kafka, settings.names) == 2
@@ -66,5 +66,5 @@ def test_a_topic_that_cannot_be_read_yet_is_waited_for(bootstrap: str, tmp_path:
 
     monkeypatch.setattr(AdminClient, "list_offsets", late)
     ledger = Ledger(bootstrap, tmp_path)
-    assert len(ledger.found()) == 8 + 2
-    assert len(asked) == 8 * 3
+    assert len(ledger.found()) == 9 + 2
+    assert len(asked) == 9 * 3

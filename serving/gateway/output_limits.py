@@ -1,0 +1,74 @@
+"""How long a request allows its answer to be: read it, and make it shorter.
+
+Two ways that back ends have: `max_tokens` in the JSON of `sampling_parameters` (vLLM; also as a parameter of the request), and
+a tensor `max_tokens` (TensorRT-LLM). A request that states none has the back end's own default, which a gateway does not know.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from typing import TYPE_CHECKING
+
+from serving import kserve
+
+if TYPE_CHECKING:
+    from serving.kserve import ModelInferRequest
+
+__all__ = ["OutputLimit", "read_output_limit", "set_output_limit"]
+
+_JSON_INPUT = "sampling_parameters"
+_NAME = "max_tokens"
+
+
+class OutputLimit(enum.Enum):
+    """Where a model's requests say it."""
+
+    SAMPLING_PARAMETERS = "sampling_parameters"
+    TENSOR = "tensor"
+    NOWHERE = "nowhere"
+
+
+def read_output_limit(request: ModelInferRequest, where: OutputLimit) -> int | None:
+    """The tokens that the answer may have at most; None where the request does not say, or says what the back end will refuse.
+
+    Raises TensorError for a tensor that cannot be read.
+    """
+    value: object = None
+    if where is OutputLimit.TENSOR:
+        value = kserve.read_integer_input(request, _NAME)
+    elif where is OutputLimit.SAMPLING_PARAMETERS:
+        parameters = _sampling_parameters(request)
+        value = kserve.get_parameter(request, _NAME) if parameters is None else parameters.get(_NAME)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def set_output_limit(request: ModelInferRequest, where: OutputLimit, tokens: int) -> None:
+    """Let the answer of a request that states a limit have at most `tokens`."""
+    if where is OutputLimit.TENSOR:
+        tensor = kserve.find_input(request, _NAME)
+        assert tensor is not None, "its limit was read"
+        dtype, shape = tensor.datatype, tuple(tensor.shape)
+        kserve.strip_input(request, _NAME)
+        kserve.add_integer_input(request, _NAME, tokens, dtype=dtype, shape=shape)
+    elif where is OutputLimit.SAMPLING_PARAMETERS:
+        parameters = _sampling_parameters(request)
+        if parameters is None:
+            kserve.set_parameter(request, _NAME, tokens)
+            return
+        kserve.strip_input(request, _JSON_INPUT)
+        kserve.add_bytes_input(request, _JSON_INPUT, [json.dumps({**parameters, _NAME: tokens}).encode()])
+
+
+def _sampling_parameters(request: ModelInferRequest) -> dict[str, object] | None:
+    """None where the tensor is not there; empty where it is not what a back end takes, which will say so."""
+    text = kserve.read_text_input(request, _JSON_INPUT)
+    if text is None:
+        return None
+    try:
+        parameters = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return parameters if isinstance(parameters, dict) else {}
