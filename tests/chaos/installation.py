@@ -11,10 +11,8 @@ import json
 import os
 import secrets
 import sys
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, Final
 from unittest.mock import patch
@@ -32,7 +30,7 @@ from tests.chaos.load import EventLoad
 from tests.services.clickhouse import ClickHouseServer
 from tests.services.kafka import KafkaCluster, kafka_libs
 from tests.sinks.old_server import create_tables
-from tests.taximeter.support import ROOT, environment, until
+from tests.taximeter.support import ROOT, environment
 
 __all__ = ["PARTITIONS", "PRICES_PICO", "Installation", "KafkaInstallation", "Part"]
 
@@ -208,10 +206,6 @@ class Installation(ABC):
         child = self.child(name, [*launcher, *arguments, *ready, "--config", str(self.config_path)])
         return Part(child, ready=(folder / "ready").exists if has_ready_file else lambda: True, folder=folder)
 
-    @contextmanager
-    def commander(self) -> Iterator[Commander]:
-        yield Commander(self.config, "chaos")
-
 
 class KafkaInstallation(Installation):
     """Apache Kafka, one node; Debian's ClickHouse server; two workers, a sink, a producer. In production's shape."""
@@ -257,8 +251,8 @@ class KafkaInstallation(Installation):
         self.parts["sink"] = self.command("sink", "sink", "--no-migrate")
         self.parts["producer"] = self.producer()
         self.restart_dead()
-        with self.commander() as commander:
-            commander.send([commander.prices(read_price_book(PRICE_BOOK), command_id="prices-1")])
+        commander = Commander(self.config, "chaos")
+        commander.send([commander.prices(read_price_book(PRICE_BOOK), command_id="prices-1")])
 
     def worker(self, name: str) -> Part:
         """Another worker process, with a disk of its own."""
@@ -309,10 +303,3 @@ class KafkaInstallation(Installation):
             backend = "vllm"
             """
         )
-
-
-def wait(holds: Callable[[], object], timeout_s: float, what: str) -> float:
-    """Wait for something that another process does; how long it took."""
-    began = time.monotonic()
-    until(holds, timeout_s, what)
-    return time.monotonic() - began
