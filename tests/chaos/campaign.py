@@ -137,7 +137,7 @@ class Campaign:
         self.tell(
             f"{len(self.trials):4d} {trial.fault}/{trial.number}: {state} in {trial.seconds:.1f} s, {trial.attempts} attempts, "
             f"{trial.unknown} unknown ({trial.unknown_charged} charged), caught up in {trial.healed_in_s:.1f} s; "
-            f"{trial.evidence or 'window not hit'}"
+            f"{trial.evidence or 'window not hit'}{f'; started again: {trial.restarted}' if trial.restarted else ''}"
         )
         for finding in trial.findings[:10]:
             self.tell(f"       {finding}")
