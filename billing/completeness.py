@@ -54,6 +54,23 @@ def is_due(state: LedgerState, log_time_ms: int) -> bool:
     return log_time_ms // LOOK_INTERVAL_MS != state.log_time_ms // LOOK_INTERVAL_MS
 
 
+def lost(producer: ProducerSequences, settings: Founding, resumed_ms: int, now_ms: int) -> list[Hole]:
+    """The holes that are no backlog any more: told already, or open for the grace, all of which the ledger worked through."""
+    due_ms = now_ms - missing_grace_ms(settings)
+    return [
+        hole for hole in producer.missing() if hole.last <= producer.alerted_through or max(hole.since_ms, resumed_ms) <= due_ms
+    ]
+
+
+def is_silent(producer: ProducerSequences, settings: Founding, partition: int, resumed_ms: int, now_ms: int) -> bool:
+    """Whether nothing is heard where something is due: told already, or for the time that the settings name."""
+    if not producer.heartbeats or producer.closed:
+        return False
+    told = producer.silent_ms >= producer.seen_ms > 0
+    for_long = max(producer.seen_ms, resumed_ms) + silence_ms(settings) <= now_ms
+    return (told or for_long) and partition_of(producer.producer_id, settings.partitions) == partition
+
+
 def look(state: LedgerState, record: LedgerRecord) -> None:
     """Raise and resolve what is due, at most PRODUCER_ALERTS_MAX for this record, and state the marks that say so."""
     for producer, alert in islice(_told(state, record.log_time_ms), PRODUCER_ALERTS_MAX):
@@ -69,20 +86,14 @@ def _told(state: LedgerState, now_ms: int) -> Iterator[tuple[ProducerSequences, 
         holes = producer.missing()
         if producer.alerted_through and not (holes and holes[0].first <= producer.alerted_through):
             yield producer, _closed(producer, state.partition, now_ms)
-        due_ms = now_ms - missing_grace_ms(settings)
-        if holes and state.resumed_ms <= due_ms:
-            due = [hole for hole in holes if hole.since_ms <= due_ms and hole.last > producer.alerted_through]
+        if holes:
+            late = lost(producer, settings, state.resumed_ms, now_ms)
+            due = [hole for hole in late if hole.last > producer.alerted_through]
             if due and now_ms >= producer.alerted_ms + settings.alert_cooldown_ms:
                 yield producer, _missing(producer, state.partition, due, now_ms)
         if producer.silent_ms and producer.seen_ms > producer.silent_ms:
             yield producer, _heard(producer, state.partition, now_ms)
-        is_silent = (
-            producer.heartbeats
-            and not producer.closed
-            and not producer.silent_ms
-            and max(producer.seen_ms, state.resumed_ms) + silence_ms(settings) <= now_ms
-        )
-        if is_silent and partition_of(producer_id, settings.partitions) == state.partition:
+        if not producer.silent_ms and is_silent(producer, settings, state.partition, state.resumed_ms, now_ms):
             yield producer, _silent(producer, state.partition, now_ms)
 
 
@@ -100,7 +111,7 @@ def _missing(producer: ProducerSequences, partition: int, due: Sequence[Hole], n
         now_ms,
         f"{count} event(s) that producer {producer.producer_id} counted in partition {partition} are missing: numbers {named}"
         f"{more}, for {(now_ms - due[0].since_ms) // 1000} s; start it on its journal, it sends them again. If the journal is "
-        "gone, so is that usage",
+        "gone, so is that usage; `taximeter audit --completeness` shows what came around it",
         {
             "first": due[0].first,
             "last": due[-1].last,

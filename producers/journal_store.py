@@ -310,6 +310,9 @@ def _page(rows: Iterable[tuple[int, bytes]], first_sequence: int, events_max: in
     for segment_first, blob in rows:
         if not events:
             first_sequence = max(first_sequence, segment_first)
+        elif segment_first != first_sequence + len(events):
+            # Rows are missing: what follows keeps its own numbers, so that the ledger sees the hole.
+            break
         skipped = first_sequence - segment_first if not events else 0
         for event in RawUsageBatch.FromString(blob).events[skipped:]:
             size += len(event) + EVENT_ENVELOPE_BYTES

@@ -16,10 +16,12 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from sinks import migrate, queries
+from sinks.completeness import completeness
 from taximeter import compose
+from taximeter.completeness_report import mend_silent
 from taximeter.errors import TaximeterError
 from taximeter.failures import explain
-from taximeter.times import now_ms
+from taximeter.times import now_ms, show_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -204,13 +206,17 @@ def _freshness(config: Config) -> Check:
 
 def _producers(config: Config) -> Check:
     with compose.open_reader(config) as reader:
-        rows = reader.query(
-            "SELECT producer_id, ledger_partition, highest_sequence - covered_sequence FROM producers_incomplete"
-        ).rows
-    if rows:
-        detail = ", ".join(f"{producer} partition {partition}: {missing} missing" for producer, partition, missing in rows[:5])
-        return Check("producers", State.ILL, detail, "start that producer on its journal again; it sends what is missing")
-    return Check("producers", State.WELL, "no numbering has a hole")
+        report = completeness(reader)
+    if report.incomplete:
+        detail = ", ".join(
+            f"{state.producer_id} partition {state.partition}: {state.missing} missing" for state in report.incomplete[:5]
+        )
+        mend = "start that producer on its journal again; `taximeter audit --completeness` shows what came around the holes"
+        return Check("producers", State.ILL, detail, mend)
+    if report.silent:
+        detail = ", ".join(f"{state.producer_id} is silent since {show_time(state.seen_ms)}" for state in report.silent[:5])
+        return Check("producers", State.ILL, detail, mend_silent(report.silent[0].producer_id))
+    return Check("producers", State.WELL, f"{report.producers} producers, nothing is missing")
 
 
 def _gateway(config: Config) -> Check:

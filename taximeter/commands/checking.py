@@ -6,7 +6,9 @@ import typer
 
 from sinks.audit import AuditReport
 from sinks.audit import audit as audit_database
+from sinks.completeness import completeness, neighbours
 from taximeter.commands.common import Context, JsonOption, command
+from taximeter.completeness_report import completeness_values, print_completeness
 from taximeter.compose import ledger_keys, open_reader
 from taximeter.errors import EXIT_WRONG
 from taximeter.health import State, examine
@@ -18,9 +20,16 @@ __all__ = ["audit", "doctor"]
 def audit(
     context: Context,
     findings_max: Annotated[int, typer.Option(min=1, help="Stop after so many differences.")] = 1_000,
+    of_completeness: Annotated[
+        bool,
+        typer.Option("--completeness", help="Instead: which numbers of each producer are missing, and what came around them."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Compute everything again from the archived ledger, and name every difference. Exit code 1 if there is one."""
+    if of_completeness:
+        _audit_completeness(context, json)
+        return
     config = context.config()
     with open_reader(config) as reader, context.output.progress("ledger records proved", None) as advance:
         seen = 0
@@ -57,6 +66,18 @@ def audit(
             context.output.say(str(finding))
         context.output.pairs("Audit: everything agrees" if report.clean else "Audit: there are differences", counts)
     if not report.clean:
+        raise typer.Exit(EXIT_WRONG)
+
+
+def _audit_completeness(context: Context, as_json: bool) -> None:
+    with open_reader(context.config()) as reader:
+        report = completeness(reader)
+        missing = [(state, neighbours(reader, state)) for state in report.incomplete]
+    if as_json:
+        context.output.json(completeness_values(report, missing))
+    else:
+        print_completeness(context.output, report, missing)
+    if not report.complete:
         raise typer.Exit(EXIT_WRONG)
 
 

@@ -76,6 +76,20 @@ def test_a_group_larger_than_a_batch_is_cut_into_segments_that_read_as_one(tmp_p
     journal.close()
 
 
+def test_rows_that_are_gone_leave_a_hole_and_every_other_event_its_number(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    for number in range(12):
+        journal.append(0, usage_event(number).SerializeToString()).durable()
+    journal.close()
+    with sqlite3.connect(tmp_path / "journal") as file:
+        file.execute("DELETE FROM segments WHERE first_sequence BETWEEN 5 AND 7")
+    journal = open_journal(tmp_path)
+    held = {sequence: event.request_id for sequence, event in journaled(journal)[0].items()}
+    assert held == {number + 1: usage_event(number).request_id for number in (0, 1, 2, 3, 7, 8, 9, 10, 11)}
+    assert journal.highest_sequence(0) == 12
+    journal.close()
+
+
 def test_freeing_keeps_a_segment_until_all_of_it_is_covered(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     for _ in range(10):
