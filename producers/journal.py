@@ -14,6 +14,7 @@ however it ends.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -141,9 +142,18 @@ class Journal:
         return group.receipt
 
     def open(self, partition: int, event: bytes) -> tuple[int, Receipt]:
-        """Take a request that begins: `event` is what it becomes if this process dies. Returns its slot."""
+        """Take a request that begins: `event` is what it becomes if this process dies. Returns its slot.
+
+        Raises `JournalFull` also where the disk has no reserve with which the request could be closed.
+        """
         with self._lock:
             self._admit(OPEN_REQUEST_BYTES)
+            if not self._store.has_reserve:
+                self._refused += 1
+                raise JournalFull(
+                    f"journal_path={self.path}: the disk is full, or nearly: there is no room to close another request with; "
+                    f"free space on it"
+                )
             group = self._group
             slot = self._next_slot
             self._next_slot += 1
@@ -163,7 +173,7 @@ class Journal:
         return group.receipt
 
     def close_request(self, slot: int, partition: int, event: bytes) -> Receipt:
-        """Turn the open request into `event`, in one transaction. Never refused for want of room: `open` set it aside."""
+        """Turn the open request into `event`, in one transaction. Never refused for want of room: `open` saw to it."""
         with self._lock:
             self._refuse_if_closed()
             group = self._group
@@ -310,6 +320,8 @@ class Journal:
                     self._commit(group)
                     group = _Group()
                 self._free_some()
+                if not self._store.has_reserve:
+                    self._store.set_aside()
         except BaseException as error:
             # A fault of ours, not of the disk: whoever waits must hear of it, and nobody may record into the void.
             with self._lock:
@@ -327,6 +339,10 @@ class Journal:
         """Wait for work; None when the journal is closing and nothing is left."""
         with self._lock:
             while self._group.is_empty and not self._closing:
+                if not self._store.has_reserve:
+                    # Nothing may come that would wake us: whoever would open a request is refused.
+                    self._work.wait(_FREE_RETRY_S)
+                    break
                 if not self._to_free:
                     self._work.wait()
                 elif (pause_s := self._free_not_before - time.monotonic()) > 0:
@@ -343,9 +359,10 @@ class Journal:
         opened = [OpenRow(slot, partition, event) for slot, (partition, event) in group.opened.items()]
         # A request that began and ended within this group never had a row.
         closed = list(set(group.closed).difference(group.started))
+        owed = bool(closed) or any(slot not in group.started for slot in group.opened)
         error: JournalError | None = None
         try:
-            self._store.commit(segments, opened, closed)
+            self._store.commit(segments, opened, closed, owed=owed)
         except JournalError as refusal:
             error = refusal
         with self._lock:
@@ -426,6 +443,7 @@ def _lock(path: Path) -> int:
         raise JournalLocked(
             f"journal_path={path}: process {holder} has this journal open; stop it, or give this process a path of its own"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    # For whoever finds it locked; on a full disk they are told less.
+    with contextlib.suppress(OSError):
+        os.pwrite(descriptor, str(os.getpid()).encode().ljust(32), 0)
     return descriptor

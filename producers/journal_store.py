@@ -10,9 +10,10 @@ statement gives up the interpreter's lock and has to win it back from callers th
 
 All writes and all checkpoints go through the writing connection, from one thread.
 
-Freeing needs room as well, for the log of what is deleted. So a few megabytes are set aside in a file of their own, and given
-up when the disk is full and something is to be freed. Until they can be set aside again, the journal uses the pages that it
-has and does not grow: a full disk never keeps itself full.
+Freeing needs room as well, for the log of what is deleted, and so does what is owed: the end of a request that was taken. So a
+few megabytes are set aside in a file of their own, and given up when the disk is full and something is to be freed, or owed.
+Until they can be set aside again, no request is opened, and the journal uses the pages that it has and does not grow for
+anything else: a full disk never keeps itself full.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ _FREED_ROWS_MAX = 1_000
 _CHECKPOINT_PAGES = 1_000
 # As large as the log may grow before a checkpoint, with pages of 4 KiB, and then some.
 _RESERVE_BYTES = 5 << 20
+# Opening the file makes its log and the log's index.
+_OPENING_BYTES = 1 << 20
 _PAGES_MAX = 0xFFFFFFFE
+# The second: no room for the log's index.
+_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"})
 _Statement = tuple[str, tuple[Any, ...]]
 _SCHEMA = """
 CREATE TABLE marks (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -101,6 +106,9 @@ class JournalStore:
         self.path = path
         self._reader_lock = threading.Lock()
         self._reserve_path = path.with_name(path.name + ".reserve")
+        self.has_reserve = False
+        if shutil.disk_usage(path.parent).free < _OPENING_BYTES:
+            self._reserve_path.unlink(missing_ok=True)
         try:
             self._writer = self._connect()
             try:
@@ -112,7 +120,7 @@ class JournalStore:
                 raise
         except sqlite3.Error as error:
             raise self._translate(error, JournalUnreadable) from error
-        if not self._set_aside():
+        if not self.set_aside():
             self._stop_growing()
 
     def _connect(self) -> sqlite3.Connection:
@@ -138,8 +146,13 @@ class JournalStore:
                 f"let the version that wrote it publish what it holds, then begin a new one"
             )
 
-    def commit(self, segments: Sequence[SegmentRow], opened: Sequence[OpenRow], closed: Sequence[int]) -> None:
-        """Make all of it durable, or none: then it raises `JournalFull` or `JournalWriteFailed`."""
+    def commit(
+        self, segments: Sequence[SegmentRow], opened: Sequence[OpenRow], closed: Sequence[int], *, owed: bool = False
+    ) -> None:
+        """Make all of it durable, or none: then it raises `JournalFull` or `JournalWriteFailed`.
+
+        `owed`: some of it is of requests that were taken before. On a full disk it gets the reserve.
+        """
         statements = [
             *_inserts("INSERT INTO segments VALUES ", 5, segments),
             *_inserts("INSERT OR REPLACE INTO open_requests VALUES ", 3, opened),
@@ -148,22 +161,29 @@ class JournalStore:
         try:
             self._transaction(statements)
         except JournalFull:
-            # Someone may have made room since the journal stopped growing: then the next commit has it.
-            self._set_aside()
-            raise
+            if not owed:
+                # Someone may have made room since the journal stopped growing: then the next commit has it.
+                self.set_aside()
+                raise
+            self._give_up_reserve()
+            self._grow()
+            try:
+                self._transaction(statements)
+            finally:
+                self._stop_growing()
 
     def free(self, partition: int, covered_sequence: int) -> FreedPage:
         """Let go of segments whose last sequence is covered, a page of them; remember how far the numbering has gone."""
         try:
             page = self._free(partition, covered_sequence)
         except JournalFull:
-            self._reserve_path.unlink(missing_ok=True)
+            self._give_up_reserve()
             self._stop_growing()
             # What the log holds moves into the file, and the log begins again in the room that it has.
             self._checkpoint()
             return self._free(partition, covered_sequence)
         if page.is_last:
-            self._set_aside()
+            self.set_aside()
         return page
 
     def _free(self, partition: int, covered_sequence: int) -> FreedPage:
@@ -191,20 +211,29 @@ class JournalStore:
         except sqlite3.Error as error:
             raise self._translate(error, JournalWriteFailed) from error
 
-    def _set_aside(self) -> bool:
+    def set_aside(self) -> bool:
         """Set room aside, if there is as much again for events; whether it is."""
         try:
             if self._reserve_path.exists() and self._reserve_path.stat().st_size == _RESERVE_BYTES:
+                self.has_reserve = True
                 return True
             if shutil.disk_usage(self._reserve_path.parent).free < 2 * _RESERVE_BYTES:
                 return False
             self._reserve_path.write_bytes(bytes(_RESERVE_BYTES))
-            self._writer.execute(f"PRAGMA max_page_count = {_PAGES_MAX}").fetchone()
+            self._grow()
         except (OSError, sqlite3.Error):
             with contextlib.suppress(OSError):
-                self._reserve_path.unlink(missing_ok=True)
+                self._give_up_reserve()
             return False
+        self.has_reserve = True
         return True
+
+    def _give_up_reserve(self) -> None:
+        self.has_reserve = False
+        self._reserve_path.unlink(missing_ok=True)
+
+    def _grow(self) -> None:
+        self._writer.execute(f"PRAGMA max_page_count = {_PAGES_MAX}").fetchone()
 
     def _stop_growing(self) -> None:
         try:
@@ -284,7 +313,7 @@ class JournalStore:
 
     def _translate(self, error: sqlite3.Error, kind: type[JournalError]) -> JournalError:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
-        if name == "SQLITE_FULL":
+        if name in _FULL:
             return JournalFull(
                 f"journal_path={self.path}: the disk is full, or nearly ({error}); free space on it, then record again"
             )

@@ -58,6 +58,8 @@ _TOKEN_BYTES_MAX = 512
 _NOT_FORWARDED = CREDENTIAL_METADATA | {"user-agent", "te", "content-type", "host", "connection"}
 
 _LATE_S = 0.005
+# Between two attempts to write a bill on a full disk.
+_FULL_RETRY_S = 1.0
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -107,6 +109,8 @@ class Gateway:
         self.upstream = upstream
         self.metrics: Counter[str] = Counter()
         self.ready = False
+        # Why nothing can be opened yet, while the journal waits for room to recover.
+        self.journal_full = ""
         self.stopping = False
         # Set where leases are kept: what a tenant's requests are paid from.
         self.spending: Spending | None = None
@@ -135,6 +139,9 @@ class Gateway:
 
     def authenticate(self, caller: Caller, policy: Policy) -> KeyView:
         """The caller's key. Raises CallError."""
+        if self.journal_full:
+            self.metrics["journal_full"] += 1
+            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"usage cannot be recorded: {self.journal_full}")
         if not self.ready:
             raise CallError(grpc.StatusCode.UNAVAILABLE, "keys are still being read: try again in a moment")
         key = None if caller.secret_hash is None else self._directory.find_key(caller.secret_hash)
@@ -337,12 +344,17 @@ class Gateway:
         self.spawn(self._close(meter, outcome))
 
     async def _close(self, meter: RequestMeter, outcome: int) -> None:
-        """Write a bill that nobody waits for; a journal that fails keeps the last progress."""
-        try:
-            await meter.close(outcome)
-        except ProducerError:
-            self.metrics["journal_errors"] += 1
-            _LOG.exception("a bill could not be written; the journal's recovery bills what was delivered")
+        """Write a bill that nobody waits for; a journal that fails keeps the last progress, a full one is asked again."""
+        while True:
+            try:
+                await meter.close(outcome)
+            except ProducerError as error:
+                self.metrics["journal_errors"] += 1
+                if isinstance(error, JournalFull) and not self.stopping:
+                    await asyncio.sleep(_FULL_RETRY_S)
+                    continue
+                _LOG.exception("a bill could not be written; the journal's recovery bills what was delivered")
+            return
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something that a stop waits for."""

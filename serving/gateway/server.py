@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from grpc_health.v1 import health_pb2
 from tritonclient.grpc import service_pb2
 
 from producers.commands import CommandSettings, LeaseSender
+from producers.errors import JournalFull
 from producers.follower import TopicFollower
 from producers.meter import UsageMeter
 from producers.publisher import Publisher
@@ -41,9 +43,11 @@ if TYPE_CHECKING:
 
 __all__ = ["GatewayServer", "new_event_loop", "run_gateway"]
 
+_LOG = logging.getLogger(__name__)
 # Calls that are no inferences: probes and metadata.
 _CONTROL_CALLS_MAX = 256
 _READY_POLL_S = 0.1
+_RECOVER_RETRY_S = 1.0
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -140,20 +144,17 @@ class GatewayServer:
         self.recovered = 0
 
     async def start(self) -> None:
-        """Recover the journal, serve, read keys and accounts; returns when they are known. Until then calls are told to try
-        again. Raises TimeoutError if they cannot be read in time; `stop` it then too."""
+        """Serve, recover the journal, read keys and accounts; returns when they are known. Until then calls are told to try
+        again, and on a full disk why. Raises TimeoutError if they cannot be read in time; `stop` it then too."""
         settings = self._settings
         limits = settings.limits
         self._meter = meter = await asyncio.to_thread(UsageMeter, settings.meter)
-        self.recovered = await asyncio.to_thread(meter.recover)
         if settings.publisher is not None:
             self._publisher = Publisher(meter.journal, settings.publisher)
             self._publisher.start()
         parts = MeterParts(meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s)
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
-        if settings.leases is not None:
-            self._keep_leases(settings.leases, meter)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 1),
@@ -175,6 +176,9 @@ class GatewayServer:
             credentials = grpc.ssl_server_credentials([(settings.tls.key, settings.tls.certificate)])
             self.port = self._server.add_secure_port(address, credentials)
         await self._server.start()
+        await self._recover(meter)
+        if settings.leases is not None:
+            self._keep_leases(settings.leases, meter)
         if self._follows:
             self._follow()
         await self._await_ready()
@@ -199,6 +203,19 @@ class GatewayServer:
 
         self._directory.on_lease = on_lease
         self._directory.on_changed_account = on_account
+
+    async def _recover(self, meter: UsageMeter) -> None:
+        """Bill what an earlier start left open. While the disk has no room for that, every inference is refused."""
+        while True:
+            try:
+                self.recovered = await asyncio.to_thread(meter.recover)
+            except JournalFull as error:
+                _LOG.warning("what an earlier start left open is billed once there is room: %s", error)
+                self.gateway.journal_full = str(error)
+                await asyncio.sleep(_RECOVER_RETRY_S)
+            else:
+                self.gateway.journal_full = ""
+                return
 
     def _follow(self) -> None:
         directory = self._settings.directory
@@ -278,9 +295,19 @@ async def run_gateway(
     """Serve until cancelled or until `stop` is set; `ready(port)` is called when inferences are accepted."""
     server = GatewayServer(settings)
     try:
-        await server.start()
-        if ready is not None:
-            ready(server.port)
-        await (stop or asyncio.Event()).wait()
+        stopping = asyncio.ensure_future((stop or asyncio.Event()).wait())
+        starting = asyncio.ensure_future(server.start())
+        try:
+            # It may have to wait for room on the disk.
+            await asyncio.wait({stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                if ready is not None:
+                    ready(server.port)
+                await stopping
+        finally:
+            for task in (stopping, starting):
+                task.cancel()
+            await asyncio.gather(stopping, starting, return_exceptions=True)
     finally:
         await server.stop()
