@@ -12,7 +12,11 @@ SinkError
 
 from __future__ import annotations
 
+# What every system says of a full disk, ClickHouse whatever its version and its own code for it.
+DISK_FULL = "No space left on device"
+
 __all__ = [
+    "DISK_FULL",
     "EngineError",
     "EngineUnavailable",
     "LedgerError",

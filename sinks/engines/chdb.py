@@ -9,8 +9,10 @@ query's own time for one gets EngineUnavailable.
 from __future__ import annotations
 
 import fcntl
+import os
 import queue
 import re
+import tempfile
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ import pyarrow as pa
 from sinks.coded import Coded
 from sinks.engine import PICO_LIMIT, Columns, Kind, Parameter, Rows, Table, row_count
 from sinks.engines.json_rows import decode_rows
-from sinks.errors import EngineError, EngineUnavailable
+from sinks.errors import DISK_FULL, EngineError, EngineUnavailable
 from sinks.parameters import bind
 
 __all__ = ["ChdbEngine"]
@@ -93,13 +95,11 @@ class ChdbEngine:
         with pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
         quoted = ", ".join(f"`{name}`" for name in names)
-        with self._writing, _translated():
-            self._check_open()
+        # Not through chDB's own streaming insert, which says nothing of what fails at its end, on a full disk say.
+        with _as_file(sink.getvalue()) as path:
             # Rows of one key are left to merges and to FINAL, as between inserts: looking for them here costs a third more.
-            statement = f"INSERT INTO {table.name} ({quoted}) SETTINGS optimize_on_insert = 0"
-            with self._writer.send_insert(statement, "ArrowStream") as inserter:
-                inserter.append(sink.getvalue().to_pybytes())
-                inserter.finish()
+            settings = "SETTINGS optimize_on_insert = 0, async_insert = 0"
+            self.execute(f"INSERT INTO {table.name} ({quoted}) FROM INFILE '{path}' {settings} FORMAT ArrowStream")
         return rows
 
     def query(self, sql: str, parameters: Mapping[str, Parameter] | None = None, *, timeout_s: float = 30.0) -> Rows:
@@ -181,13 +181,32 @@ def _release(folder: Path) -> None:
 
 
 @contextmanager
+def _as_file(content: pa.Buffer) -> Iterator[str]:
+    """The path of a file with this content: in memory where the system has such, else where temporary files are."""
+    try:
+        with _open_file() as file:
+            file.write(content)
+            file.flush()
+            yield file.name if isinstance(file.name, str) else f"/proc/self/fd/{file.name}"
+    except OSError as error:
+        raise EngineUnavailable(f"chDB: rows cannot be handed over: {error}") from error
+
+
+def _open_file() -> Any:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("taximeter-insert"), "wb")
+    return tempfile.NamedTemporaryFile()
+
+
+@contextmanager
 def _translated() -> Iterator[None]:
     """chDB's errors as ours. They are RuntimeErrors with ClickHouse's own text and code."""
     try:
         yield
     except RuntimeError as error:
         code = _CODE.search(str(error))
-        kind = EngineUnavailable if code is not None and code[1] in _PASSING else EngineError
+        passing = (code is not None and code[1] in _PASSING) or DISK_FULL in str(error)
+        kind = EngineUnavailable if passing else EngineError
         raise kind(f"chDB: {error}") from error
 
 

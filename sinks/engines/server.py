@@ -19,7 +19,7 @@ from clickhouse_driver import Client
 from clickhouse_driver.errors import Error, NetworkError, ServerException, SocketTimeoutError
 
 from sinks.engine import PICO_LIMIT, Columns, Kind, Parameter, Rows, Table, row_count
-from sinks.errors import EngineError, EngineUnavailable
+from sinks.errors import DISK_FULL, EngineError, EngineUnavailable
 from sinks.parameters import bind
 
 __all__ = ["ServerEngine", "ServerSettings"]
@@ -179,7 +179,7 @@ def _translated(call: Callable[[], T], where: str) -> T:
     try:
         return call()
     except ServerException as error:
-        kind = EngineUnavailable if error.code in _PASSING else EngineError
+        kind = EngineUnavailable if error.code in _PASSING or DISK_FULL in error.message else EngineError
         raise kind(f"ClickHouse at {where}, code {error.code}: {error.message}") from error
     except (NetworkError, SocketTimeoutError, EOFError, OSError) as error:
         raise EngineUnavailable(f"ClickHouse at {where} does not answer: {error or type(error).__name__}") from error

@@ -190,8 +190,13 @@ class Installation(ABC):
         folder = self.journal_folder()
         folder.mkdir(parents=True, exist_ok=True)
         arguments = ["--config", self.config_path, "--journal", folder / "journal.sqlite", "--socket", self.load.socket_path]
+        arguments += self.producer_arguments()
         child = self.child("producer", [sys.executable, "-m", "tests.chaos.producer", *map(str, arguments)])
         return Part(child, ready=lambda: self.load.connected)
+
+    def producer_arguments(self) -> list[str]:
+        """More of them: a place for a subclass to set something of the configuration."""
+        return []
 
     def child(self, name: str, argv: list[str]) -> Child:
         return Child(name, argv, log_path=self.folder / "logs" / f"{name}.log", cwd=ROOT, environment=self.environment(name))
@@ -218,11 +223,16 @@ class KafkaInstallation(Installation):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         # Kafka takes no session under six seconds unless told; a trial would wait for it each time.
+        settings = {"group.min.session.timeout.ms": "1000"}
         self.kafka = KafkaCluster(
-            folder / "kafka", kafka_libs(), nodes=self.nodes, settings={"group.min.session.timeout.ms": "1000"}
+            folder / "kafka", kafka_libs(), nodes=self.nodes, settings=settings, listeners=self.listeners()
         )
         self.clickhouse = ClickHouseServer(self.clickhouse_folder())
         self.gateway_port, self.upstream_port = free_port(), free_port()
+
+    def listeners(self) -> dict[str, tuple[int, int]]:
+        """More of the broker's listeners: a place for a subclass to put a proxy before them."""
+        return {}
 
     def clickhouse_folder(self) -> Path:
         return self.folder / "clickhouse"
@@ -248,11 +258,14 @@ class KafkaInstallation(Installation):
         self.parts["clickhouse"] = Part(self.clickhouse.process, ready=self.clickhouse._answers)
         for number in range(1, self.workers + 1):
             self.parts[f"worker-{number}"] = self.worker(f"worker-{number}")
-        self.parts["sink"] = self.command("sink", "sink", "--no-migrate")
+        self.parts["sink"] = self.sink()
         self.parts["producer"] = self.producer()
         self.restart_dead()
         commander = Commander(self.config, "chaos")
         commander.send([commander.prices(read_price_book(PRICE_BOOK), command_id="prices-1")])
+
+    def sink(self) -> Part:
+        return self.command("sink", "sink", "--no-migrate")
 
     def worker(self, name: str) -> Part:
         """Another worker process, with a disk of its own."""

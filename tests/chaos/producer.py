@@ -13,6 +13,7 @@ import logging
 import queue
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ def _answer(meter: UsageMeter, connection: socket.socket, waiting: queue.SimpleQ
         connection.sendall((json.dumps(answer) + "\n").encode())
 
 
-def run(config_path: Path, journal_path: Path, socket_path: Path) -> None:
+def run(config_path: Path, journal_path: Path, socket_path: Path, flags: Sequence[str] = ()) -> None:
     """Meter, publish, and answer the driver."""
-    config = load(config_path)
+    config = load(config_path, flags=flags)
     meter = UsageMeter(compose.meter_settings(config, journal_path))
     publisher = Publisher(meter.journal, compose.publisher_settings(config))
     publisher.start()
@@ -107,5 +108,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("config", "journal", "socket"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[])
     given = parser.parse_args()
-    run(given.config, given.journal, given.socket)
+    run(given.config, given.journal, given.socket, given.set)

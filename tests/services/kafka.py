@@ -121,7 +121,18 @@ class KafkaNode:
 class KafkaCluster:
     """One node, or several that replicate. Use `start`, then `bootstrap`; `nodes` for faults; `close` at the end."""
 
-    def __init__(self, folder: Path, libs: Path, *, nodes: int = 1, settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        libs: Path,
+        *,
+        nodes: int = 1,
+        settings: dict[str, str] | None = None,
+        listeners: dict[str, tuple[int, int]] | None = None,
+    ) -> None:
+        """`listeners`, of a single node, beside its own: name -> the port it listens on, the port it advertises."""
+        assert not listeners or nodes == 1, "listeners: all nodes would take the same ports"
+        self._listeners = listeners or {}
         self.folder = folder
         self._libs = libs
         self._settings = settings or {}
@@ -162,14 +173,18 @@ class KafkaCluster:
     def _node(self, node_id: int, port: int, controller_port: int, nodes: int) -> KafkaNode:
         folder = self.folder / f"node-{node_id}"
         folder.mkdir(parents=True)
+        own = {name: listens for name, (listens, _) in self._listeners.items()}
+        listening = {"PLAINTEXT": port, **own, "CONTROLLER": controller_port}
+        advertised = {"PLAINTEXT": port, **{name: advertises for name, (_, advertises) in self._listeners.items()}}
         properties = {
             "process.roles": "broker,controller",
             "node.id": str(node_id),
             "controller.quorum.voters": self._voters,
             "controller.listener.names": "CONTROLLER",
-            "listeners": f"PLAINTEXT://{_HOST}:{port},CONTROLLER://{_HOST}:{controller_port}",
-            "advertised.listeners": f"PLAINTEXT://{_HOST}:{port}",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listeners": ",".join(f"{name}://{_HOST}:{at}" for name, at in listening.items()),
+            "advertised.listeners": ",".join(f"{name}://{_HOST}:{at}" for name, at in advertised.items()),
+            "listener.security.protocol.map": ",".join(f"{name}:PLAINTEXT" for name in listening),
+            "inter.broker.listener.name": "PLAINTEXT",
             "log.dirs": str(folder / "logs"),
             "auto.create.topics.enable": "false",
             "default.replication.factor": str(min(nodes, 3)),

@@ -14,7 +14,14 @@ import pytest
 import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
-from billing.v1.usage_pb2 import OUTCOME_COMPLETED, OUTCOME_INTERRUPTED, UsageEvent
+from billing.v1.usage_pb2 import (
+    COUNT_SOURCE_BACKEND,
+    OPERATION_GENERATE,
+    OUTCOME_COMPLETED,
+    OUTCOME_INTERRUPTED,
+    SERVICE_CLASS_STANDARD,
+    UsageEvent,
+)
 from producers.errors import JournalFull
 from producers.meter import MeterSettings, UsageMeter
 from serving.gateway import GatewayServer, vllm
@@ -156,11 +163,11 @@ def _left_open(disk: Path, count: int) -> None:
     meter = UsageMeter(MeterSettings(disk / "journal.sqlite", PARTITIONS))
     for number in range(count):
         event = UsageEvent(
-            request_id=f"left-{number}", tenant_id="tenant-a", model="trace", operation=1, service_class=1, count_source=1,
-            outcome=OUTCOME_INTERRUPTED, started_ms=1_000, ended_ms=2_000, client_request_id="x" * 100,
+            request_id=f"left-{number}", tenant_id="tenant-a", model="trace", operation=OPERATION_GENERATE, service_class=SERVICE_CLASS_STANDARD,
+            count_source=COUNT_SOURCE_BACKEND, outcome=OUTCOME_INTERRUPTED, started_ms=1_000, ended_ms=2_000, client_request_id="x" * 100,
         )  # fmt: skip
-        receipt = meter.open(event).receipt
-    receipt.durable(_BACK_TIMEOUT_S)
+        meter.open(event)
+    # Makes durable what is pending.
     meter.close()
 
 
@@ -208,8 +215,8 @@ def test_a_journal_whose_reserve_is_spent_opens_no_request_and_says_so(disk: Pat
     filler.fill(leave_bytes=2 << 20)
     meter = UsageMeter(MeterSettings(disk / "journal.sqlite", PARTITIONS))
     event = UsageEvent(
-        request_id="r", tenant_id="tenant-a", model="trace", operation=1, service_class=1, count_source=1,
-        outcome=OUTCOME_COMPLETED, started_ms=1_000, ended_ms=2_000,
+        request_id="r", tenant_id="tenant-a", model="trace", operation=OPERATION_GENERATE, service_class=SERVICE_CLASS_STANDARD,
+        count_source=COUNT_SOURCE_BACKEND, outcome=OUTCOME_COMPLETED, started_ms=1_000, ended_ms=2_000,
     )  # fmt: skip
     with pytest.raises(JournalFull, match="no room to close another request"):
         meter.open(event)
