@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["MODULES", "Fault", "all_faults"]
 
 # Where faults are found, in the order of the table.
-MODULES = ("tests.chaos.kills", "tests.chaos.zombies", "tests.chaos.more_kills", "tests.chaos.disks")
+MODULES = ("tests.chaos.kills", "tests.chaos.zombies", "tests.chaos.more_kills", "tests.chaos.disks", "tests.chaos.connections")
 
 
 class Fault(ABC):

@@ -163,9 +163,17 @@ def _left_open(disk: Path, count: int) -> None:
     meter = UsageMeter(MeterSettings(disk / "journal.sqlite", PARTITIONS))
     for number in range(count):
         event = UsageEvent(
-            request_id=f"left-{number}", tenant_id="tenant-a", model="trace", operation=OPERATION_GENERATE, service_class=SERVICE_CLASS_STANDARD,
-            count_source=COUNT_SOURCE_BACKEND, outcome=OUTCOME_INTERRUPTED, started_ms=1_000, ended_ms=2_000, client_request_id="x" * 100,
-        )  # fmt: skip
+            request_id=f"left-{number}",
+            tenant_id="tenant-a",
+            model="trace",
+            operation=OPERATION_GENERATE,
+            service_class=SERVICE_CLASS_STANDARD,
+            count_source=COUNT_SOURCE_BACKEND,
+            outcome=OUTCOME_INTERRUPTED,
+            started_ms=1_000,
+            ended_ms=2_000,
+            client_request_id="x" * 100,
+        )
         meter.open(event)
     # Makes durable what is pending.
     meter.close()
@@ -215,9 +223,16 @@ def test_a_journal_whose_reserve_is_spent_opens_no_request_and_says_so(disk: Pat
     filler.fill(leave_bytes=2 << 20)
     meter = UsageMeter(MeterSettings(disk / "journal.sqlite", PARTITIONS))
     event = UsageEvent(
-        request_id="r", tenant_id="tenant-a", model="trace", operation=OPERATION_GENERATE, service_class=SERVICE_CLASS_STANDARD,
-        count_source=COUNT_SOURCE_BACKEND, outcome=OUTCOME_COMPLETED, started_ms=1_000, ended_ms=2_000,
-    )  # fmt: skip
+        request_id="r",
+        tenant_id="tenant-a",
+        model="trace",
+        operation=OPERATION_GENERATE,
+        service_class=SERVICE_CLASS_STANDARD,
+        count_source=COUNT_SOURCE_BACKEND,
+        outcome=OUTCOME_COMPLETED,
+        started_ms=1_000,
+        ended_ms=2_000,
+    )
     with pytest.raises(JournalFull, match="no room to close another request"):
         meter.open(event)
     meter.close()
