@@ -13,6 +13,7 @@ from hashlib import blake2b
 
 DEDUPE_KEY_BYTES = 16
 FINGERPRINT_BYTES = 8
+_FINGERPRINT = blake2b(digest_size=FINGERPRINT_BYTES)
 _MASK = 0xFFFFFFFF
 _M = 0x5BD1E995
 
@@ -58,8 +59,10 @@ def identities(
     hashes = list(map(blake2b.copy, map(of_tenant.__getitem__, tenant_ids)))
     # Loops in C: this is a quarter of the step.
     deque(map(blake2b.update, hashes, map(str.encode, request_ids)), maxlen=0)
-    fingerprints = [blake2b(event, digest_size=FINGERPRINT_BYTES).digest() for event in events]
-    return list(map(blake2b.digest, hashes)), fingerprints
+    digests = list(map(blake2b.digest, hashes))
+    hashes = [_FINGERPRINT.copy() for _ in events]
+    deque(map(blake2b.update, hashes, events), maxlen=0)
+    return digests, list(map(blake2b.digest, hashes))
 
 
 def _tenant_hash(key: bytes, tenant_id: str) -> blake2b:

@@ -1,6 +1,6 @@
 """What a batch of usage does to the state: the hot path of Taximeter.
 
-It works in columns: each field of all events at once, checks over whole columns, and one pass per window. Only a batch in which
+It works in columns (`usage_columns`): checks over whole columns, and one pass per window. Only a batch in which
 something is unusual (a duplicate, a far time, a wrong partition, a field over its bound) is looked at event by event, in
 `_admit_each`; what is admitted then takes the same way as every other event.
 """
@@ -10,26 +10,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, gt
+from itertools import repeat
 
 from billing.abuse import Evidence, Rules
 from billing.accounts import AccountState
 from billing.amounts import to_amount
 from billing.identity import identities, partition_of
 from billing.leases import Leases
-from billing.limits import (
-    ID_CHARS_MAX,
-    PLAIN_EVENT_BYTES_MAX,
-    QUANTITY_MAX,
-    RELEASED_LEASES_MAX,
-    SCHEMA_VERSION,
-    TIME_MS_MAX,
-)
+from billing.limits import RELEASED_LEASES_MAX, SCHEMA_VERSION
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
 from billing.sequences import ProducerSequences, is_numbered
 from billing.state import DAY_MS, LedgerState
 from billing.terms_step import rate_by_terms
+from billing.usage_columns import UsageColumns
 from billing.v1.ledger_pb2 import (
     DROP_REASON_CONFLICT,
     DROP_REASON_DUPLICATE,
@@ -48,28 +42,10 @@ from billing.v1.usage_pb2 import (
     RawUsageBatch,
     UsageBatch,
 )
-from billing.validation import OPTIONAL_IDS, TOKEN_FIELDS, event_problem
+from billing.validation import event_problem
 from billing.windows import MINUTE_MS, Key, Window
 
-_FIELDS = attrgetter(
-    "tenant_id",
-    "request_id",
-    "project_id",
-    "model",
-    "operation",
-    "service_class",
-    "outcome",
-    "started_ms",
-    "ended_ms",
-    *TOKEN_FIELDS,
-)
-# Of those that no sum looks at; only long events can hold one over its bound.
-_OTHER_TEXTS = attrgetter(*(name for name in OPTIONAL_IDS if name != "project_id"))
-# The tags of UsageEvent.units and .attributes on the wire. Bytes that lack one have none; bytes that hold it may have some.
-_UNITS_TAG = b"\xaa\x01"
-_ATTRIBUTES_TAG = b"\xfa\x01"
 _LOW = (1 << 64) - 1
-_INPUT, _CACHE_READ = 0, 2
 _REQUEST_IDS_NAMED = 3
 
 
@@ -85,33 +61,24 @@ class _Batch:
     """One batch on its way into the state: its columns, and what came of it."""
 
     def __init__(self, state: LedgerState, value: bytes, batch: UsageBatch, log_time_ms: int) -> None:
-        raws = list(RawUsageBatch.FromString(value).events)
+        columns = UsageColumns(value, batch)
         self.state = state
-        self.events = batch.events
         self.forwarded = batch.forwarded
-        self.raws = raws
         self.log_time_ms = log_time_ms
-        columns = tuple(zip(*map(_FIELDS, batch.events), strict=True)) or ((),) * (9 + len(TOKEN_FIELDS))
-        self.tenant_ids: tuple[str, ...] = columns[0]
-        self.request_ids: tuple[str, ...] = columns[1]
-        self.projects: tuple[str, ...] = columns[2]
-        self.models: tuple[str, ...] = columns[3]
-        self.operations: tuple[int, ...] = columns[4]
-        self.service_classes: tuple[int, ...] = columns[5]
-        self.outcomes: tuple[int, ...] = columns[6]
-        self.started_ms: tuple[int, ...] = columns[7]
-        self.ended_ms: tuple[int, ...] = columns[8]
-        self.tokens: tuple[tuple[int, ...], ...] = columns[9:]
-        # One look over the whole message first: most have no units at all.
-        self.maybe_units = {index for index, raw in enumerate(raws) if _UNITS_TAG in raw} if _UNITS_TAG in value else set()
-        self.digests, self.fingerprints = identities(state.settings.dedupe_key, self.tenant_ids, self.request_ids, raws)
+        self.columns = columns
+        self.events = columns.events
+        self.raws = columns.raws
+        self.tenant_ids = columns.tenant_ids
+        self.request_ids = columns.request_ids
+        self.ended_ms = columns.ended_ms
+        self.with_units = columns.with_units
+        self.digests, self.fingerprints = identities(state.settings.dedupe_key, self.tenant_ids, self.request_ids, columns.raws)
         self.evidence: defaultdict[str, Evidence] = defaultdict(Evidence)
         self.dropped: list[Dropped] = []
         self.forwards: dict[int, list[bytes]] = {}
-        self.costs = [0] * len(raws)
+        self.costs = [0] * len(columns)
         # Price book versions and the events that each rated.
         self.rated: list[tuple[int, Sequence[int]]] = []
-        self.with_units: set[int] = set()
         self.duplicates = 0
         self.conflicts = 0
 
@@ -133,7 +100,7 @@ class _Batch:
         known = self.state.seen.find(self.digests)
         settings = self.state.settings
         if (
-            self._well_formed()
+            self.columns.well_formed()
             and known.count(None) == count
             and len(set(self.digests)) == count
             and max(self.ended_ms) <= self.log_time_ms + settings.future_alert_ms
@@ -142,29 +109,6 @@ class _Batch:
         ):
             return range(count)
         return self._admit_each(known)
-
-    def _well_formed(self) -> bool:
-        """Whether no event can have a problem; False means only that each must be looked at."""
-        return (
-            self._texts_bounded()
-            and min(self.started_ms) > 0
-            and max(self.ended_ms) <= TIME_MS_MAX
-            and not any(map(gt, self.started_ms, self.ended_ms))
-            and max(map(max, self.tokens)) <= QUANTITY_MAX
-            and all(self.tenant_ids)
-            and all(self.request_ids)
-            and all(self.models)
-            and not self.maybe_units
-        )
-
-    def _texts_bounded(self) -> bool:
-        if max(map(len, self.raws)) <= PLAIN_EVENT_BYTES_MAX:
-            return True
-        if any(_ATTRIBUTES_TAG in raw for raw in self.raws):
-            return False
-        others = zip(*map(_OTHER_TEXTS, self.events), strict=True)
-        columns = (self.tenant_ids, self.request_ids, self.projects, self.models, *others)
-        return all(max(map(len, column)) <= ID_CHARS_MAX for column in columns)
 
     def _lives_here(self, tenant_id: str) -> bool:
         return partition_of(tenant_id, self.state.settings.partitions) == self.state.partition
@@ -265,20 +209,28 @@ class _Batch:
             rate_by_terms(self.state, self.events, admitted, self.account, self.costs, record)
         first_minute, last_minute = min(self.ended_ms) // MINUTE_MS, max(self.ended_ms) // MINUTE_MS
         if first_minute == last_minute:
-            minutes = [first_minute] * len(self.ended_ms)
+            minutes: Iterable[int] = repeat(first_minute, len(self.ended_ms))
         else:
             minutes = [ended_ms // MINUTE_MS for ended_ms in self.ended_ms]
+        columns = self.columns
         keys = list(
-            zip(self.tenant_ids, self.projects, self.models, self.operations, self.service_classes, minutes, strict=True)
+            zip(
+                self.tenant_ids,
+                columns.projects,
+                columns.models,
+                columns.operations,
+                columns.service_classes,
+                minutes,
+                strict=True,
+            )
         )
         groups: defaultdict[tuple[str, str, str, int, int, int], list[int]] = defaultdict(list)
         for index in admitted:
             groups[keys[index]].append(index)
-        # What most batches have none of is looked for once: free outcomes, classes that stay zero, units.
-        free = not FREE_OUTCOMES.isdisjoint(self.outcomes)
-        classes = [(position, column) for position, column in enumerate(self.tokens) if any(column)]
-        self.with_units = {index for index in self.maybe_units if self.events[index].units}
-        largest_prompt = max(self.tokens[_INPUT]) + max(self.tokens[_CACHE_READ])
+        # What most batches have none of is looked for once.
+        free = not FREE_OUTCOMES.isdisjoint(columns.outcomes)
+        largest_prompt = columns.largest_prompt_tokens()
+        totals = []
         state = self.state
         for key, indexes in groups.items():
             account = self.account(key[0])
@@ -297,56 +249,49 @@ class _Batch:
             if free:
                 indexes = self._set_free_aside(indexes, window, limit, evidence)
             tokens = 0
-            for position, column in classes:
+            for place, column in columns.tokens.items():
                 added = sum([column[index] for index in indexes])
-                window.tokens[position] += added
+                window.tokens[place] += added
                 tokens += added
             evidence.minute_tokens[key[5]] = evidence.minute_tokens.get(key[5], 0) + tokens
             if self.with_units:
                 self._add_units(indexes, window)
-            cost = self._rate_window(window.key, account, indexes, classes)
+            cost = self._rate_window(window.key, account, indexes)
             window.cost_pico += cost
             account.spend_pico += cost
             evidence.cost_pico += cost
             state.touch_window(window, self.log_time_ms)
-            record.totals.append(window.to_total())
+            totals.append(window.to_total())
+        record.totals.extend(totals)
 
     def _set_free_aside(self, indexes: list[int], window: Window, limit: int, evidence: Evidence) -> list[int]:
-        refused = [index for index in indexes if self.outcomes[index] in FREE_OUTCOMES]
+        outcomes = self.columns.outcomes
+        refused = [index for index in indexes if outcomes[index] in FREE_OUTCOMES]
         window.refused_events += len(refused)
         self._find_refused_prompts(refused, limit, evidence)
-        return [index for index in indexes if self.outcomes[index] not in FREE_OUTCOMES]
+        return [index for index in indexes if outcomes[index] not in FREE_OUTCOMES]
 
     def _add_units(self, indexes: Sequence[int], window: Window) -> None:
         for index in self.with_units.intersection(indexes):
             for unit, quantity in unit_quantities(self.events[index]).items():
                 window.units[unit] = window.units.get(unit, 0) + quantity
 
-    def _rate_window(
-        self, key: Key, account: AccountState, indexes: Sequence[int], classes: Sequence[tuple[int, tuple[int, ...]]]
-    ) -> int:
+    def _rate_window(self, key: Key, account: AccountState, indexes: Sequence[int]) -> int:
         """The cost of `indexes`, which is also noted for each."""
         books = self.state.books
         start_ms = key.minute * MINUTE_MS
         if books.constant_within(account.currency, start_ms, start_ms + MINUTE_MS):
             rate = books.rate(account.currency, start_ms, key.model, key.operation, key.service_class, key.tenant_id)
-            return self._rate_all(rate, key, account, indexes, classes)
+            return self._rate_all(rate, key, account, indexes)
         cost = 0
         for index in indexes:
             rate = books.rate(
                 account.currency, self.ended_ms[index], key.model, key.operation, key.service_class, key.tenant_id
             )
-            cost += self._rate_all(rate, key, account, [index], classes)
+            cost += self._rate_all(rate, key, account, [index])
         return cost
 
-    def _rate_all(
-        self,
-        rate: Rate | None,
-        key: Key,
-        account: AccountState,
-        indexes: Sequence[int],
-        classes: Sequence[tuple[int, tuple[int, ...]]],
-    ) -> int:
+    def _rate_all(self, rate: Rate | None, key: Key, account: AccountState, indexes: Sequence[int]) -> int:
         if rate is None:
             window = self.state.windows[key]
             window.unrated_events += len(indexes)
@@ -359,7 +304,7 @@ class _Batch:
             # `rate_by_terms` has noted them.
             self.rated.append((rate.version, indexes))
             return sum([self.costs[index] for index in indexes])
-        priced = [(column, pico) for position, column in classes if (pico := rate.token_pico[position])]
+        priced = [(column, pico) for place, column in self.columns.tokens.items() if (pico := rate.token_pico[place])]
         if len(priced) == 2:
             (first, first_pico), (second, second_pico) = priced
             costs = [first[index] * first_pico + second[index] * second_pico for index in indexes]
@@ -377,18 +322,15 @@ class _Batch:
         return sum(costs)
 
     def _find_oversized(self, indexes: Iterable[int], limit: int, evidence: Evidence) -> None:
-        inputs = self.tokens[_INPUT]
-        cached = self.tokens[_CACHE_READ]
-        evidence.oversized.extend(
-            [(self.request_ids[i], inputs[i] + cached[i]) for i in indexes if inputs[i] + cached[i] > limit]
-        )
+        prompts = [(self.request_ids[index], self.columns.prompt_tokens(index)) for index in indexes]
+        evidence.oversized.extend([(request_id, tokens) for request_id, tokens in prompts if tokens > limit])
 
     def _find_refused_prompts(self, refused: Iterable[int], limit: int, evidence: Evidence) -> None:
         """Prompts that a gateway refused by a limit of its own, which the plan does not state."""
         for index in refused:
-            if self.outcomes[index] != OUTCOME_REJECTED:
+            if self.columns.outcomes[index] != OUTCOME_REJECTED:
                 continue
-            prompt_tokens = self.tokens[_INPUT][index] + self.tokens[_CACHE_READ][index]
+            prompt_tokens = self.columns.prompt_tokens(index)
             too_large = self.events[index].refusal_reason == REFUSAL_REASON_PROMPT_TOO_LARGE
             if too_large and not (limit and prompt_tokens > limit):
                 evidence.oversized.append((self.request_ids[index], prompt_tokens))

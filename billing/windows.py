@@ -6,12 +6,16 @@ new one under another `opened_sequence`, and queries add them: lateness is unbou
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple
 
 from billing.amounts import from_amount, set_amount
 from billing.v1.ledger_pb2 import WindowKey, WindowTotal
+from billing.validation import TOKEN_FIELDS
 
 MINUTE_MS = 60_000
+
+_TOKENS = attrgetter(*TOKEN_FIELDS)
 
 
 class Key(NamedTuple):
@@ -54,25 +58,23 @@ class Window:
         self.cost_pico = 0
         # The minute of log time at which it may be let go; kept by LedgerState.
         self.release_minute = 0
-        # The part of the total that never changes is built once.
-        self._total = WindowTotal(key=window_key(key, opened_sequence), currency=currency)
+        self._total: WindowTotal | None = None
 
     def to_total(self) -> WindowTotal:
         """The absolute total, as a record states it. Valid until the next call."""
         total = self._total
+        if total is None:
+            # The part that never changes is built once.
+            total = self._total = WindowTotal(key=window_key(self.key, self.opened_sequence), currency=self.currency)
         total.events = self.events
-        total.refused_events = self.refused_events
-        total.unrated_events = self.unrated_events
-        (
-            total.uncached_input_tokens,
-            total.output_tokens,
-            total.cache_read_tokens,
-            total.cache_write_tokens,
-            total.reasoning_tokens,
-            total.image_input_tokens,
-            total.audio_input_tokens,
-            total.audio_output_tokens,
-        ) = self.tokens
+        # Totals only grow: what is zero was never set.
+        if self.refused_events:
+            total.refused_events = self.refused_events
+        if self.unrated_events:
+            total.unrated_events = self.unrated_events
+        for name, tokens in zip(TOKEN_FIELDS, self.tokens, strict=True):
+            if tokens:
+                setattr(total, name, tokens)
         if self.units:
             total.units.update(self.units)
         set_amount(total.cost, self.cost_pico)
@@ -85,16 +87,7 @@ class Window:
         window.events = total.events
         window.refused_events = total.refused_events
         window.unrated_events = total.unrated_events
-        window.tokens = [
-            total.uncached_input_tokens,
-            total.output_tokens,
-            total.cache_read_tokens,
-            total.cache_write_tokens,
-            total.reasoning_tokens,
-            total.image_input_tokens,
-            total.audio_input_tokens,
-            total.audio_output_tokens,
-        ]
+        window.tokens = list(_TOKENS(total))
         window.units = dict(total.units)
         window.cost_pico = from_amount(total.cost)
         return window

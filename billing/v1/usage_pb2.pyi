@@ -225,6 +225,176 @@ class RawUsageBatch(_message.Message):
 Global___RawUsageBatch: _TypeAlias = RawUsageBatch  # noqa: Y015
 
 @_typing.final
+class MergedUsageBatch(_message.Message):
+    """The same bytes once more: events read as one event, which is how protobuf merges them. A field that is not present here stands
+    in no event of the batch, in whatever way it was encoded, so that nobody has to ask each event for what few have.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> Global___MergedUsageEvent: ...
+    def __init__(
+        self,
+        *,
+        events: Global___MergedUsageEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergedUsageBatch: _TypeAlias = MergedUsageBatch  # noqa: Y015
+
+@_typing.final
+class MergedUsageEvent(_message.Message):
+    """UsageEvent's fields by their numbers, with the presence of those that are looked for; the others are declared because a field
+    that is not costs twice as much to pass over.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    API_KEY_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    COUNT_SOURCE_FIELD_NUMBER: _builtins.int
+    STARTED_MS_FIELD_NUMBER: _builtins.int
+    ENDED_MS_FIELD_NUMBER: _builtins.int
+    UNCACHED_INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_READ_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_WRITE_TOKENS_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
+    IMAGE_INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    AUDIO_INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    AUDIO_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
+    LATENCY_MS_FIELD_NUMBER: _builtins.int
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REFUSAL_REASON_FIELD_NUMBER: _builtins.int
+    BACKFILL_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.bytes
+    tenant_id: _builtins.bytes
+    project_id: _builtins.bytes
+    user_id: _builtins.bytes
+    api_key_id: _builtins.bytes
+    model: _builtins.bytes
+    operation: _builtins.int
+    service_class: _builtins.int
+    outcome: _builtins.int
+    count_source: _builtins.int
+    started_ms: _builtins.int
+    ended_ms: _builtins.int
+    uncached_input_tokens: _builtins.int
+    output_tokens: _builtins.int
+    cache_read_tokens: _builtins.int
+    cache_write_tokens: _builtins.int
+    reasoning_tokens: _builtins.int
+    image_input_tokens: _builtins.int
+    audio_input_tokens: _builtins.int
+    audio_output_tokens: _builtins.int
+    tokenizer: _builtins.bytes
+    context_tokens: _builtins.int
+    time_to_first_token_ms: _builtins.int
+    latency_ms: _builtins.int
+    server_id: _builtins.bytes
+    region: _builtins.bytes
+    client_request_id: _builtins.bytes
+    refusal_reason: _builtins.int
+    backfill: _builtins.bool
+    @_builtins.property
+    def units(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def attributes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.bytes = ...,
+        tenant_id: _builtins.bytes = ...,
+        project_id: _builtins.bytes = ...,
+        user_id: _builtins.bytes = ...,
+        api_key_id: _builtins.bytes = ...,
+        model: _builtins.bytes = ...,
+        operation: _builtins.int = ...,
+        service_class: _builtins.int = ...,
+        outcome: _builtins.int = ...,
+        count_source: _builtins.int = ...,
+        started_ms: _builtins.int = ...,
+        ended_ms: _builtins.int = ...,
+        uncached_input_tokens: _builtins.int | None = ...,
+        output_tokens: _builtins.int | None = ...,
+        cache_read_tokens: _builtins.int | None = ...,
+        cache_write_tokens: _builtins.int | None = ...,
+        reasoning_tokens: _builtins.int | None = ...,
+        image_input_tokens: _builtins.int | None = ...,
+        audio_input_tokens: _builtins.int | None = ...,
+        audio_output_tokens: _builtins.int | None = ...,
+        units: _abc.Iterable[_builtins.bytes] | None = ...,
+        tokenizer: _builtins.bytes = ...,
+        context_tokens: _builtins.int = ...,
+        time_to_first_token_ms: _builtins.int = ...,
+        latency_ms: _builtins.int = ...,
+        server_id: _builtins.bytes = ...,
+        region: _builtins.bytes = ...,
+        client_request_id: _builtins.bytes = ...,
+        refusal_reason: _builtins.int = ...,
+        backfill: _builtins.bool = ...,
+        attributes: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_audio_input_tokens", b"_audio_input_tokens", "_audio_output_tokens", b"_audio_output_tokens", "_cache_read_tokens", b"_cache_read_tokens", "_cache_write_tokens", b"_cache_write_tokens", "_image_input_tokens", b"_image_input_tokens", "_output_tokens", b"_output_tokens", "_reasoning_tokens", b"_reasoning_tokens", "_uncached_input_tokens", b"_uncached_input_tokens", "audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "image_input_tokens", b"image_input_tokens", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens", "uncached_input_tokens", b"uncached_input_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_audio_input_tokens", b"_audio_input_tokens", "_audio_output_tokens", b"_audio_output_tokens", "_cache_read_tokens", b"_cache_read_tokens", "_cache_write_tokens", b"_cache_write_tokens", "_image_input_tokens", b"_image_input_tokens", "_output_tokens", b"_output_tokens", "_reasoning_tokens", b"_reasoning_tokens", "_uncached_input_tokens", b"_uncached_input_tokens", "api_key_id", b"api_key_id", "attributes", b"attributes", "audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "backfill", b"backfill", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "client_request_id", b"client_request_id", "context_tokens", b"context_tokens", "count_source", b"count_source", "ended_ms", b"ended_ms", "image_input_tokens", b"image_input_tokens", "latency_ms", b"latency_ms", "model", b"model", "operation", b"operation", "outcome", b"outcome", "output_tokens", b"output_tokens", "project_id", b"project_id", "reasoning_tokens", b"reasoning_tokens", "refusal_reason", b"refusal_reason", "region", b"region", "request_id", b"request_id", "server_id", b"server_id", "service_class", b"service_class", "started_ms", b"started_ms", "tenant_id", b"tenant_id", "time_to_first_token_ms", b"time_to_first_token_ms", "tokenizer", b"tokenizer", "uncached_input_tokens", b"uncached_input_tokens", "units", b"units", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__audio_input_tokens: _TypeAlias = _typing.Literal["audio_input_tokens"]  # noqa: Y015
+    _WhichOneofArgType__audio_input_tokens: _TypeAlias = _typing.Literal["_audio_input_tokens", b"_audio_input_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__audio_output_tokens: _TypeAlias = _typing.Literal["audio_output_tokens"]  # noqa: Y015
+    _WhichOneofArgType__audio_output_tokens: _TypeAlias = _typing.Literal["_audio_output_tokens", b"_audio_output_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__cache_read_tokens: _TypeAlias = _typing.Literal["cache_read_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cache_read_tokens: _TypeAlias = _typing.Literal["_cache_read_tokens", b"_cache_read_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__cache_write_tokens: _TypeAlias = _typing.Literal["cache_write_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cache_write_tokens: _TypeAlias = _typing.Literal["_cache_write_tokens", b"_cache_write_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__image_input_tokens: _TypeAlias = _typing.Literal["image_input_tokens"]  # noqa: Y015
+    _WhichOneofArgType__image_input_tokens: _TypeAlias = _typing.Literal["_image_input_tokens", b"_image_input_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__output_tokens: _TypeAlias = _typing.Literal["output_tokens"]  # noqa: Y015
+    _WhichOneofArgType__output_tokens: _TypeAlias = _typing.Literal["_output_tokens", b"_output_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__reasoning_tokens: _TypeAlias = _typing.Literal["reasoning_tokens"]  # noqa: Y015
+    _WhichOneofArgType__reasoning_tokens: _TypeAlias = _typing.Literal["_reasoning_tokens", b"_reasoning_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__uncached_input_tokens: _TypeAlias = _typing.Literal["uncached_input_tokens"]  # noqa: Y015
+    _WhichOneofArgType__uncached_input_tokens: _TypeAlias = _typing.Literal["_uncached_input_tokens", b"_uncached_input_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__audio_input_tokens) -> _WhichOneofReturnType__audio_input_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__audio_output_tokens) -> _WhichOneofReturnType__audio_output_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_read_tokens) -> _WhichOneofReturnType__cache_read_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_write_tokens) -> _WhichOneofReturnType__cache_write_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__image_input_tokens) -> _WhichOneofReturnType__image_input_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_tokens) -> _WhichOneofReturnType__output_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning_tokens) -> _WhichOneofReturnType__reasoning_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__uncached_input_tokens) -> _WhichOneofReturnType__uncached_input_tokens | None: ...
+
+Global___MergedUsageEvent: _TypeAlias = MergedUsageEvent  # noqa: Y015
+
+@_typing.final
 class UsageEvent(_message.Message):
     """One executed inference (or one refused), as its metering point counted it. The classes of tokens are disjoint."""
 

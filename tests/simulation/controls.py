@@ -13,6 +13,7 @@ from unittest import mock
 from billing import usage_step
 from billing.chain import Chain
 from billing.v1.ledger_pb2 import LedgerRecord
+from billing.windows import window_key
 from producers.publisher import Publisher
 from sinks.tables import SINK_POSITIONS
 from sinks.writer import Writer
@@ -56,7 +57,7 @@ def one_token_dropped() -> Iterator[None]:
         if record.totals and record.totals[-1].output_tokens:
             total = record.totals[-1]
             total.output_tokens -= 1
-            window = next(w for w in self.state.windows.values() if w._total.key == total.key)
+            window = next(w for w in self.state.windows.values() if window_key(w.key, w.opened_sequence) == total.key)
             window.tokens[1] -= 1
 
     with mock.patch.object(usage_step._Batch, "charge", charge_less):
