@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billing import replay
@@ -353,6 +353,7 @@ REASONS = {
 
 
 @given(st.lists(events_strategy, max_size=5))
+@settings(deadline=None)
 def test_the_step_agrees_with_the_rules_read_one_event_at_a_time(batches: list[list[u.UsageEvent]]) -> None:
     made = Ledger()
     made.price()
@@ -388,6 +389,7 @@ def test_the_step_agrees_with_the_rules_read_one_event_at_a_time(batches: list[l
 
 
 @given(st.lists(events_strategy, min_size=1, max_size=4), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_any_batching_charges_the_same(batches: list[list[u.UsageEvent]], rng: random.Random) -> None:
     events = [event for events in batches for event in events]
     whole, split = Ledger(), Ledger()
