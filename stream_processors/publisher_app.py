@@ -21,7 +21,7 @@ import faust
 from faust.types import TP
 
 from billing import chain
-from billing.chain import Chain
+from billing.chain import Chain, UnreadableRecord
 from billing.v1.account_pb2 import AccountUpdate, LedgerPosition, LedgerTick, Progress
 from billing.v1.alert_pb2 import Alert
 from billing.v1.ledger_pb2 import (
@@ -261,7 +261,10 @@ class PublisherApp:
                 raise
 
     async def _take(self, partition: int, offset: int, stored: bytes, event: Any) -> None:
-        record = self._chains[partition].accept(stored)
+        try:
+            record = self._chains[partition].accept(stored)
+        except UnreadableRecord as error:
+            raise HostStopped(f"{self.settings.topics.ledger}[{partition}], offset {offset}: {error}") from error
         if record is None and offset > self._resume[partition]:
             # Going on would ignore everything that follows, silently, for the chain has a hole here.
             raise HostStopped(

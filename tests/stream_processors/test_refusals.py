@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka import OFFSET_END, ConsumerGroupTopicPartitions, TopicPartition
+from confluent_kafka.admin import AdminClient
 
-from billing.v1.usage_pb2 import UsageBatch
+from billing.v1.account_pb2 import Progress
+from billing.v1.usage_pb2 import UsageBatch, UsageEvent
 from taximeter.embedded.process import Child
 from tests.services.kafka import KafkaCluster
 from tests.stream_processors.harness import Ledger, event
@@ -58,3 +61,79 @@ def test_a_producer_whose_clock_is_wrong_is_heard_and_judged_by_the_ledger(ledge
         ledger.sent[one.request_id] = one
     ledger.wait_charged()
     ledger.assert_exact()
+
+
+def admin(ledger: Ledger) -> AdminClient:
+    """Hold it until the answers are there: they die with it."""
+    return AdminClient({"bootstrap.servers": ledger.bootstrap})
+
+
+def some(count: int = 20) -> list[UsageEvent]:
+    return [event(f"tenant-{number}") for number in range(count)]
+
+
+def totals(ledger: Ledger) -> dict[str, object]:
+    """Everything that a tenant would be charged by: accounts, and each window as it was last stated."""
+    found: dict[str, object] = {}
+    for log in ledger.logs():
+        found |= {name: (one.events, one.spend_pico, one.credit_pico) for name, one in log.state.accounts.items()}
+        for record in log.records:
+            for total in record.totals:
+                found[total.key.SerializeToString(deterministic=True).hex()] = total.SerializeToString(deterministic=True)
+    return found
+
+
+def test_a_full_replay_of_the_input_changes_not_one_total(ledger: Ledger) -> None:
+    worker = ledger.worker("one", publish=False)
+    for _ in range(3):
+        ledger.send(some())
+    ledger.wait_charged()
+    worker.stop(10)
+    before = totals(ledger)
+    inputs = [ledger.read(ledger.names.events, partition) for partition in range(ledger.partitions)]
+    # The group's offsets say that nothing was taken; then the very same messages come once more.
+    group = ConsumerGroupTopicPartitions(
+        f"{ledger.prefix}ledger", [TopicPartition(ledger.names.events, partition, 0) for partition in range(ledger.partitions)]
+    )
+    client = admin(ledger)
+    [rewound] = client.alter_consumer_group_offsets([group]).values()
+    assert all(place.error is None for place in rewound.result(20).topic_partitions)
+    ledger.worker("new", publish=False)
+    for partition, values in enumerate(inputs):
+        for value in values:
+            ledger.send_bytes(value, partition)
+    ledger.wait(lambda: sum(one.duplicates for log in ledger.logs() for one in log.state.accounts.values()) >= 60, "the replay")
+    assert sum(one.duplicates for log in ledger.logs() for one in log.state.accounts.values()) == 60
+    assert totals(ledger) == before
+    ledger.assert_exact()
+
+
+def test_input_that_was_deleted_unread_is_refused(ledger: Ledger) -> None:
+    worker = ledger.worker(publish=False)
+    ledger.send(some())
+    ledger.wait_charged()
+    worker.stop(10)
+    ledger.send(some())
+    places = [TopicPartition(ledger.names.events, partition, OFFSET_END) for partition in range(ledger.partitions)]
+    client = admin(ledger)
+    for future in client.delete_records(places).values():
+        future.result(20)
+    said = refusal(ledger, ledger.worker(publish=False))
+    assert "1 messages were deleted unread" in said
+    assert "have the producers send again what usage.progress does not cover" in said
+
+
+def test_a_ledger_record_that_cannot_be_read_stops_worker_and_publisher(ledger: Ledger) -> None:
+    worker = ledger.worker("one", publish=False)
+    publisher = ledger.worker("publisher", ledger=False)
+    ledger.send(some())
+    ledger.wait_charged()
+
+    def published() -> bool:
+        return any(Progress.FromString(value).reader for value in ledger.read(ledger.names.progress, 0))
+
+    ledger.wait(published, "the publisher")
+    ledger.send_bytes(b"\xff\xff no record", 0, ledger.names.ledger)
+    assert "are no ledger record; restore the topic from its replica" in refusal(ledger, publisher)
+    assert "somebody else wrote to this partition; starting over from the log" in refusal(ledger, worker)
+    assert "are no ledger record; restore the topic from its replica" in refusal(ledger, ledger.worker("one", publish=False))
