@@ -206,14 +206,16 @@ class GatewayServer:
 
     async def _recover(self, meter: UsageMeter) -> None:
         """Bill what an earlier start left open. While the disk has no room for that, every inference is refused."""
+        left = len(meter.journal.left_open())
         while True:
             try:
-                self.recovered = await asyncio.to_thread(meter.recover)
+                await asyncio.to_thread(meter.recover)
             except JournalFull as error:
                 _LOG.warning("what an earlier start left open is billed once there is room: %s", error)
                 self.gateway.journal_full = str(error)
                 await asyncio.sleep(_RECOVER_RETRY_S)
             else:
+                self.recovered = left
                 self.gateway.journal_full = ""
                 return
 
