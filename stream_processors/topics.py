@@ -43,6 +43,7 @@ from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings
 __all__ = ["ApplySettings", "Change", "apply", "check_partitions", "plan"]
 
 _LEADER_PAUSE_S = 0.02
+_LEADER_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ def _topic_changes(admin: AdminClient, settings: ApplySettings) -> list[tuple[Ch
             detail = f"{partitions} partitions, " + ", ".join(f"{k}={v}" for k, v in config.items())
             replication = settings.topics.replication or -1
             topic = NewTopic(name, num_partitions=partitions, replication_factor=replication, config=config)
-            changes.append((Change("create topic", name, detail), _creation(admin, topic, timeout_s)))
+            changes.append((Change("create topic", name, detail), _creation(admin, topic, settings.kafka)))
             continue
         if existing[name] != partitions:
             raise RefusedToStart(
@@ -175,23 +176,27 @@ def _topic_changes(admin: AdminClient, settings: ApplySettings) -> list[tuple[Ch
     return changes
 
 
-def _creation(admin: AdminClient, topic: NewTopic, timeout_s: float) -> Callable[[], None]:
+def _creation(admin: AdminClient, topic: NewTopic, kafka: KafkaSettings) -> Callable[[], None]:
+    timeout_s = kafka.request_timeout_ms / 1000
+
     def act() -> None:
         futures: Mapping[str, Future[None]] = admin.create_topics([topic], request_timeout=timeout_s)
         for future in futures.values():
             future.result(timeout_s)
-        _await_leaders(admin, topic, timeout_s)
+        _await_leaders(topic, kafka, timeout_s)
 
     return act
 
 
-def _await_leaders(admin: AdminClient, topic: NewTopic, timeout_s: float) -> None:
+def _await_leaders(topic: NewTopic, kafka: KafkaSettings, timeout_s: float) -> None:
     """A topic is said to be created a moment before its partitions can be read: whoever founds a ledger then was refused."""
     asked = {TopicPartition(topic.topic, partition): OffsetSpec.latest() for partition in range(topic.num_partitions)}
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            for future in admin.list_offsets(asked, request_timeout=timeout_s).values():
+            # A new client each time: one that was told once that there is no leader may believe it until its time is over.
+            admin = AdminClient(kafka.client())
+            for future in admin.list_offsets(asked, request_timeout=min(_LEADER_TIMEOUT_S, timeout_s)).values():
                 future.result(timeout_s)
         except KafkaException as error:
             if time.monotonic() >= deadline:

@@ -85,8 +85,12 @@ def check(
     settled: Collection[str],
     *,
     healed: bool = True,
+    refused: Collection[str] = (),
 ) -> Verdict:
-    """Compare. `totals` and `accounts` are what the database's sums gained over these attempts, `accounts` without tokens."""
+    """Compare. `totals` and `accounts` are what the database's sums gained over these attempts, `accounts` without tokens.
+
+    `refused`: acknowledged by a producer, then refused by the ledger, which has told the world so: that must not be charged.
+    """
     verdict = Verdict(attempts=len(attempts))
     asked = {attempt.request_id: attempt for attempt in attempts}
     assert len(asked) == len(attempts), "a request is attempted under one ID"
@@ -99,6 +103,8 @@ def check(
         # Attempted, and nothing heard: as unknown as can be.
         receipt = known.get(attempt.request_id, Receipt(attempt.request_id, Outcome.UNKNOWN))
         charges = in_ledger.get(attempt.request_id, [])
+        if attempt.request_id in refused:
+            receipt = Receipt(attempt.request_id, Outcome.FAILED, reason="told on usage.rejected")
         _judge(verdict, attempt, receipt, charges, attempt.request_id in settled, healed)
     for request_id, charges in in_ledger.items():
         if request_id not in asked:

@@ -36,7 +36,14 @@ if TYPE_CHECKING:
 __all__ = ["MODULES", "Fault", "all_faults"]
 
 # Where faults are found, in the order of the table.
-MODULES = ("tests.chaos.kills", "tests.chaos.zombies", "tests.chaos.more_kills", "tests.chaos.disks", "tests.chaos.connections")
+MODULES = (
+    "tests.chaos.kills",
+    "tests.chaos.zombies",
+    "tests.chaos.more_kills",
+    "tests.chaos.disks",
+    "tests.chaos.connections",
+    "tests.chaos.brokers",
+)
 
 
 class Fault(ABC):
@@ -68,6 +75,10 @@ class Fault(ABC):
     @abstractmethod
     def evidence(self) -> str:
         """Asked after the catching up: what shows that the vulnerable window was hit, or ""."""
+
+    def refused(self) -> set[str]:
+        """Asked before the checker: what was acknowledged, refused by the ledger, and told on usage.rejected."""
+        return set()
 
     def violations(self) -> list[str]:
         """Asked after `evidence`: what must hold of this fault beyond what the checker sees."""

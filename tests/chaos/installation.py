@@ -217,6 +217,7 @@ class KafkaInstallation(Installation):
 
     name = "kafka"
     nodes: ClassVar[int] = 1
+    heap_mb: ClassVar[int] = 512
     workers: ClassVar[int] = 2
     session_timeout_s: ClassVar[float] = 4.0
 
@@ -225,7 +226,12 @@ class KafkaInstallation(Installation):
         # Kafka takes no session under six seconds unless told; a trial would wait for it each time.
         settings = {"group.min.session.timeout.ms": "1000"}
         self.kafka = KafkaCluster(
-            folder / "kafka", kafka_libs(), nodes=self.nodes, settings=settings, listeners=self.listeners()
+            folder / "kafka",
+            kafka_libs(),
+            nodes=self.nodes,
+            settings=settings,
+            listeners=self.listeners(),
+            heap_mb=self.heap_mb,
         )
         self.clickhouse = ClickHouseServer(self.clickhouse_folder())
         self.gateway_port, self.upstream_port = free_port(), free_port()

@@ -35,6 +35,8 @@ class EventLoad:
     def __init__(self, socket_path: Path) -> None:
         self.socket_path = socket_path
         self.events_per_s = 250
+        # How far the clock is off that usage is stamped by: the producer's.
+        self.clock_ahead_ms = 0
         socket_path.parent.mkdir(parents=True, exist_ok=True)
         socket_path.unlink(missing_ok=True)
         self._server = socket.socket(socket.AF_UNIX)
@@ -196,7 +198,9 @@ class EventLoad:
         if draw.random() < 0.2:
             tokens["reasoning_tokens"] = draw.randint(1, 900)
         name = f"{self._prefix}{self._count}"
-        return Attempt(name, draw.choice(self._tenants), tokens, self._prices, at_ms=time.time_ns() // 1_000_000)
+        return Attempt(
+            name, draw.choice(self._tenants), tokens, self._prices, at_ms=time.time_ns() // 1_000_000 + self.clock_ahead_ms
+        )
 
     def _write(self, lines: Sequence[dict[str, object]]) -> bool:
         connection = self._connection

@@ -2,7 +2,8 @@
 
 `python -m tests.chaos.producer --config FILE --journal FILE --socket FILE`. Each line in is a request: {"id", "tenant",
 "tokens", "at_ms"}; each line out says what became of it, once its receipt is durable or failed: {"id", "outcome", "reason"}.
-A line {"marks": n} is answered, after everything before it, with the highest number that the journal gave in each partition.
+A line {"marks": n} is answered, after everything before it, with the highest number that the journal gave in each partition,
+and with the longest that a call of `record`, and a wait from there until the event was durable, took since the marks before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import queue
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,35 +53,60 @@ def event_of(asked: dict[str, Any]) -> UsageEvent:
     )
 
 
+class Slowest:
+    """The longest of what was measured since it was last asked."""
+
+    def __init__(self) -> None:
+        self._ms: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def note(self, name: str, began_s: float) -> None:
+        took_ms = (time.perf_counter() - began_s) * 1_000
+        with self._lock:
+            self._ms[name] = max(self._ms.get(name, 0.0), took_ms)
+
+    def take(self) -> dict[str, float]:
+        with self._lock:
+            taken, self._ms = self._ms, {}
+        return taken
+
+
 def serve(meter: UsageMeter, connection: socket.socket) -> None:
     """Until the driver hangs up."""
-    waiting: queue.SimpleQueue[tuple[dict[str, Any], Receipt | ProducerError | None]] = queue.SimpleQueue()
-    answering = threading.Thread(target=_answer, args=(meter, connection, waiting), daemon=True)
+    waiting: queue.SimpleQueue[tuple[dict[str, Any], float, Receipt | ProducerError | None]] = queue.SimpleQueue()
+    slowest = Slowest()
+    answering = threading.Thread(target=_answer, args=(meter, connection, waiting, slowest), daemon=True)
     answering.start()
     with connection.makefile("r") as lines:
         for line in lines:
             asked = json.loads(line)
             if "marks" in asked:
-                waiting.put((asked, None))
+                waiting.put((asked, 0.0, None))
                 continue
+            event = event_of(asked)
+            began_s = time.perf_counter()
+            result: Receipt | ProducerError
             try:
-                waiting.put((asked, meter.record(event_of(asked))))
+                result = meter.record(event)
             except ProducerError as error:
-                waiting.put((asked, error))
+                result = error
+            slowest.note("record_ms", began_s)
+            waiting.put((asked, began_s, result))
 
 
-def _answer(meter: UsageMeter, connection: socket.socket, waiting: queue.SimpleQueue[Any]) -> None:
+def _answer(meter: UsageMeter, connection: socket.socket, waiting: queue.SimpleQueue[Any], slowest: Slowest) -> None:
     while True:
-        asked, result = waiting.get()
+        asked, began_s, result = waiting.get()
         if result is None:
             highest = [meter.journal.highest_sequence(partition) for partition in range(meter.settings.partitions)]
-            answer = {**asked, "producer_id": meter.journal.producer_id, "highest": highest}
+            answer = {**asked, "producer_id": meter.journal.producer_id, "highest": highest, "slowest": slowest.take()}
         else:
             answer = {"id": asked["id"], "outcome": "ok", "reason": ""}
             try:
                 if isinstance(result, ProducerError):
                     raise result
                 result.durable()
+                slowest.note("durable_ms", began_s)
             except TimeoutError as error:
                 answer |= {"outcome": "unknown", "reason": str(error)}
             except ProducerError as error:

@@ -16,12 +16,13 @@ from typing import Final
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from billing.chain import Chain
-from billing.v1.ledger_pb2 import LedgerRecord
+from billing.v1.ledger_pb2 import DROP_REASON_DUPLICATE, DROP_REASON_FORWARDED, LedgerRecord
 from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_REJECTED, RawUsageBatch, UsageEvent
 from sinks.engine import Reader, decimal_to_pico
 from taximeter import compose
 from taximeter.config import Config
 from tests.chaos.checker import Charge, Sums
+from tests.chaos.rejections import Place
 
 __all__ = ["DatabaseReader", "LedgerReader", "NotReadableError"]
 
@@ -35,6 +36,8 @@ TOKENS: Final = (
     "audio_input_tokens",
     "audio_output_tokens",
 )
+# Charged elsewhere, or before: no refusal.
+_QUIET_DROPS: Final = (DROP_REASON_DUPLICATE, DROP_REASON_FORWARDED)
 _FREE: Final = (OUTCOME_REJECTED, OUTCOME_BACKEND_ERROR)
 _FREE_NAMES: Final = ("rejected", "backend_error")
 _METADATA_TIMEOUT_S: Final = 3.0
@@ -59,6 +62,8 @@ class Seen:
     written: list[tuple[int, str]] = field(default_factory=list)
     # Written and not accepted by the chain's rule: sequence and writer.
     ignored: list[tuple[int, str]] = field(default_factory=list)
+    # Refused inputs, and refused events of batches: what must be on usage.rejected.
+    rejected: set[Place] = field(default_factory=set)
 
 
 class LedgerReader:
@@ -166,6 +171,7 @@ class LedgerReader:
                 self.commands["applied"] += 1
             else:
                 self.refusals.append(record.command.refusal)
+        seen.rejected |= _rejected(record)
         if record.HasField("usage"):
             charges = list(_charges(record))
             seen.charges += charges
@@ -173,6 +179,17 @@ class LedgerReader:
             self.charged_ms.update(dict.fromkeys((charge.request_id for charge in charges), record.log_time_ms))
             if charges:
                 seen.written.append((record.sequence, record.writer))
+
+
+def _rejected(record: LedgerRecord) -> set[Place]:
+    if record.HasField("rejected"):
+        return {(record.rejected.topic, record.partition, record.rejected.offset, -1)}
+    places = [position for position in record.inputs if position.topic.endswith("usage.events")]
+    return {
+        (places[0].topic, record.partition, places[0].offset, each.index)
+        for each in record.usage.dropped
+        if each.reason not in _QUIET_DROPS
+    }
 
 
 def _charges(record: LedgerRecord) -> list[Charge]:

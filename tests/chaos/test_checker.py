@@ -241,3 +241,14 @@ def test_a_history_is_read_back_without_a_torn_line(tmp_path: Path, case: Case) 
     with history.path.open("a") as file:
         file.write('{"kind": "receipt", "request_id": "r0", "outc')
     assert read(history.path) == (case.attempts, case.receipts)
+
+
+def test_what_the_ledger_refused_and_told_is_not_lost_and_must_not_be_charged(case: Case) -> None:
+    def verdict() -> Verdict:
+        sums = sums_of(case.ledger)
+        return check(case.attempts, case.receipts, case.ledger, case.ledger, sums, sums, case.settled, refused={"r2"})
+
+    assert kinds(verdict()) == {"wrong": 1}, "charged all the same"
+    case.ledger = [each for each in case.ledger if each.request_id != "r2"]
+    assert verdict().good
+    assert kinds(check(case.attempts, case.receipts, case.ledger, case.ledger, {}, {}, case.settled))["lost"] == 1, "not told"

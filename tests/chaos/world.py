@@ -110,6 +110,16 @@ class World:
         self.wait(self.look, 30.0, "a look at the ledger")
         return not self._caught_up()
 
+    def query(self, sql: str) -> list[list[object]]:
+        """Rows of the database."""
+        assert self._reader is not None
+        return [list(row) for row in self._reader.query(sql).rows]
+
+    def rows_stored(self) -> int:
+        """How many events the database has, of all trials."""
+        [[count]] = self.query("SELECT count() FROM usage_events FINAL")
+        return int(str(count))
+
     def look(self) -> bool:
         """Read the ledger to its end; False when it cannot be read just now."""
         try:
@@ -189,7 +199,14 @@ class World:
         charges = [charge for seen in self.records for charge in seen.charges]
         totals, accounts = self.database.gains()
         verdict = check(
-            list(history.attempts.values()), history.receipts, charges, self.database.rows(), totals, accounts, settled
+            list(history.attempts.values()),
+            history.receipts,
+            charges,
+            self.database.rows(),
+            totals,
+            accounts,
+            settled,
+            refused=fault.refused(),
         )
         _fill(trial, verdict)
         trial.evidence = fault.evidence()

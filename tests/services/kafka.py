@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ClusterMetadata
 
 from taximeter.embedded.process import Child, accepts_connections, free_port
 
@@ -39,7 +39,6 @@ _METADATA_TIMEOUT_S = 2.0
 # A JVM that starts quickly and stays small; tests run for seconds and never need the second compiler.
 _JVM_OPTIONS = (
     "-Xms128m",
-    "-Xmx512m",
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
@@ -129,6 +128,7 @@ class KafkaCluster:
         nodes: int = 1,
         settings: dict[str, str] | None = None,
         listeners: dict[str, tuple[int, int]] | None = None,
+        heap_mb: int = 512,
     ) -> None:
         """`listeners`, of a single node, beside its own: name -> the port it listens on, the port it advertises."""
         assert not listeners or nodes == 1, "listeners: all nodes would take the same ports"
@@ -136,6 +136,7 @@ class KafkaCluster:
         self.folder = folder
         self._libs = libs
         self._settings = settings or {}
+        self._heap_mb = heap_mb
         ports = [(free_port(), free_port()) for _ in range(nodes)]
         self._voters = ",".join(f"{i}@{_HOST}:{controller}" for i, (_, controller) in enumerate(ports, start=1))
         self._cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
@@ -161,14 +162,29 @@ class KafkaCluster:
     def log_tail(self) -> str:
         return "\n".join(f"node {node.node_id}:\n{node.process.log_tail()}" for node in self.nodes)
 
+    def in_sync(self) -> bool:
+        """Whether every node is there and every replica has everything: one more may be lost without stopping anyone."""
+        metadata = self._metadata()
+        return metadata is not None and all(
+            partition.leader >= 0 and len(partition.isrs) == len(partition.replicas)
+            for topic in metadata.topics.values()
+            for partition in topic.partitions.values()
+        )
+
     def _complete(self) -> bool:
+        return self._metadata() is not None
+
+    def _metadata(self) -> ClusterMetadata | None:
+        """Of all nodes; None while one is missing."""
         if not all(accepts_connections(_HOST, node.port) for node in self.nodes):
-            return False
+            return None
+        # Held until the answer is there.
+        admin = AdminClient({"bootstrap.servers": self.bootstrap})
         try:
-            metadata = AdminClient({"bootstrap.servers": self.bootstrap}).list_topics(timeout=_METADATA_TIMEOUT_S)
+            metadata = admin.list_topics(timeout=_METADATA_TIMEOUT_S)
         except KafkaException:
-            return False
-        return len(metadata.brokers) == len(self.nodes)
+            return None
+        return metadata if len(metadata.brokers) == len(self.nodes) else None
 
     def _node(self, node_id: int, port: int, controller_port: int, nodes: int) -> KafkaNode:
         folder = self.folder / f"node-{node_id}"
@@ -207,7 +223,7 @@ class KafkaCluster:
         }
         config = folder / "server.properties"
         config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-        java = ["java", *_JVM_OPTIONS, "-cp", f"{self._libs}/*"]
+        java = ["java", f"-Xmx{self._heap_mb}m", *_JVM_OPTIONS, "-cp", f"{self._libs}/*"]
         self._format(java, config)
         process = Child(
             f"Kafka node {node_id}", [*java, "kafka.Kafka", str(config)], log_path=folder / "server.log", cwd=folder
