@@ -108,6 +108,8 @@ _SHARED_MEMORY_PARAMETER: Final = "shared_memory_region"
 _LENGTH: Final = struct.Struct("<I")
 # A scalar or a short vector is what token counts are; a tensor of a gigabyte of ones is not a count.
 _MAX_ELEMENTS: Final = 1 << 20
+# The product of a million dimensions takes minutes.
+_MAX_RANK: Final = 32
 
 
 class TensorError(ValueError):
@@ -217,6 +219,8 @@ def _raw_input(request: ModelInferRequest, tensor: _Tensor) -> bytes:
 
 
 def _elements(tensor: _Tensor) -> int:
+    if len(tensor.shape) > _MAX_RANK:
+        raise TensorError(tensor.name, f"a shape of {len(tensor.shape)} dimensions", f"at most {_MAX_RANK} dimensions")
     shape: list[int] = list(tensor.shape)
     if any(dimension < 0 for dimension in shape):
         raise TensorError(tensor.name, f"shape {shape}", "dimensions are not negative")

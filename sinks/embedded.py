@@ -21,6 +21,7 @@ __all__ = ["JsonReader", "LoopbackServer"]
 _LOG = logging.getLogger(__name__)
 
 _BODY_BYTES_MAX = 1_000_000
+_LENGTH_CHARS_MAX = 20
 _TIMEOUT_MAX_S = 300.0
 _SOCKET_TIMEOUT_S = 30.0
 _REQUESTS_MAX = 32
@@ -69,13 +70,13 @@ class LoopbackServer:
 
             def _query(self) -> None:
                 length = self.headers.get("Content-Length", "")
-                if not length.isdecimal() or int(length) > _BODY_BYTES_MAX:
-                    self._answer(413, f"Content-Length: {length!r}; send at most {_BODY_BYTES_MAX} bytes".encode())
+                if not (length.isdecimal() and len(length) <= _LENGTH_CHARS_MAX) or int(length) > _BODY_BYTES_MAX:
+                    self._answer(413, f"Content-Length: {length[:_LENGTH_CHARS_MAX]!r}; send at most {_BODY_BYTES_MAX} bytes".encode())
                     return
                 try:
                     request = json.loads(self.rfile.read(int(length)))
                     sql, timeout_s = str(request["sql"]), float(request["timeout_s"])
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                     self._answer(400, f'body: {error!r}; send {{"sql": ..., "timeout_s": ...}}'.encode())
                     return
                 if not 0 < timeout_s <= _TIMEOUT_MAX_S:

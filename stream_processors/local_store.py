@@ -19,6 +19,7 @@ quantities of periods, s runs of the dedupe memory, b dedupe keys that are in no
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -52,7 +53,6 @@ from billing.v1.ledger_pb2 import (
 )
 from billing.windows import Window, key_of
 from stream_processors.errors import LocalStoreError
-from stream_processors.seen_runs import DamagedRunError
 from stream_processors.seen_store import SeenStore
 
 __all__ = ["Acknowledged", "Captured", "LocalStore", "write_pairs"]
@@ -145,7 +145,8 @@ class LocalStore:
                 f"local store {folder} cannot be opened ({error}); if another worker runs with this folder, give each its "
                 "own; if it is damaged, delete it: it is rebuilt from the log"
             ) from None
-        known = self._db.get(b"v")
+        with self._readable():
+            known = self._db.get(b"v")
         if known is None:
             self._db[b"v"] = _FORMAT
         elif known != _FORMAT:
@@ -154,20 +155,29 @@ class LocalStore:
         # Of a process that was killed while it took a snapshot.
         shutil.rmtree(folder / _CAPTURED, ignore_errors=True)
         self.place = Progress(partition=partition)
-        self.place.MergeFromString(self._get(b"m"))
-        self._expired_through_day = self._head().tick.expired_through_day
-        self._dedupe_horizon_ms = Founding.FromString(self._get(b"f")).dedupe_horizon_ms
-        self.unconfirmed_bytes = sum(len(value) for _, value in self._range(b"u")) if keep_unconfirmed else 0
-        self.seen = self._open_seen()
+        try:
+            with self._readable():
+                self.place.MergeFromString(self._get(b"m"))
+                self._expired_through_day = self._head().tick.expired_through_day
+                self._dedupe_horizon_ms = Founding.FromString(self._get(b"f")).dedupe_horizon_ms
+                self.unconfirmed_bytes = sum(len(value) for _, value in self._range(b"u")) if keep_unconfirmed else 0
+                self.seen = self._open_seen()
+        except LocalStoreError:
+            self._db.close()
+            raise
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """What is read in here may be damaged."""
+        try:
+            yield
+        except OSError as error:
+            raise LocalStoreError(f"{self.folder} cannot be read ({error}); look at the disk and start again") from error
+        except Exception as error:  # noqa: BLE001  rocksdict raises its own bare Exception, damaged values raise many others
+            raise LocalStoreError(f"{self.folder} is damaged ({error}); delete it: it is rebuilt from the log") from error
 
     def _open_seen(self) -> SeenStore:
-        try:
-            seen = SeenStore(
-                self.folder / "seen", (key[1:].decode() for key, _ in self._range(b"s")), self._expired_through_day
-            )
-        except DamagedRunError as error:
-            self._db.close()
-            raise LocalStoreError(f"{error}; delete {self.folder}: it is rebuilt from the log") from None
+        seen = SeenStore(self.folder / "seen", (key[1:].decode() for key, _ in self._range(b"s")), self._expired_through_day)
         for key, blob in self._range(b"b"):
             seen.restore(_SEQUENCE.unpack(key[1:])[0], _split_blob(blob))
         return seen
@@ -183,6 +193,10 @@ class LocalStore:
         """The state after the record that `place` names, on this store's dedupe memory; None for an empty store."""
         if self.empty:
             return None
+        with self._readable():
+            return self._load()
+
+    def _load(self) -> LedgerState:
         head = self._head()
         state = LedgerState(self.seen)
         state.partition = self.partition

@@ -349,7 +349,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"configuration file {path} cannot be read ({error.strerror}): correct --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"configuration file {path} is not TOML ({error}): correct that line") from None
 
 

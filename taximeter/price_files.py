@@ -70,7 +70,7 @@ def read_price_book(path: Path) -> PriceBook:
         book.version = version
     else:
         problems.append(f"version: {version!r}; write a whole number from 1")
-    book.currency = str(values.get("currency", ""))
+    book.currency = _text("currency", values.get("currency", ""), problems)
     book.effective_ms = _effective_ms(values.get("effective"), problems)
     lines = values.get("prices", [])
     if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise InputFileError(f"price book {path} cannot be read ({error.strerror}): correct the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise InputFileError(f"price book {path} is not {kind} ({error}): correct that place") from None
     if not isinstance(values, dict):
@@ -101,11 +101,25 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def _text(where: str, value: Any, problems: list[str]) -> str:
+    """A text that the ledger can hold."""
+    try:
+        if isinstance(value, str) and value.encode():
+            return value
+    except UnicodeEncodeError:
+        problems.append(f"{where}: {value!r} holds half a surrogate pair; write the character whole")
+        return ""
+    if value != "":
+        problems.append(f"{where}: {value!r} is no text; write it in quotation marks")
+    return ""
+
+
 def _refuse_unknown(where: str, values: Mapping[str, Any], known: tuple[str, ...], problems: list[str]) -> None:
     for name in values:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            problems.append(f"{where}{'.' if where else ''}{name}: is no key; the nearest is {nearest}")
+            shown = name.encode(errors="backslashreplace").decode()
+            problems.append(f"{where}{'.' if where else ''}{shown}: is no key; the nearest is {nearest}")
 
 
 def _effective_ms(value: Any, problems: list[str]) -> int:
@@ -125,7 +139,7 @@ def _effective_ms(value: Any, problems: list[str]) -> int:
 def _price(where: str, values: Mapping[str, Any], problems: list[str]) -> Price:
     _refuse_unknown(where, values, _LINE_KEYS, problems)
     price = Price(
-        model=str(values.get("model", "")),
+        model=_text(f"{where}.model", values.get("model", ""), problems),
         operation=_enum(f"{where}.operation", values.get("operation"), usage_pb2.Operation, "OPERATION_", problems),
         service_class=_enum(
             f"{where}.service_class", values.get("service_class"), usage_pb2.ServiceClass, "SERVICE_CLASS_", problems
@@ -139,7 +153,7 @@ def _price(where: str, values: Mapping[str, Any], problems: list[str]) -> Price:
         problems.append(f'{where}.units: {units!r} is no table; write {{ characters = "1.00" }}')
         units = {}
     for unit, text in units.items():
-        price.unit_pico[unit] = _unit_price(f"{where}.units.{unit}", text, problems)
+        price.unit_pico[_text(f"{where}.units", unit, problems)] = _unit_price(f"{where}.units.{unit}", text, problems)
     return price
 
 

@@ -33,6 +33,7 @@ __all__ = ["COLUMNS", "Trace", "TraceRow", "read_trace", "tenant_names"]
 COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 ROWS_MAX: Final = 5_000_000
 _DIGEST_CHARS: Final = 16
+_COUNT_CHARS_MAX: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ def read_trace(path: Path) -> Trace:
             return Trace(digest, tuple(_rows(path, file)))
     except OSError as error:
         raise InputFileError(f"trace {path} cannot be read ({error.strerror}): correct the path") from None
+    except csv.Error as error:
+        raise InputFileError(f"trace {path} is not CSV ({error}): hand over a CSV file with {','.join(COLUMNS)}") from None
     except UnicodeDecodeError:
         raise InputFileError(f"trace {path} is not UTF-8 text: hand over a CSV file with {','.join(COLUMNS)}") from None
 
@@ -145,6 +148,6 @@ def _time_ms(where: str, text: str) -> int:
 
 
 def _count(where: str, column: int, text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) > QUANTITY_MAX:
-        raise InputFileError(f"{where}: {COLUMNS[column]} {text!r} is no count: write a whole number up to {QUANTITY_MAX}")
+    if not (text.isascii() and text.isdigit() and len(text) <= _COUNT_CHARS_MAX) or int(text) > QUANTITY_MAX:
+        raise InputFileError(f"{where}: {COLUMNS[column]} {text[:_COUNT_CHARS_MAX]!r} is no count: write a whole number up to {QUANTITY_MAX}")
     return int(text)

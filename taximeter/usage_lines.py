@@ -97,6 +97,13 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 def parse_line(raw: bytes) -> UsageEvent:
     """The event that the line states. Raises LineError."""
+    try:
+        return _parse_event(raw)
+    except RecursionError:
+        raise LineError("is nested too deeply; an event is a flat object") from None
+
+
+def _parse_event(raw: bytes) -> UsageEvent:
     values = _parse_object(raw)
     event = UsageEvent()
     for name, value in values.items():
@@ -118,8 +125,11 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
         raise LineError(f"byte {error.start}: is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise LineError(f"column {error.colno}: is not JSON ({error.msg}); write one JSON object a line") from None
-    except RecursionError:
-        raise LineError("is nested too deeply; an event is a flat object") from None
+    except LineError:
+        raise
+    except ValueError as error:
+        # Python refuses to read numbers of thousands of digits.
+        raise LineError(f"holds a number that cannot be read ({error}); a count has at most 20 digits") from None
     if not isinstance(values, dict):
         raise LineError(f"is {_shown(values)}; write a JSON object")
     return values
@@ -130,7 +140,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise LineError(f"{twice}: stands twice; keep one")
+        raise LineError(f"{_printable(twice[:_SHOWN_CHARS])}: stands twice; keep one")
     return values
 
 
@@ -164,7 +174,7 @@ def _set(event: UsageEvent, name: str, value: Any) -> None:
         setattr(event, name, number)
     else:
         nearest = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.0)[0]
-        raise LineError(f"{name[:_SHOWN_CHARS]}: is no field; the nearest is {nearest}")
+        raise LineError(f"{_printable(name[:_SHOWN_CHARS])}: is no field; the nearest is {nearest}")
 
 
 def _parse_text(name: str, value: Any) -> str:
@@ -188,7 +198,7 @@ def _parse_number(name: str, value: Any) -> int:
 def _parse_map(name: str, value: Any, parse: Callable[[str, Any], Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LineError(f'{name}: {_shown(value)} is no object; write {{"name": …}}')
-    return {_parse_text(name, key): parse(f"{name}[{key[:32]}]", item) for key, item in value.items()}
+    return {_parse_text(name, key): parse(f"{name}[{_printable(key[:32])}]", item) for key, item in value.items()}
 
 
 def _parse_enum(name: str, value: Any) -> int:
@@ -210,6 +220,11 @@ def _parse_time(name: str, value: Any) -> int:
     return int(moment.replace(microsecond=0).timestamp()) * 1_000 + moment.microsecond // 1_000
 
 
+def _printable(text: str) -> str:
+    """Half a surrogate pair cannot be written anywhere."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = _printable(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

@@ -156,26 +156,42 @@ def load_gguf_tokenizer(path: Path) -> GgufTokenizer:
     """Build the tokenizer that the file describes."""
     metadata = read_gguf_metadata(path)
 
-    def required(key: str) -> Any:
-        if key not in metadata:
-            raise TokenizerLoadError(path, f"{key} is missing", "use a GGUF file of a language model")
-        return metadata[key]
+    def damaged(key: str, what: str) -> TokenizerLoadError:
+        return TokenizerLoadError(path, f"{key} {what}", "use an intact GGUF file of a language model")
 
-    kind = required("tokenizer.ggml.model").decode()
+    def text(key: str) -> str:
+        value = metadata.get(key)
+        if not isinstance(value, bytes):
+            raise damaged(key, "is missing, or no text")
+        return decoded(key, value)
+
+    def decoded(key: str, value: bytes) -> str:
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise damaged(key, f"is not UTF-8 at byte {error.start}") from None
+
+    def listed(key: str, kind: type) -> list[Any]:
+        values = metadata.get(key)
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise damaged(key, "is missing, or no array of what it must be")
+        return values
+
+    kind = text("tokenizer.ggml.model")
     if kind != "gpt2":
         raise TokenizerLoadError(path, f"tokenizer.ggml.model is {kind!r}", "use the model's tokenizer.json")
-    split = required("tokenizer.ggml.pre").decode()
+    split = text("tokenizer.ggml.pre")
     if split not in _PRE_TOKENIZERS:
         raise TokenizerLoadError(
             path,
             f"tokenizer.ggml.pre is {split!r}",
             f"use the model's tokenizer.json; known here: {', '.join(sorted(_PRE_TOKENIZERS))}",
         )
-    tokens = [token.decode() for token in required("tokenizer.ggml.tokens")]
-    kinds: list[int] = required("tokenizer.ggml.token_type")
+    tokens = [decoded("tokenizer.ggml.tokens", token) for token in listed("tokenizer.ggml.tokens", bytes)]
+    kinds: list[int] = listed("tokenizer.ggml.token_type", int)
     merges = []
-    for merge in required("tokenizer.ggml.merges"):
-        left, _, right = merge.decode().partition(" ")
+    for merge in listed("tokenizer.ggml.merges", bytes):
+        left, _, right = decoded("tokenizer.ggml.merges", merge).partition(" ")
         merges.append((left, right))
     if len(kinds) != len(tokens):
         raise TokenizerLoadError(path, f"{len(kinds)} token types for {len(tokens)} tokens", "use an intact GGUF file")
@@ -198,8 +214,10 @@ def load_gguf_tokenizer(path: Path) -> GgufTokenizer:
 
     special: dict[str, str] = {}
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
-        token_id: int = metadata.get(f"tokenizer.ggml.{key}_token_id", len(tokens))
-        if token_id < len(tokens):
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id", len(tokens))
+        if not isinstance(token_id, int):
+            raise damaged(f"tokenizer.ggml.{key}_token_id", "is no number")
+        if 0 <= token_id < len(tokens):
             special[name] = tokens[token_id]
     begin = ["$A"]
     if metadata.get("tokenizer.ggml.add_bos_token", False) and "bos_token" in special:
@@ -211,10 +229,9 @@ def load_gguf_tokenizer(path: Path) -> GgufTokenizer:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=begin, special_tokens=[(token, vocabulary[token]) for token in added]
         )
-    template = metadata.get("tokenizer.chat_template")
     return GgufTokenizer(
         tokenizer=tokenizer,
-        chat_template=None if template is None else template.decode(),
+        chat_template=text("tokenizer.chat_template") if "tokenizer.chat_template" in metadata else None,
         special_tokens=special,
         fingerprint=_fingerprint(metadata),
     )

@@ -7,14 +7,24 @@ from collections.abc import Callable
 from decimal import Decimal
 
 from sinks.engine import Rows
+from sinks.errors import EngineError
 
 __all__ = ["decode_rows"]
 
 
 def decode_rows(answer: bytes) -> Rows:
-    """The rows of an answer in which decimals are quoted."""
+    """The rows of an answer in which decimals are quoted. Raises EngineError for what is no such answer."""
     if not answer:
         return Rows((), [])
+    try:
+        return _decode(answer)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        raise EngineError(
+            f"{len(answer)} bytes are no answer of ClickHouse in JSONCompact ({error!r}); does another service listen there?"
+        ) from error
+
+
+def _decode(answer: bytes) -> Rows:
     document = json.loads(answer)
     names = tuple(column["name"] for column in document["meta"])
     converters = {
