@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv proto check test demo bench simulate chaos nightly lock kafka clean
+.PHONY: help venv proto check test demo bench simulate fuzz chaos nightly lock kafka clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -65,6 +65,9 @@ bench: venv ## The measured claims
 
 simulate: venv ## The simulator: SEEDS=500 from FROM=0; one again: SEED=123
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),500) --from $(or $(FROM),0))
+
+fuzz: venv ## Every decoder under a fuzzer: SECONDS=300, shared; one of them: TARGET=name (Linux on x86-64)
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),300) $(if $(TARGET),--target $(TARGET))
 
 # The trials take turns on running installations; the same seed goes on where it was interrupted.
 chaos: venv ## Real processes killed: TRIALS=5 of each fault, FAULT=name alone, SEED=1; all of it runs pytest's chaos tests too

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from billing.accounts import AccountState
-from billing.limits import ALERT_REQUEST_IDS_MAX
+from billing.limits import ALERT_REQUEST_IDS_MAX, ALERTS_MAX, MINUTE_TOKENS_MAX
 from billing.v1.account_pb2 import ACCOUNT_STATUS_UNKNOWN
 from billing.v1.alert_pb2 import (
     ALERT_RULE_CONFLICT,
@@ -149,7 +149,7 @@ class Rules:
                     _close_minute(account, 0)
             account.minute = minute
             account.minute_tokens = 0
-        account.minute_tokens += tokens
+        account.minute_tokens = min(account.minute_tokens + tokens, MINUTE_TOKENS_MAX)
         plan = account.plan
         if (
             plan.burst_factor
@@ -184,6 +184,8 @@ class Rules:
         labels: Mapping[str, str] | None = None,
     ) -> None:
         raised_ms = account.raised_ms.get(rule)
+        if len(self.alerts) >= ALERTS_MAX:
+            return
         if raised_ms is not None and self._log_time_ms < raised_ms + self._cooldown_ms:
             return
         account.raised_ms[rule] = self._log_time_ms

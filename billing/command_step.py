@@ -6,7 +6,7 @@ from billing.accounts import AccountState
 from billing.amounts import format_pico, from_amount
 from billing.commands import CommandRefused, remembered_id, verify
 from billing.identity import partition_of
-from billing.limits import ID_CHARS_MAX, RELEASED_LEASES_MAX
+from billing.limits import ID_CHARS_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
 from billing.state import LedgerState
@@ -111,6 +111,8 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     currency = upsert.currency or (account.currency if account else state.settings.default_currency)
     if len(currency) > 8:
         raise CommandRefused(f"currency: {currency[:16]!r}; write a code such as USD")
+    if upsert.plan.ByteSize() > PLAN_BYTES_MAX:
+        raise CommandRefused(f"plan: {upsert.plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
     if account is None:
         account = state.accounts[upsert.tenant_id] = AccountState(upsert.tenant_id, currency, plan=state.settings.default_plan)
     elif currency != account.currency and (account.credit_pico or account.spend_pico):

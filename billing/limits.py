@@ -24,8 +24,17 @@ ATTRIBUTE_CHARS_MAX = 256
 TIME_MS_MAX = 9_999_999_999_999
 
 ALERT_REQUEST_IDS_MAX = 10
-# Windows let go by one record; more wait for the next.
+# Of one record; a rule that could not speak is not silenced, it speaks with the tenant's next usage.
+ALERTS_MAX = 256
+# Before a window is followed by another one of the same minute: its sums fit in 64 bits, its units in a record.
+WINDOW_EVENTS_MAX = 2**23
+WINDOW_UNITS_MAX = 16
+# What a minute counts for in the burst rule at most: its baseline, in 1/256, fits in 64 bits.
+MINUTE_TOKENS_MAX = 2**55
+PLAN_BYTES_MAX = 2_048
+# Windows let go by one record, and the bytes of their names (no fewer than one record can open); more wait for the next.
 RELEASED_WINDOWS_MAX = 2_000
+RELEASED_BYTES_MAX = BATCH_BYTES_MAX
 # Ranges remembered beyond a hole in a producer's numbering; the furthest are forgotten, and counted missing until they are sent
 # again.
 PRODUCER_RANGES_MAX = 64

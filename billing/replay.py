@@ -71,7 +71,9 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
         window.release_minute = before.release_minute if before else 0
         state.windows[window_key] = window
         state.touch_window(window, record.log_time_ms)
-    state.remove_windows(key_of(key) for key in record.released)
+    # A window that was followed by another one of its minute has its place no longer.
+    gone = [(key_of(released), released.opened_sequence) for released in record.released]
+    state.remove_windows([name for name, opened in gone if state.windows[name].opened_sequence == opened])
     for position in record.inputs:
         state.inputs[position.topic] = position.offset
     state.generation = record.generation

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from billing.accounts import AccountState
 from billing.leases import Leases
-from billing.limits import RELEASED_WINDOWS_MAX
+from billing.limits import RELEASED_BYTES_MAX, RELEASED_WINDOWS_MAX
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
 from billing.sequences import ProducerSequences
@@ -112,13 +112,18 @@ class LedgerState:
         """Windows to let go now, at most RELEASED_WINDOWS_MAX, in a stated order. The caller removes them."""
         now = log_time_ms // MINUTE_MS
         due: list[Key] = []
+        room = RELEASED_BYTES_MAX
         for minute in sorted(self._release):
-            if minute > now or len(due) >= RELEASED_WINDOWS_MAX:
+            if minute > now or len(due) >= RELEASED_WINDOWS_MAX or room <= 0:
                 break
             keys = self._release[minute]
             stale = {key for key in keys if (w := self.windows.get(key)) is None or w.release_minute != minute}
             keys -= stale
-            due.extend(sorted(keys)[: RELEASED_WINDOWS_MAX - len(due)])
+            for key in sorted(keys)[: RELEASED_WINDOWS_MAX - len(due)]:
+                room -= len(key.tenant_id.encode()) + len(key.project_id.encode()) + len(key.model.encode())
+                if room < 0:
+                    break
+                due.append(key)
             if not keys:
                 del self._release[minute]
         return due

@@ -43,7 +43,7 @@ from billing.v1.usage_pb2 import (
     UsageBatch,
 )
 from billing.validation import event_problem
-from billing.windows import MINUTE_MS, Key, Window
+from billing.windows import MINUTE_MS, Key, Window, window_key
 
 _LOW = (1 << 64) - 1
 _REQUEST_IDS_NAMED = 3
@@ -235,8 +235,9 @@ class _Batch:
         for key, indexes in groups.items():
             account = self.account(key[0])
             window = state.windows.get(key)  # type: ignore[call-overload]  # a plain tuple finds its Key
-            if window is None or window.currency != account.currency:
-                # A tenant without amounts may change its currency within the minute: one window holds one currency.
+            if window is None or not window.takes(account.currency):
+                if window is not None:
+                    record.released.append(window_key(window.key, window.opened_sequence))
                 window = Window(Key(*key), record.sequence, account.currency)
                 state.windows[window.key] = window
             evidence = self.evidence[key[0]]

@@ -61,7 +61,7 @@ def _extras_problem(event: UsageEvent) -> str | None:
     seen: set[str] = set()
     for entry in units:
         if not entry.unit or entry.unit in seen:
-            return f"units: {entry.unit!r} is empty or stands twice; name each unit once"
+            return f"units: {entry.unit[:UNIT_CHARS_MAX]!r} is empty or stands twice; name each unit once"
         seen.add(entry.unit)
         if problem := _text_problem("units", entry.unit, UNIT_CHARS_MAX):
             return problem

@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from billing.amounts import from_amount, set_amount
+from billing.limits import WINDOW_EVENTS_MAX, WINDOW_UNITS_MAX
 from billing.v1.ledger_pb2 import WindowKey, WindowTotal
 from billing.validation import TOKEN_FIELDS
 
@@ -59,6 +60,13 @@ class Window:
         # The minute of log time at which it may be let go; kept by LedgerState.
         self.release_minute = 0
         self._total: WindowTotal | None = None
+
+    def takes(self, currency: str) -> bool:
+        """Whether more usage in `currency` may be added; else another window of the same minute follows this one.
+
+        One window holds one currency (a tenant without amounts may change it), and no sum of it outgrows its field.
+        """
+        return currency == self.currency and self.events < WINDOW_EVENTS_MAX and len(self.units) <= WINDOW_UNITS_MAX
 
     def to_total(self) -> WindowTotal:
         """The absolute total, as a record states it. Valid until the next call."""

@@ -71,7 +71,9 @@ class LoopbackServer:
             def _query(self) -> None:
                 length = self.headers.get("Content-Length", "")
                 if not (length.isdecimal() and len(length) <= _LENGTH_CHARS_MAX) or int(length) > _BODY_BYTES_MAX:
-                    self._answer(413, f"Content-Length: {length[:_LENGTH_CHARS_MAX]!r}; send at most {_BODY_BYTES_MAX} bytes".encode())
+                    self._answer(
+                        413, f"Content-Length: {length[:_LENGTH_CHARS_MAX]!r}; send at most {_BODY_BYTES_MAX} bytes".encode()
+                    )
                     return
                 try:
                     request = json.loads(self.rfile.read(int(length)))

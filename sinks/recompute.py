@@ -135,6 +135,8 @@ class Recomputed:
     def take(self, record: LedgerRecord) -> list[ExpectedEvent]:
         """Apply the next record; returns its accepted events."""
         expected: list[ExpectedEvent] = []
+        followed = {key_of(total.key) for total in record.totals if total.key.opened_sequence == record.sequence}
+        self.closed.extend(self.open.pop(key) for key in followed & self.open.keys())
         match record.WhichOneof("source"):
             case "founding":
                 self._found(record)
@@ -148,9 +150,9 @@ class Recomputed:
                 self._quantities.forget(record.log_time_ms - KEPT_MS)
         self._compare_totals(record)
         for key in record.released:
-            entry = self.open.pop(key_of(key), None)
-            if entry is not None:
-                self.closed.append(entry)
+            entry = self.open.get(key_of(key))
+            if entry is not None and entry[0].opened_sequence == key.opened_sequence:
+                self.closed.append(self.open.pop(key_of(key)))
         self._compare_accounts(record)
         return expected
 

@@ -173,7 +173,7 @@ class LocalStore:
             yield
         except OSError as error:
             raise LocalStoreError(f"{self.folder} cannot be read ({error}); look at the disk and start again") from error
-        except Exception as error:  # noqa: BLE001  rocksdict raises its own bare Exception, damaged values raise many others
+        except Exception as error:
             raise LocalStoreError(f"{self.folder} is damaged ({error}); delete it: it is rebuilt from the log") from error
 
     def _open_seen(self) -> SeenStore:

@@ -149,5 +149,7 @@ def _time_ms(where: str, text: str) -> int:
 
 def _count(where: str, column: int, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= _COUNT_CHARS_MAX) or int(text) > QUANTITY_MAX:
-        raise InputFileError(f"{where}: {COLUMNS[column]} {text[:_COUNT_CHARS_MAX]!r} is no count: write a whole number up to {QUANTITY_MAX}")
+        raise InputFileError(
+            f"{where}: {COLUMNS[column]} {text[:_COUNT_CHARS_MAX]!r} is no count: write a whole number up to {QUANTITY_MAX}"
+        )
     return int(text)

@@ -48,7 +48,9 @@ def main() -> int:
     seconds = max(1, arguments.seconds // len(names))
     arguments.findings.mkdir(parents=True, exist_ok=True)
     failed = [name for name in names if not _run(name, seconds, arguments.findings)]
-    print(f"{len(names)} targets, {seconds} s each, {len(failed)} with a finding" + (f": {', '.join(failed)}" if failed else ""))
+    print(
+        f"{len(names)} targets, {seconds} s each, {len(failed)} with a finding" + (f": {', '.join(failed)}" if failed else "")
+    )
     return int(bool(failed))
 
 
@@ -94,7 +96,9 @@ def _fuzz(name: str, seconds: int, findings: Path) -> int:
             "print_final_stats": 1,
             "artifact_prefix": f"{findings}/{name}-",
         }
-        atheris.Setup([name, corpus, *(f"-{option}={value}" for option, value in options.items())], lambda data: attempt(target, data))
+        atheris.Setup(
+            [name, corpus, *(f"-{option}={value}" for option, value in options.items())], lambda data: attempt(target, data)
+        )
         atheris.Fuzz()
     return 0
 

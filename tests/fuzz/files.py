@@ -78,8 +78,8 @@ def _traces() -> list[bytes]:
 
 def _price_books() -> list[bytes]:
     return [
-        b'version = 1\ncurrency = "USD"\neffective = "2026-01-01T00:00:00Z"\n[[prices]]\nmodel = "smollm2*"\ninput = "0.10"\n'
-        b'output = "0.40"\noperation = "chat"\nunits = { audio_ms = "12.50" }\n',
+        b'version = 1\ncurrency = "USD"\neffective = "2026-01-01T00:00:00Z"\n[[prices]]\nmodel = "smollm2*"\ninput = "0.10"\n',
+        b'version = 1\ncurrency = "USD"\n[[prices]]\nmodel = "m"\noutput = "0.40"\nunits = { audio_ms = "1" }\n',
         b'version = 2\ncurrency = "EUR"\neffective = 2026-01-01T00:00:00Z\n[[prices]]\nmodel = "m"\nservice_class = "batch"\n',
         b"version = " + b"[" * 2_000,
     ]
@@ -90,7 +90,12 @@ def read_json_prices(data: bytes) -> None:
 
 
 def _json_prices() -> list[bytes]:
-    book = {"version": 1, "currency": "USD", "effective": "always", "prices": [{"model": "m", "input": "1", "units": {"u": "2"}}]}
+    book = {
+        "version": 1,
+        "currency": "USD",
+        "effective": "always",
+        "prices": [{"model": "m", "input": "1", "units": {"u": "2"}}],
+    }
     return [json.dumps(book).encode(), b'{"currency": "\\ud800", "prices": [{"model": "\\udfff"}]}', b"[" * 100_000]
 
 
@@ -179,7 +184,7 @@ def _patched(pristine: Path, data: bytes) -> Path:
         path = files[reader.number() % len(files)]
         content = bytearray(path.read_bytes())
         at = reader.number(4) % (len(content) + 1)
-        piece = reader.bytes(reader.number() % 32)
+        piece = reader.take(reader.number() % 32)
         if piece:
             content[at : at + len(piece)] = piece
         else:
@@ -251,7 +256,10 @@ def _store() -> Path:
 
 
 def _patches() -> list[bytes]:
-    return [b"", *(bytes((file,)) + (at).to_bytes(4, "little") + b"\x04\xff\x00\xff\x01" for file in range(4) for at in (0, 4_100))]
+    return [
+        b"",
+        *(bytes((file,)) + (at).to_bytes(4, "little") + b"\x04\xff\x00\xff\x01" for file in range(4) for at in (0, 4_100)),
+    ]
 
 
 TARGETS = {

@@ -33,9 +33,12 @@ def attempt(target: Target, data: bytes) -> None:
     """Run `data` through the decoder; a documented refusal is a good answer."""
     try:
         target.run(data)
-    except target.refusals as refusal:
-        # It says something, and what it says can be written.
-        assert str(refusal).encode(), f"{type(refusal).__name__} says nothing"
+    except target.refusals as error:
+        said = str(error).encode()
+    else:
+        return
+    # It says something, and what it says can be written.
+    assert said
 
 
 @cache
@@ -57,22 +60,22 @@ class Reader:
         return self._at < len(self._data)
 
     def number(self, size: int = 1) -> int:
-        return int.from_bytes(self.bytes(size), "little")
+        return int.from_bytes(self.take(size), "little")
 
-    def bytes(self, size: int) -> bytes:
+    def take(self, size: int) -> bytes:
         piece = self._data[self._at : self._at + size]
         self._at += size
         return piece
 
     def piece(self) -> bytes:
         """Bytes behind their length in two bytes."""
-        return self.bytes(self.number(2))
+        return self.take(self.number(2))
 
     @staticmethod
     def join(*parts: int | bytes) -> bytes:
         """What `number()` and `piece()` read back."""
         return b"".join(
-            bytes((part,)) if isinstance(part, int) else len(part).to_bytes(2, "little") + part for part in parts
+            part.to_bytes(1, "little") if isinstance(part, int) else len(part).to_bytes(2, "little") + part for part in parts
         )
 
 

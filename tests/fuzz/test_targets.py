@@ -1,4 +1,4 @@
-"""Every decoder over its seeds and a few hundred seeded mutations: no error but the documented ones. `make fuzz` looks longer."""
+"""Every decoder over its seeds and hundreds of seeded mutations: only the documented errors. `make fuzz` looks longer."""
 
 from __future__ import annotations
 

@@ -143,7 +143,11 @@ def _asked() -> list[bytes]:
 
 def _answers() -> list[bytes]:
     document = {
-        "meta": [{"name": "n", "type": "UInt64"}, {"name": "d", "type": "Array(Decimal(38, 12))"}, {"name": "e", "type": "Decimal(38, 12)"}],
+        "meta": [
+            {"name": "n", "type": "UInt64"},
+            {"name": "d", "type": "Array(Decimal(38, 12))"},
+            {"name": "e", "type": "Decimal(38, 12)"},
+        ],
         "data": [["1", ["0.5"], "1.25"]],
     }
     return [json.dumps(document).encode(), b"", b"[" * 100_000, b'{"meta": [{"name": 1, "type": "Decimal"}], "data": [["x"]]}']
