@@ -1,0 +1,170 @@
+"""A ledger as one would write it on paper: dictionaries, one event at a time, fractions for money: the state machines' model.
+
+It shares no code with `billing` but the contracts and the bounds, and knows flat prices alone; tiers have a model of their own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN
+from billing.v1.ledger_pb2 import (
+    DROP_REASON_CONFLICT,
+    DROP_REASON_DUPLICATE,
+    DROP_REASON_FORWARDED,
+    DROP_REASON_INVALID,
+    DROP_REASON_TOO_FAR_IN_FUTURE,
+    DROP_REASON_TOO_OLD,
+)
+from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_REJECTED, UsageEvent
+
+__all__ = ["DAY_MS", "NaiveAccount", "NaiveLedger"]
+
+DAY_MS = 24 * 60 * 60 * 1000
+FUTURE_ALERT_MS, FUTURE_REJECT_MS = 5 * 60_000, DAY_MS
+# Model to the price of a million input and output tokens.
+PriceList = dict[str, tuple[Fraction, Fraction]]
+
+
+@dataclass
+class NaiveAccount:
+    currency: str
+    status: int = ACCOUNT_STATUS_UNKNOWN
+    credit: Fraction = Fraction(0)
+    spend: Fraction = Fraction(0)
+    events: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    unrated: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    keys: dict[str, tuple[bytes, bool]] = field(default_factory=dict)
+
+
+@dataclass
+class Remembered:
+    payload: bytes
+    until_ms: int
+
+
+class NaiveLedger:
+    """What one partition must come to."""
+
+    def __init__(self, tenants_here: set[str], horizon_ms: int) -> None:
+        self.here = tenants_here
+        self.horizon_ms = horizon_ms
+        self.accounts: dict[str, NaiveAccount] = {}
+        self.charged: dict[tuple[str, str], list[bytes]] = defaultdict(list)
+        self.remembered: dict[tuple[str, str], Remembered] = {}
+        self.commands: dict[str, int] = {}
+        self.books: dict[str, list[tuple[int, PriceList]]] = defaultdict(list)
+        self.day = 0
+
+    def account(self, tenant_id: str) -> NaiveAccount:
+        return self.accounts.setdefault(tenant_id, NaiveAccount("USD"))
+
+    # --- usage ---
+
+    def take(self, raws: list[bytes], now_ms: int) -> tuple[dict[int, int], list[Fraction]]:
+        """Index to the reason why it is dropped, and what the others cost."""
+        dropped: dict[int, int] = {}
+        admitted: list[UsageEvent] = []
+        for index, raw in enumerate(raws):
+            event = UsageEvent.FromString(raw)
+            reason = self._reason(event, raw, now_ms)
+            if reason:
+                dropped[index] = reason
+            else:
+                admitted.append(event)
+                name = event.tenant_id, event.request_id
+                until_ms = (max(now_ms, event.ended_ms) + self.horizon_ms) // DAY_MS * DAY_MS + DAY_MS
+                self.remembered[name] = Remembered(raw, until_ms)
+                self.charged[name].append(raw)
+        return dropped, [self._charge(event) for event in admitted]
+
+    def _reason(self, event: UsageEvent, raw: bytes, now_ms: int) -> int:
+        before = self.remembered.get((event.tenant_id, event.request_id))
+        if before is not None and before.payload == raw:
+            self.account(event.tenant_id).duplicates += 1
+            return DROP_REASON_DUPLICATE
+        if not event.model or event.started_ms > event.ended_ms:
+            return DROP_REASON_INVALID
+        if event.tenant_id not in self.here:
+            return DROP_REASON_FORWARDED
+        if before is not None:
+            self.account(event.tenant_id).conflicts += 1
+            return DROP_REASON_CONFLICT
+        if event.ended_ms > now_ms + FUTURE_REJECT_MS:
+            return DROP_REASON_TOO_FAR_IN_FUTURE
+        if event.ended_ms < now_ms - self.horizon_ms and not event.backfill:
+            return DROP_REASON_TOO_OLD
+        return 0
+
+    def _charge(self, event: UsageEvent) -> Fraction:
+        account = self.account(event.tenant_id)
+        account.events += 1
+        if event.outcome in (OUTCOME_REJECTED, OUTCOME_BACKEND_ERROR):
+            return Fraction(0)
+        account.input_tokens += event.uncached_input_tokens
+        account.output_tokens += event.output_tokens
+        effective = [prices for since_ms, prices in self.books[account.currency] if since_ms <= event.ended_ms]
+        if not effective or event.model not in effective[-1]:
+            account.unrated += 1
+            return Fraction(0)
+        each_input, each_output = effective[-1][event.model]
+        cost = (each_input * event.uncached_input_tokens + each_output * event.output_tokens) / 10**6
+        account.spend += cost
+        return cost
+
+    # --- time ---
+
+    def tick(self, now_ms: int) -> None:
+        if now_ms // DAY_MS > self.day:
+            self.day = now_ms // DAY_MS
+            self.remembered = {name: known for name, known in self.remembered.items() if known.until_ms > self.day * DAY_MS}
+            self.commands = {name: at_ms for name, at_ms in self.commands.items() if at_ms >= now_ms - self.horizon_ms}
+
+    # --- commands: whether each is applied ---
+
+    def once(self, command_id: str, now_ms: int, allowed: bool) -> bool:
+        if command_id in self.commands or not allowed:
+            return False
+        self.commands[command_id] = now_ms
+        return True
+
+    def knows(self, tenant_id: str) -> bool:
+        return tenant_id in self.here and self.account_status(tenant_id) != ACCOUNT_STATUS_UNKNOWN
+
+    def account_status(self, tenant_id: str) -> int:
+        return self.accounts[tenant_id].status if tenant_id in self.accounts else ACCOUNT_STATUS_UNKNOWN
+
+    def grant(self, command_id: str, now_ms: int, tenant_id: str, amount: Fraction, currency: str) -> bool:
+        allowed = self.knows(tenant_id) and amount > 0 and self.accounts[tenant_id].currency == currency
+        if applied := self.once(command_id, now_ms, allowed):
+            self.accounts[tenant_id].credit += amount
+        return applied
+
+    def upsert(self, command_id: str, now_ms: int, tenant_id: str, currency: str, status: int) -> bool:
+        known = self.accounts.get(tenant_id)
+        moves = known is not None and currency not in ("", known.currency)
+        has_amounts = known is not None and (known.credit != 0 or known.spend != 0)
+        if applied := self.once(command_id, now_ms, tenant_id in self.here and not (moves and has_amounts)):
+            account = self.account(tenant_id)
+            account.currency = currency or account.currency
+            account.status = status or ACCOUNT_STATUS_ACTIVE
+        return applied
+
+    def key(self, command_id: str, now_ms: int, tenant_id: str, key_id: str, secret_hash: bytes, revoked: bool) -> bool:
+        others = any(key_id in account.keys for name, account in self.accounts.items() if name != tenant_id)
+        if applied := self.once(command_id, now_ms, self.knows(tenant_id) and not others and len(secret_hash) == 32):
+            self.accounts[tenant_id].keys[key_id] = secret_hash, revoked
+        return applied
+
+    def book(self, command_id: str, now_ms: int, currency: str, version: int, since_ms: int, prices: PriceList) -> bool:
+        line = self.books[currency]
+        allowed = version == len(line) + 1 and (not line or since_ms > line[-1][0])
+        if applied := self.once(command_id, now_ms, allowed):
+            line.append((since_ms, prices))
+        return applied
