@@ -71,8 +71,6 @@ def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
     partition = record.partition
     for account in record.accounts:
         batch.states[topics.accounts, account.tenant_id] = AccountUpdate(account=account).SerializeToString()
-    tick = LedgerTick(partition=partition, version=version, log_time_ms=record.log_time_ms)
-    batch.states[topics.accounts, f"tick/{partition}"] = AccountUpdate(tick=tick).SerializeToString()
     for lease in record.leases:
         if not lease.ended:
             # What its holder looks for. That an earlier epoch of it has ended or is gone, the holder need not know.
@@ -81,6 +79,11 @@ def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
     books = record.founding.price_books if record.HasField("founding") else ()
     for book in [*books, record.command.price_book] if record.command.HasField("price_book") else books:
         batch.states[topics.prices, f"{book.currency}/{book.version}"] = book.SerializeToString()
+    tick = LedgerTick(partition=partition, version=version, log_time_ms=record.log_time_ms)
+    ticking = topics.accounts, f"tick/{partition}"
+    # Behind every account of its record: who sees it takes what it has for as fresh as this.
+    batch.states.pop(ticking, None)
+    batch.states[ticking] = AccountUpdate(tick=tick).SerializeToString()
     for key in record.keys:
         batch.states[topics.keys, key.key_id] = key.SerializeToString()
     for mark in record.producers:
@@ -267,10 +270,13 @@ class PublisherApp:
             raise HostStopped(f"{self.settings.topics.ledger}[{partition}], offset {offset}: {error}") from error
         if record is None and offset > self._resume[partition]:
             # Going on would ignore everything that follows, silently, for the chain has a hole here.
+        if offset > self._resume[partition]:
+            # The ledger's offsets have no holes. Behind one, the first record that links may be a zombie's, which came second.
             raise HostStopped(
                 f"{self.settings.topics.ledger}[{partition}]: offset {offset} came and {self._resume[partition]} was due; "
                 "starting over from the published position"
             )
+        record = self._chains[partition].accept(stored)
         batch = self._batches[partition]
         batch.events.append(event)
         self._resume[partition] = offset + 1

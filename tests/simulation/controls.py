@@ -12,6 +12,7 @@ from unittest import mock
 
 from billing import usage_step
 from billing.chain import Chain
+from billing.founding import HORIZON_DAYS
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.windows import window_key
 from producers.publisher import Publisher
@@ -20,7 +21,10 @@ from sinks.writer import Writer
 from stream_processors.ledger_app import LedgerApp
 from stream_processors.ledger_host import LedgerHost
 from stream_processors.publisher_app import PublisherApp
+from stream_processors.seen_store import SeenStore
+from tests.simulation import producing
 from tests.simulation.disk import MemoryDb
+from tests.simulation.truth import Truth
 
 __all__ = ["CONTROLS"]
 
@@ -190,7 +194,67 @@ def runs_removed_before_the_list_is_synced() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def delivery_errors_ignored() -> Iterator[None]:
+    """The host goes on when a record's fate is not known, as if the log had it."""
+    on_delivered = LedgerHost._on_delivered
+
+    def believe(self: LedgerHost, offset: int, problem: str) -> None:
+        on_delivered(self, self._in_flight[0][0].ledger_offset if problem and self._in_flight else offset, "")
+
+    with mock.patch.object(LedgerHost, "_on_delivered", believe):
+        yield
+
+
+@contextlib.contextmanager
+def cut_log_accepted() -> Iterator[None]:
+    """A host whose store stands on a record that the log does not have goes on from the log's end."""
+
+    async def at_the_end(self: LedgerHost, follow: Chain, first: int, end: int) -> int:
+        return min(self.store.place.ledger_offset + 1, end) if follow.generation else first
+
+    with mock.patch.object(LedgerHost, "_find_place", at_the_end):
+        yield
+
+
+@contextlib.contextmanager
+def keys_in_no_run_forgotten() -> Iterator[None]:
+    """What was charged lately is known by the process alone, and dies with it."""
+    with mock.patch.object(SeenStore, "restore"):
+        yield
+
+
+@contextlib.contextmanager
+def keys_forgotten_early() -> Iterator[None]:
+    """A dedupe key lives until the day is over, not until its horizon is."""
+    expire = SeenStore.expire
+    days = HORIZON_DAYS + 5
+
+    with mock.patch.object(SeenStore, "expire", lambda self, through_day: expire(self, through_day + days)):
+        yield
+
+
+@contextlib.contextmanager
+def receipt_before_the_commit() -> Iterator[None]:
+    """A producer tells its caller that an event is durable before its journal has it."""
+    attempt = Truth.attempt
+
+    def promise(self: Truth, raw: bytes) -> None:
+        attempt(self, raw)
+        if raw:
+            self.durable.add(raw)
+
+    # A disk that takes its time, so that producers die meanwhile.
+    with mock.patch.object(Truth, "attempt", promise), mock.patch.object(producing, "_COMMIT_S", 0.4):
+        yield
+
+
 CONTROLS: dict[str, Control] = {
+    "a delivery error is ignored": delivery_errors_ignored,
+    "a log that was cut is gone on with": cut_log_accepted,
+    "dedupe keys that are in no run die with the process": keys_in_no_run_forgotten,
+    "dedupe keys are forgotten before their horizon": keys_forgotten_early,
+    "the receipt comes before the journal's commit": receipt_before_the_commit,
     "the local store is written before the acknowledgement": store_before_the_acknowledgement,
     "one token is dropped": one_token_dropped,
     "dedupe is by payload": dedupe_by_payload,
