@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv proto check test demo bench simulate fuzz chaos nightly lock kafka clean
+.PHONY: help venv proto check test demo bench simulate models fuzz chaos nightly lock kafka clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -65,6 +65,10 @@ bench: venv ## The measured claims
 
 simulate: venv ## The simulator: SEEDS=500 from FROM=0; one again: SEED=123
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),500) --from $(or $(FROM),0))
+
+models: venv ## The state machines of journal, ledger and accounts: EXAMPLES=500 runs of each
+	MODEL_EXAMPLES=$(or $(EXAMPLES),500) $(BIN)/python -m pytest -p no:xdist --timeout 7200 \
+		tests/billing/test_ledger_model.py tests/producers/test_journal_model.py $(PYTEST_ARGS)
 
 fuzz: venv ## Every decoder under a fuzzer: SECONDS=300, shared; one of them: TARGET=name (Linux on x86-64)
 	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),300) $(if $(TARGET),--target $(TARGET))

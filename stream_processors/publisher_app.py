@@ -264,19 +264,16 @@ class PublisherApp:
                 raise
 
     async def _take(self, partition: int, offset: int, stored: bytes, event: Any) -> None:
-        try:
-            record = self._chains[partition].accept(stored)
-        except UnreadableRecord as error:
-            raise HostStopped(f"{self.settings.topics.ledger}[{partition}], offset {offset}: {error}") from error
-        if record is None and offset > self._resume[partition]:
-            # Going on would ignore everything that follows, silently, for the chain has a hole here.
         if offset > self._resume[partition]:
             # The ledger's offsets have no holes. Behind one, the first record that links may be a zombie's, which came second.
             raise HostStopped(
                 f"{self.settings.topics.ledger}[{partition}]: offset {offset} came and {self._resume[partition]} was due; "
                 "starting over from the published position"
             )
-        record = self._chains[partition].accept(stored)
+        try:
+            record = self._chains[partition].accept(stored)
+        except UnreadableRecord as error:
+            raise HostStopped(f"{self.settings.topics.ledger}[{partition}], offset {offset}: {error}") from error
         batch = self._batches[partition]
         batch.events.append(event)
         self._resume[partition] = offset + 1

@@ -6,6 +6,7 @@ confirmed is there, in its order, under its number.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -169,5 +170,7 @@ def _is_refused(receipt: Receipt) -> bool:
     return False
 
 
-JournalMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+JournalMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("MODEL_EXAMPLES", "25")), stateful_step_count=25, deadline=None
+)
 TestJournalModel = JournalMachine.TestCase
