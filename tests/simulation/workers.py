@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -194,6 +195,17 @@ class SimPublisherApp(_Member, PublisherApp):
         await self._on_rebalanced(None)
         for tp, position in sorted(self._positions().items()):
             self._worker.spawn(self._run_agent(self._stream(tp, position)))
+
+    async def _take(self, partition: int, offset: int, stored: bytes, event: Any) -> None:
+        await super()._take(partition, offset, stored, event)
+        world, chain = self._worker.world, self._chains.get(partition)
+        if chain is None or partition in world.truth.cut:
+            return
+        due = bisect_right(world.truth.partitions[partition].offsets, offset) - 1
+        if self._resume[partition] == offset + 1 and chain.sequence != due:
+            world.loop.fail(
+                f"the publisher took offset {offset} of partition {partition} and stands at {chain.sequence}, not {due}"
+            )
 
     async def _run_agent(self, stream: _Stream) -> None:
         # `_agent` has told the failure.
