@@ -49,7 +49,6 @@ ENTRY_BYTES = 24
 _MAGIC = b"taxiseen"
 _HEADER = struct.Struct("<8sQHHII")  # magic, rows, first day, last day, CRC-32 of the columns, 0
 _HEADER_BYTES = 64
-_BIG_ENDIAN = np.dtype(">u8")
 _NUMBER = np.dtype("<u8")
 _DAY = np.dtype("<u2")
 _CANONICAL_ROW = np.dtype([("high", ">u8"), ("low", ">u8"), ("fingerprint", ">u8"), ("day", ">u2")])
@@ -81,8 +80,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.high)
 
-    def sorted(self) -> Rows:
-        # Stable: on rows that come from sorted runs it merges instead of sorting.
+    def merged(self) -> Rows:
+        """Sorted, where they are sorted parts one after the other: a stable sort merges those."""
         return self.take(np.argsort(self.high, kind="stable"))
 
     def take(self, which: npt.NDArray[np.intp]) -> Rows:
@@ -113,11 +112,17 @@ def concatenated(parts: Sequence[Rows]) -> Rows:
 
 
 def rows_from_entries(entries: Sequence[tuple[int, bytes]]) -> Rows:
-    """The rows of a ledger's `RememberedKeys`: (day, entries of 24 bytes)."""
-    columns = np.frombuffer(b"".join(data for _, data in entries), dtype=_BIG_ENDIAN).reshape(-1, 3).astype(_NUMBER)
+    """The rows of a ledger's `RememberedKeys`, (day, entries of 24 bytes), sorted."""
+    high, low, fingerprint = _numbers(b"".join(data for _, data in entries), 3)
     counts = [len(data) // ENTRY_BYTES for _, data in entries]
     days = np.repeat(np.array([day for day, _ in entries], dtype=_DAY), counts)
-    return Rows(columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 2].copy(), days)
+    return Rows(high, low, fingerprint, days).take(np.argsort(high))
+
+
+def _numbers(data: bytes, columns: int) -> list[U64]:
+    """The columns of rows of big-endian numbers."""
+    table = np.frombuffer(data, dtype=_NUMBER).reshape(-1, columns)
+    return [table[:, column].byteswap() for column in range(columns)]
 
 
 class Query:
@@ -126,9 +131,7 @@ class Query:
     __slots__ = ("half", "high", "low", "mask")
 
     def __init__(self, digests: Sequence[bytes]) -> None:
-        columns = np.frombuffer(b"".join(digests), dtype=_BIG_ENDIAN).reshape(-1, 2).astype(_NUMBER)
-        self.high: U64 = columns[:, 0].copy()
-        self.low: U64 = columns[:, 1].copy()
+        self.high, self.low = _numbers(b"".join(digests), 2)
         self.half: U64 = self.high >> _HALF
         self.mask: U64 = _mask(self.low)
 
@@ -194,7 +197,7 @@ def open_run(path: Path) -> Run:
     magic, count, first_day, last_day, checksum, _ = _HEADER.unpack_from(header)
     if magic != _MAGIC or count == 0 or size != _HEADER_BYTES + count * BYTES_PER_ROW:
         raise DamagedRunError(f"{path} is not a run of {count} rows: {size} bytes")
-    rows = _map(path, count, "r")
+    rows = _map(path, count)
     if _checksum(rows) != checksum:
         raise DamagedRunError(f"{path} does not have the checksum {checksum:08x} that it was written with")
     run = Run(path, rows, _make_filter(rows))
@@ -221,7 +224,7 @@ def merge_runs(path: Path, runs: Sequence[Run], forgotten_through_day: int, canc
                 run.rows.part(bound[i], bound[i + 1]).living(forgotten_through_day)
                 for run, bound in zip(runs, bounds, strict=True)
             ]
-            put(concatenated(parts).sorted())
+            put(concatenated(parts).merged())
 
     return _write(path, total, fill)
 
@@ -234,7 +237,7 @@ def rows_digest(sources: Sequence[Rows], forgotten_through_day: int) -> bytes:
         parts = [
             rows.part(bound[i], bound[i + 1]).living(forgotten_through_day) for rows, bound in zip(sources, bounds, strict=True)
         ]
-        rows = concatenated(parts).sorted()
+        rows = concatenated(parts).merged()
         if np.any(rows.high[1:] == rows.high[:-1]):
             # Keys that are in two places, on their way from one to the other, or that share their first half.
             rows = rows.take(np.lexsort((rows.day, rows.fingerprint, rows.low, rows.high))).distinct()
@@ -254,37 +257,36 @@ def _slices(sources: Sequence[Rows]) -> tuple[int, list[list[int]]]:
 def _write(path: Path, count: int, fill: Callable[[Callable[[Rows], None]], None]) -> Run:
     """Write what `fill` puts. A file that was not finished keeps its draft's name, and goes at the next start."""
     draft = path.with_suffix(".draft")
-    with draft.open("wb") as file:
-        file.truncate(_HEADER_BYTES + count * BYTES_PER_ROW)
-    target = _map(draft, count, "r+")
     written = 0
+    # Written, not mapped: a full disk is then an error and not the end of the process, and a new page costs less.
+    with draft.open("wb") as file:
 
-    def put(rows: Rows) -> None:
-        nonlocal written
-        end = written + len(rows)
-        target.high[written:end] = rows.high
-        target.low[written:end] = rows.low
-        target.fingerprint[written:end] = rows.fingerprint
-        target.day[written:end] = rows.day
-        written = end
+        def put(rows: Rows) -> None:
+            nonlocal written
+            start = 0
+            for column in (rows.high, rows.low, rows.fingerprint, rows.day):
+                file.seek(_HEADER_BYTES + start * count + written * column.itemsize)
+                file.write(column.data)
+                start += column.itemsize
+            written += len(rows)
 
-    fill(put)
-    if written != count:
-        raise AssertionError(f"{path} was to get {count} rows and got {written}")
-    header = _HEADER.pack(_MAGIC, count, int(target.day.min()), int(target.day.max()), _checksum(target), 0)
-    with draft.open("r+b") as finished:
-        finished.write(header)
-        finished.flush()
-        os.fsync(finished.fileno())  # covers the mapped pages too: they are the file's
+        fill(put)
+        if written != count:
+            raise AssertionError(f"{path} was to get {count} rows and got {written}")
+        file.flush()
+        rows = _map(draft, count)
+        file.seek(0)
+        file.write(_HEADER.pack(_MAGIC, count, int(rows.day.min()), int(rows.day.max()), _checksum(rows), 0))
+        file.flush()
+        os.fsync(file.fileno())
     draft.rename(path)
     sync_folder(path.parent)
-    rows = _map(path, count, "r")
     return Run(path, rows, _make_filter(rows))
 
 
-def _map(path: Path, count: int, mode: str) -> Rows:
+def _map(path: Path, count: int) -> Rows:
     def column(dtype: np.dtype[np.uint64] | np.dtype[np.uint16], offset: int) -> npt.NDArray[np.uint64]:
-        return np.memmap(path, dtype=dtype, mode=mode, offset=_HEADER_BYTES + offset, shape=(count,))  # type: ignore[call-overload, no-any-return]
+        return np.memmap(path, dtype=dtype, mode="r", offset=_HEADER_BYTES + offset, shape=(count,))
 
     return Rows(
         np.asarray(column(_NUMBER, 0)),

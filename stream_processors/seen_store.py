@@ -143,7 +143,7 @@ class SeenStore:
             for day, lists in days.items()
             for digests in lists
         ]
-        sources = [rows_from_entries(entries).sorted(), *(run.rows for _, run in self._runs)]
+        sources = [rows_from_entries(entries), *(run.rows for _, run in self._runs)]
         return rows_digest(sources, self._forgotten_through_day)
 
     # --- behind the acknowledgement ---
@@ -262,7 +262,7 @@ class SeenStore:
 
 def _write(path: Path, entries: Sequence[tuple[int, bytes]], forgotten_through_day: int) -> Run | None:
     rows = rows_from_entries(entries).living(forgotten_through_day)
-    return write_run(path, rows.sorted()) if len(rows) else None
+    return write_run(path, rows) if len(rows) else None
 
 
 def _level_of(name: str) -> int:

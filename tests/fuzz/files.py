@@ -166,7 +166,7 @@ _ENTRIES = [bytes((number,)) * 16 + bytes((number + 100,)) * 8 for number in ran
 
 @cache
 def _seen_run() -> bytes:
-    rows = rows_from_entries([(20_000, b"".join(_ENTRIES))]).sorted()
+    rows = rows_from_entries([(20_000, b"".join(_ENTRIES))])
     write_run(scratch() / "pristine", rows)
     return (scratch() / "pristine").read_bytes()
 
