@@ -237,7 +237,7 @@ def test_another_number_of_partitions_is_refused(apache_kafka: KafkaCluster, tmp
     ledger.found()
     admin = AdminClient({"bootstrap.servers": ledger.bootstrap})
     existing = [name for name in admin.list_topics(timeout=10).topics if name.startswith(ledger.prefix)]
-    assert len(existing) == 8
+    assert len(existing) == 9
     for future in admin.create_partitions([NewPartitions(name, 3) for name in existing]).values():
         future.result(20)
     try:

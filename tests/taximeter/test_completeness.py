@@ -123,7 +123,13 @@ def test_a_loss_is_named_with_its_neighbours_and_silence_is_told_from_it(
 
         lost_id, partition, requests = lose(config, tmp_path / "lost")
         until(lambda: seen(config).incomplete, what="the loss")
-        [alert] = [alert for alert in json.loads(ask(up, "alerts", "--json")) if alert["rule"] == "missing_sequence"]
+
+        def raised() -> list[dict[str, Any]]:
+            return [alert for alert in json.loads(ask(up, "alerts", "--json")) if alert["rule"] == "missing_sequence"]
+
+        # The ledger looks every few seconds of its own time.
+        until(raised, what="the alert")
+        [alert] = raised()
         assert (alert["labels"]["producer_id"], alert["figures"]["partition"]) == (lost_id, partition)
         assert "numbers 5-7" in alert["summary"]
         assert "taximeter audit --completeness" in alert["summary"]
