@@ -22,7 +22,9 @@ from sinks.engine import Reader, decimal_to_pico
 from taximeter import compose
 from taximeter.config import Config
 from tests.chaos.checker import Charge, Sums
-from tests.chaos.rejections import Place
+
+# Where a refused input lies: topic, partition, offset, and the event's index in its batch; -1: the whole message.
+Place = tuple[str, int, int, int]
 
 __all__ = ["DatabaseReader", "LedgerReader", "NotReadableError"]
 
