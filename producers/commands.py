@@ -162,8 +162,8 @@ class LeaseSender:
         except (BufferError, KafkaException) as error:
             self._lose(str(error))
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Wait a little for what is on its way."""
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Wait a little for what is on its way: what does not arrive is given back by the next start."""
         if self._producer is not None:
             self._producer.flush(timeout_s)
 

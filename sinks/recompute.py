@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from billing.amounts import from_amount
+from billing.leases import LeaseState
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
 from billing.rating import FREE_OUTCOMES, event_cost_pico, token_quantities, unit_quantities
@@ -129,6 +130,9 @@ class Recomputed:
         self.windows_by_tenant: Counter[str] = Counter()
         self._books = PriceBooks()
         self._quantities = Quantities()
+        # What remains of each lease, by tenant, holder and epoch, and in all by tenant.
+        self._leases: dict[tuple[str, str, int], int] = {}
+        self._leased: Counter[str] = Counter()
         self._default_currency = ""
         self._expired_through_day = 0
 
@@ -153,6 +157,11 @@ class Recomputed:
             entry = self.open.get(key_of(key))
             if entry is not None and entry[0].opened_sequence == key.opened_sequence:
                 self.closed.append(self.open.pop(key_of(key)))
+        for lease in map(LeaseState.from_lease, record.leases):
+            place = lease.tenant_id, lease.holder_id, lease.epoch
+            self._leased[lease.tenant_id] += lease.remaining_pico - self._leases.pop(place, 0)
+            if not lease.gone:
+                self._leases[place] = lease.remaining_pico
         self._compare_accounts(record)
         return expected
 
@@ -273,6 +282,8 @@ class Recomputed:
             expected = self._account(stated.tenant_id)
             subject = f"account {stated.tenant_id} in record {record.sequence}"
             self._compare("account_differs", subject, expected.values(), _stated(stated).values())
+            if (leased := from_amount(stated.leased)) != self._leased[stated.tenant_id]:
+                self._differs("leased_differs", subject, f"{self._leased[stated.tenant_id]} pico", f"{leased} pico")
 
     def _compare(self, kind: str, subject: str, expected: dict[str, object], found: dict[str, object]) -> None:
         for name, value in expected.items():

@@ -38,6 +38,7 @@ __all__ = [
     "Refusal",
     "account_refusal",
     "concurrency_refusal",
+    "is_stale",
     "key_refusal",
     "model_refusal",
     "money_refusal",
@@ -84,9 +85,14 @@ def key_refusal(key: KeyView | None, scopes: AbstractSet[int], now_ms: int) -> R
     return None
 
 
+def is_stale(log_time_ms: int, now_ms: int, settings: AdmissionSettings) -> bool:
+    """Whether the ledger partition has been silent for so long that what is known of its accounts says nothing."""
+    return now_ms - log_time_ms > settings.state_age_max_ms
+
+
 def account_refusal(account: AccountView | None, log_time_ms: int, now_ms: int, settings: AdmissionSettings) -> Refusal | None:
     """Whether the tenant may start an inference; `log_time_ms` is the last sign of life of its ledger partition."""
-    if now_ms - log_time_ms > settings.state_age_max_ms and not settings.fail_open:
+    if is_stale(log_time_ms, now_ms, settings) and not settings.fail_open:
         return Refusal(
             grpc.StatusCode.UNAVAILABLE,
             REFUSAL_REASON_UNSPECIFIED,

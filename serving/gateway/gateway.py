@@ -246,8 +246,9 @@ class Gateway:
         profile: ModelProfile,
         prepared: PreparedRequest,
         prompt_count: TextCount | None,
-    ) -> RequestMoney:
-        """The money for the request's worst case. Refuses where there is not enough."""
+    ) -> RequestMoney | None:
+        """The money for the request's worst case. Refuses where there is not enough; None where that may not be known and the
+        gateway fails open."""
         if prompt_count is not None:
             prompt_tokens = prompt_count.tokens
         else:
@@ -260,6 +261,10 @@ class Gateway:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error
         if money is None:
+            rules = self.settings.admission
+            if rules.fail_open and admission.is_stale(self._directory.log_time_ms(account.tenant_id), now_ms(), rules):
+                self.metrics["admitted_without_money"] += 1
+                return None
             await self._refuse(admission.money_refusal(account), event)
         if money.clamped_tokens:
             self.metrics["answers_clamped"] += 1

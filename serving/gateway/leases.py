@@ -399,7 +399,8 @@ class LeaseKeeper:
         if holding.charged_pico >= holding.promised_pico:
             holding.closing = True
             self._ask(holding, 0, duration_ms=0)
-        elif holding.at_hand_pico:
+        elif holding.at_hand_pico or holding.valid_until - self._clock() < self._settings.duration_ms / 2_000:
+            # Each answer may tell that what was thought to be owed is all charged, and cost less.
             self._ask(holding, 0)
 
     async def close(self) -> None:

@@ -14,6 +14,7 @@ from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, BILLING_MODE_POSTPA
 from billing.v1.command_pb2 import CreditGrant, LeaseRequest, LeaseRetirement, TenantUpsert
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import UsageEvent
+from sinks.recompute import Recomputed
 from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
 
 A, B = tenants_in(1, 2)
@@ -49,9 +50,18 @@ def spend(ledger: Ledger, holder: str, first: int, count: int = 1, tenant: str =
     return ledger.usage(batch(events, holder, first, first + count - 1)).record
 
 
+def findings(records: list[bytes]) -> list[str]:
+    """What the audit says of these records."""
+    recomputed = Recomputed(1)
+    for stored in records:
+        recomputed.take(LedgerRecord.FromString(stored))
+    return [finding.kind for finding in recomputed.findings]
+
+
 def leased(ledger: Ledger) -> int:
     """What the account says is leased, which is always the sum over the leases, and the same after a replay."""
     assert ledger.replayed().digest() == ledger.state.digest()
+    assert findings(ledger.stored) == []
     account = ledger.state.accounts[A]
     assert account.leased_pico == sum(lease.remaining_pico for lease in ledger.state.leases if lease.tenant_id == A)
     return account.leased_pico
@@ -219,6 +229,13 @@ def test_the_lease_key_opens_nothing_else(ledger: Ledger) -> None:
     assert "lease key does not sign" in record.command.refusal
     assert ledger.state.accounts[A].credit_pico == 10 * PICO
     assert len(record.alerts) == 1
+
+
+def test_the_audit_names_an_account_that_hides_what_is_leased(ledger: Ledger) -> None:
+    ask(ledger, 1, PICO)
+    record = LedgerRecord.FromString(ledger.stored[-1])
+    record.accounts[0].leased.CopyFrom(to_amount(PICO - 1))
+    assert findings([*ledger.stored[:-1], record.SerializeToString()]) == ["leased_differs"]
 
 
 class Gateway:

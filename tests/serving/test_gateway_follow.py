@@ -18,6 +18,8 @@ from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, LedgerPosition
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED, UsageBatch, UsageEvent
 from producers.publisher import PublisherSettings
 from serving.gateway import DirectorySettings, GatewayServer, GatewaySettings, run_gateway
+from serving.gateway.directory import Directory
+from serving.gateway.settings import AdmissionSettings, LeaseSettings
 from taximeter.embedded.broker import TansuBroker
 from tests.services.brokers import consumer_of, create_topic, read_to_end
 from tests.serving.gateway_support import (
@@ -27,8 +29,12 @@ from tests.serving.gateway_support import (
     account,
     api_key,
     gateway_settings,
+    known_directory,
     model_server_process,
     profiles,
+    put_account,
+    put_key,
+    running,
     trace_inputs,
 )
 
@@ -103,6 +109,29 @@ async def test_what_was_there_at_the_start_is_known_and_changes_follow(client: A
     await refused(client, "RESOURCE_EXHAUSTED")
     topics.send(topics.accounts, "tenant-a", account(sequence=3, status=ACCOUNT_STATUS_SUSPENDED))
     await refused(client, "PERMISSION_DENIED")
+
+
+async def test_a_gateway_that_fails_open_serves_without_leases_while_kafka_is_away(tmp_path: Path, back_end: str) -> None:
+    directory = known_directory()
+    silent = Directory(PARTITIONS)
+    put_key(silent, api_key())
+    put_account(silent, account(log_time_ms=1))
+    settings = gateway_settings(
+        tmp_path,
+        back_end,
+        tokenizers={},
+        models=trace_models(),
+        leases=LeaseSettings(bootstrap="127.0.0.1:1", key=b"k" * 32, wait_ms=50),
+        admission=AdmissionSettings(fail_open=True),
+    )
+    # What the ledger said last is too old to say anything: the setting lets requests through.
+    async with running(settings, silent) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        await infer(client)
+        assert server.metrics()["admitted_without_money"] == 1
+    # It speaks, and there is no lease: nothing goes through on the setting alone.
+    async with running(settings, directory) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        with pytest.raises(InferenceServerException, match="not enough"):
+            await infer(client)
 
 
 async def test_a_revoked_key_stops_working(client: Any, topics: Topics) -> None:

@@ -263,6 +263,21 @@ async def test_what_was_thought_dearer_than_it_was_is_put_right_by_the_ledger() 
     assert await gateway.reserve(A, 7 * EVENT_PICO) is not None
 
 
+async def test_an_idle_lease_that_was_thought_dearer_than_it_was_is_given_back_too() -> None:
+    bank = Bank(10 * EVENT_PICO)
+    gateway = bank.gateway("gw-1")
+    reservation = await gateway.reserve(A, 2 * EVENT_PICO)
+    assert reservation is not None
+    reservation.settle(2 * EVENT_PICO)
+    bank.charge("gw-1", 1, 1)
+    for _ in range(12):
+        bank.clock.s += 2
+        gateway.look()
+        await settled()
+    assert list(bank.ledger.state.leases) == []
+    assert bank.leased_pico == 0
+
+
 async def test_a_stream_may_take_more_while_there_is_more() -> None:
     bank = Bank(3 * EVENT_PICO)
     gateway = bank.gateway("gw-1")
