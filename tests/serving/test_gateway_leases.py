@@ -53,6 +53,8 @@ class Bank:
         self.written: dict[str, int] = {}
         # A request is lost when this says so.
         self.loses: Callable[[], bool] = lambda: False
+        # A list: answers are kept there until somebody tells them.
+        self.delayed: list[LedgerRecord] | None = None
         self._unique = itertools.count()
 
     def gateway(self, holder_id: str, epoch: int = 1, settings: LeaseSettings = SETTINGS) -> LeaseKeeper:
@@ -72,7 +74,10 @@ class Bank:
         result = self.ledger.command(
             self.clock.log_time_ms, LEASE_KEY, command_id=f"l{next(self._unique)}", lease_request=request
         )
-        self.tell(result.record)
+        if self.delayed is None:
+            self.tell(result.record)
+        else:
+            self.delayed.append(result.record)
 
     def tell(self, record: LedgerRecord) -> None:
         for keeper in self.keepers:
@@ -214,6 +219,37 @@ async def test_an_idle_lease_is_given_back_for_good_once_all_is_charged() -> Non
     await settled()
     assert list(bank.ledger.state.leases) == []
     assert await gateway.reserve(A, EVENT_PICO) is not None
+
+
+@pytest.mark.parametrize("renewal_is_answered", [True, False])
+async def test_what_is_given_back_is_not_used_whatever_answers_come_late(renewal_is_answered: bool) -> None:
+    bank = Bank(4 * EVENT_PICO)
+    idle, busy = bank.gateway("gw-1"), bank.gateway("gw-2")
+    first = await idle.reserve(A, EVENT_PICO)
+    assert first is not None
+    # Its bill is in the journal and not in the ledger: that much stays leased, the rest goes back.
+    bank.written["gw-1"] = 1
+    first.settle(EVENT_PICO)
+    late: list[LedgerRecord] = []
+    bank.delayed = None if renewal_is_answered else late
+    bank.clock.s += 8
+    idle.look()
+    await settled()
+    # The ledger takes it back and lends it to another; the answer is on its way.
+    bank.delayed = late
+    bank.clock.s += 3
+    idle.look()
+    await settled()
+    bank.delayed = None
+    bank.keepers.remove(idle)
+    assert all([await busy.reserve(A, EVENT_PICO) for _ in range(3)])
+    assert idle.try_reserve(A, EVENT_PICO) is None
+    # The answer to the renewal, which was asked for before, brings nothing back.
+    for record in late[:-1]:
+        for lease in record.leases:
+            idle.on_lease(lease)
+    assert idle.at_hand_pico(A) == 0
+    assert idle.try_reserve(A, EVENT_PICO) is None
 
 
 async def test_a_restarted_gateway_ends_what_it_left_behind() -> None:
