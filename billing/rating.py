@@ -30,6 +30,9 @@ _INPUT_CLASSES = tuple(
     )
 )
 
+_TEXT_INPUT_CLASSES = tuple(map(TOKEN_FIELDS.index, ("uncached_input_tokens", "cache_read_tokens", "cache_write_tokens")))
+_TEXT_OUTPUT_CLASSES = tuple(map(TOKEN_FIELDS.index, ("output_tokens", "reasoning_tokens")))
+
 
 def token_quantities(event: UsageEvent) -> tuple[int, ...]:
     """The event's eight classes of tokens, in the order of validation.TOKEN_FIELDS."""
@@ -119,9 +122,8 @@ def worst_case_pico(rate: Rate | None, input_tokens: int, output_tokens: int) ->
     """The most that a text request costs whose model sees so much and writes so much, however its tokens fall into classes."""
     if rate is None:
         return 0
-    dearest = {name: _dearest_pico(rate, name, price) for name, price in zip(TOKEN_FIELDS, rate.token_pico, strict=True)}
-    input_pico = max(dearest[name] for name in ("uncached_input_tokens", "cache_read_tokens", "cache_write_tokens"))
-    output_pico = max(dearest[name] for name in ("output_tokens", "reasoning_tokens"))
+    input_pico = max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in _TEXT_INPUT_CLASSES])
+    output_pico = max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in _TEXT_OUTPUT_CLASSES])
     bound = input_tokens * input_pico + output_tokens * output_pico + rate.unit_pico.get("requests", 0)
     return max(bound, rate.terms.minimum_pico if rate.terms else 0)
 
