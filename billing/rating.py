@@ -124,7 +124,8 @@ def worst_case_pico(rate: Rate | None, input_tokens: int, output_tokens: int) ->
         return 0
     input_pico = max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in _TEXT_INPUT_CLASSES])
     output_pico = max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in _TEXT_OUTPUT_CLASSES])
-    bound = input_tokens * input_pico + output_tokens * output_pico + rate.unit_pico.get("requests", 0)
+    bound = input_tokens * input_pico + output_tokens * output_pico
+    bound += _dearest_pico(rate, "requests", rate.unit_pico.get("requests", 0))
     return max(bound, rate.terms.minimum_pico if rate.terms else 0)
 
 
