@@ -429,6 +429,104 @@ class AbuseState(_message.Message):
 Global___AbuseState: _TypeAlias = AbuseState  # noqa: Y015
 
 @_typing.final
+class BudgetState(_message.Message):
+    """What one budget has seen of its period, absolute, on `billing.accounts`, keyed "budget/<tenant_id>/<project_id>/<user_id>"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    THRESHOLD_MILLIONTHS_FIELD_NUMBER: _builtins.int
+    HARD_STOP_FIELD_NUMBER: _builtins.int
+    PERIOD_START_MS_FIELD_NUMBER: _builtins.int
+    PERIOD_END_MS_FIELD_NUMBER: _builtins.int
+    SPEND_FIELD_NUMBER: _builtins.int
+    WARNED_FIELD_NUMBER: _builtins.int
+    USED_UP_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    project_id: _builtins.str
+    user_id: _builtins.str
+    hard_stop: _builtins.bool
+    period_start_ms: _builtins.int
+    period_end_ms: _builtins.int
+    warned: _builtins.int
+    """How many of the thresholds, in rising order, were warned of in this period."""
+    used_up: _builtins.bool
+    """Spend has reached the amount: gateways refuse what comes, if it is a hard stop."""
+    gone: _builtins.bool
+    """The budget has ended; nothing more is said of it."""
+    @_builtins.property
+    def amount(self) -> Global___Amount: ...
+    @_builtins.property
+    def threshold_millionths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def spend(self) -> Global___Amount: ...
+    @_builtins.property
+    def version(self) -> Global___LedgerPosition: ...
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        amount: Global___Amount | None = ...,
+        threshold_millionths: _abc.Iterable[_builtins.int] | None = ...,
+        hard_stop: _builtins.bool = ...,
+        period_start_ms: _builtins.int = ...,
+        period_end_ms: _builtins.int = ...,
+        spend: Global___Amount | None = ...,
+        warned: _builtins.int = ...,
+        used_up: _builtins.bool = ...,
+        gone: _builtins.bool = ...,
+        version: Global___LedgerPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "spend", b"spend", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "gone", b"gone", "hard_stop", b"hard_stop", "period_end_ms", b"period_end_ms", "period_start_ms", b"period_start_ms", "project_id", b"project_id", "spend", b"spend", "tenant_id", b"tenant_id", "threshold_millionths", b"threshold_millionths", "used_up", b"used_up", "user_id", b"user_id", "version", b"version", "warned", b"warned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BudgetState: _TypeAlias = BudgetState  # noqa: Y015
+
+@_typing.final
+class Project(_message.Message):
+    """A project of a tenant, on `billing.accounts`, keyed "project/<tenant_id>/<project_id>"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    project_id: _builtins.str
+    display_name: _builtins.str
+    closed: _builtins.bool
+    @_builtins.property
+    def version(self) -> Global___LedgerPosition: ...
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        closed: _builtins.bool = ...,
+        version: Global___LedgerPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "display_name", b"display_name", "project_id", b"project_id", "tenant_id", b"tenant_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Project: _TypeAlias = Project  # noqa: Y015
+
+@_typing.final
 class LedgerTick(_message.Message):
     """A compacted heartbeat of one ledger partition on `billing.accounts`, keyed "tick/<partition>": how fresh accounts are."""
 
@@ -465,24 +563,32 @@ class AccountUpdate(_message.Message):
     ACCOUNT_FIELD_NUMBER: _builtins.int
     TICK_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def account(self) -> Global___Account: ...
     @_builtins.property
     def tick(self) -> Global___LedgerTick: ...
     @_builtins.property
     def lease(self) -> Global___Lease: ...
+    @_builtins.property
+    def budget(self) -> Global___BudgetState: ...
+    @_builtins.property
+    def project(self) -> Global___Project: ...
     def __init__(
         self,
         *,
         account: Global___Account | None = ...,
         tick: Global___LedgerTick | None = ...,
         lease: Global___Lease | None = ...,
+        budget: Global___BudgetState | None = ...,
+        project: Global___Project | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "lease", b"lease", "tick", b"tick", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "budget", b"budget", "lease", b"lease", "project", b"project", "tick", b"tick", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "lease", b"lease", "tick", b"tick", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "budget", b"budget", "lease", b"lease", "project", b"project", "tick", b"tick", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["account", "tick", "lease"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["account", "tick", "lease", "budget", "project"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 

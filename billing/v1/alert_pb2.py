@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from billing.v1 import account_pb2 as billing_dot_v1_dot_account__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62illing/v1/alert.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\"\x9f\x03\n\x05\x41lert\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\t\x12#\n\x04rule\x18\x02 \x01(\x0e\x32\x15.billing.v1.AlertRule\x12&\n\x08severity\x18\x03 \x01(\x0e\x32\x14.billing.v1.Severity\x12\x11\n\ttenant_id\x18\x04 \x01(\t\x12\x11\n\traised_ms\x18\x05 \x01(\x03\x12\x0f\n\x07summary\x18\x06 \x01(\t\x12\x13\n\x0brequest_ids\x18\x07 \x03(\t\x12/\n\x07\x66igures\x18\x08 \x03(\x0b\x32\x1e.billing.v1.Alert.FiguresEntry\x12-\n\x06labels\x18\t \x03(\x0b\x32\x1d.billing.v1.Alert.LabelsEntry\x12,\n\x08position\x18\n \x01(\x0b\x32\x1a.billing.v1.LedgerPosition\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xda\x02\n\tAlertRule\x12\x1a\n\x16\x41LERT_RULE_UNSPECIFIED\x10\x00\x12 \n\x1c\x41LERT_RULE_PROMPT_OVER_LIMIT\x10\x01\x12\x1a\n\x16\x41LERT_RULE_TOKEN_BURST\x10\x02\x12\x1e\n\x1a\x41LERT_RULE_DUPLICATE_FLOOD\x10\x03\x12\x1d\n\x19\x41LERT_RULE_UNKNOWN_TENANT\x10\x04\x12\x1c\n\x18\x41LERT_RULE_UNKNOWN_MODEL\x10\x05\x12\x1b\n\x17\x41LERT_RULE_FUTURE_USAGE\x10\x06\x12\x17\n\x13\x41LERT_RULE_CONFLICT\x10\x07\x12\x1f\n\x1b\x41LERT_RULE_MISSING_SEQUENCE\x10\x08\x12\x1f\n\x1b\x41LERT_RULE_UNSIGNED_COMMAND\x10\t\x12\x1e\n\x1a\x41LERT_RULE_SILENT_PRODUCER\x10\n*d\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_INFO\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x15\n\x11SEVERITY_CRITICAL\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62illing/v1/alert.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\"\x9f\x03\n\x05\x41lert\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\t\x12#\n\x04rule\x18\x02 \x01(\x0e\x32\x15.billing.v1.AlertRule\x12&\n\x08severity\x18\x03 \x01(\x0e\x32\x14.billing.v1.Severity\x12\x11\n\ttenant_id\x18\x04 \x01(\t\x12\x11\n\traised_ms\x18\x05 \x01(\x03\x12\x0f\n\x07summary\x18\x06 \x01(\t\x12\x13\n\x0brequest_ids\x18\x07 \x03(\t\x12/\n\x07\x66igures\x18\x08 \x03(\x0b\x32\x1e.billing.v1.Alert.FiguresEntry\x12-\n\x06labels\x18\t \x03(\x0b\x32\x1d.billing.v1.Alert.LabelsEntry\x12,\n\x08position\x18\n \x01(\x0b\x32\x1a.billing.v1.LedgerPosition\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x90\x03\n\tAlertRule\x12\x1a\n\x16\x41LERT_RULE_UNSPECIFIED\x10\x00\x12 \n\x1c\x41LERT_RULE_PROMPT_OVER_LIMIT\x10\x01\x12\x1a\n\x16\x41LERT_RULE_TOKEN_BURST\x10\x02\x12\x1e\n\x1a\x41LERT_RULE_DUPLICATE_FLOOD\x10\x03\x12\x1d\n\x19\x41LERT_RULE_UNKNOWN_TENANT\x10\x04\x12\x1c\n\x18\x41LERT_RULE_UNKNOWN_MODEL\x10\x05\x12\x1b\n\x17\x41LERT_RULE_FUTURE_USAGE\x10\x06\x12\x17\n\x13\x41LERT_RULE_CONFLICT\x10\x07\x12\x1f\n\x1b\x41LERT_RULE_MISSING_SEQUENCE\x10\x08\x12\x1f\n\x1b\x41LERT_RULE_UNSIGNED_COMMAND\x10\t\x12\x1e\n\x1a\x41LERT_RULE_SILENT_PRODUCER\x10\n\x12\x15\n\x11\x41LERT_RULE_BUDGET\x10\x0b\x12\x1d\n\x19\x41LERT_RULE_COUNTING_DRIFT\x10\x0c*d\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_INFO\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x15\n\x11SEVERITY_CRITICAL\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ALERT_LABELSENTRY']._loaded_options = None
   _globals['_ALERT_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_ALERTRULE']._serialized_start=483
-  _globals['_ALERTRULE']._serialized_end=829
-  _globals['_SEVERITY']._serialized_start=831
-  _globals['_SEVERITY']._serialized_end=931
+  _globals['_ALERTRULE']._serialized_end=883
+  _globals['_SEVERITY']._serialized_start=885
+  _globals['_SEVERITY']._serialized_end=985
   _globals['_ALERT']._serialized_start=65
   _globals['_ALERT']._serialized_end=480
   _globals['_ALERT_FIGURESENTRY']._serialized_start=387

@@ -37,6 +37,8 @@ class _AlertRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AlertRule.V
     ALERT_RULE_MISSING_SEQUENCE: _AlertRule.ValueType  # 8
     ALERT_RULE_UNSIGNED_COMMAND: _AlertRule.ValueType  # 9
     ALERT_RULE_SILENT_PRODUCER: _AlertRule.ValueType  # 10
+    ALERT_RULE_BUDGET: _AlertRule.ValueType  # 11
+    ALERT_RULE_COUNTING_DRIFT: _AlertRule.ValueType  # 12
 
 class AlertRule(_AlertRule, metaclass=_AlertRuleEnumTypeWrapper): ...
 
@@ -51,6 +53,8 @@ ALERT_RULE_CONFLICT: AlertRule.ValueType  # 7
 ALERT_RULE_MISSING_SEQUENCE: AlertRule.ValueType  # 8
 ALERT_RULE_UNSIGNED_COMMAND: AlertRule.ValueType  # 9
 ALERT_RULE_SILENT_PRODUCER: AlertRule.ValueType  # 10
+ALERT_RULE_BUDGET: AlertRule.ValueType  # 11
+ALERT_RULE_COUNTING_DRIFT: AlertRule.ValueType  # 12
 Global___AlertRule: _TypeAlias = AlertRule  # noqa: Y015
 
 class _Severity:

@@ -4,6 +4,7 @@ isort:skip_file
 What changes the ledger besides usage, on `billing.commands`, one command per message, signed."""
 
 from billing.v1 import account_pb2 as _account_pb2
+from billing.v1 import invoice_pb2 as _invoice_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -19,6 +20,39 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _AdjustmentKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdjustmentKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdjustmentKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADJUSTMENT_KIND_UNSPECIFIED: _AdjustmentKind.ValueType  # 0
+    ADJUSTMENT_KIND_VOID: _AdjustmentKind.ValueType  # 1
+    """Events that should not have been charged."""
+    ADJUSTMENT_KIND_AMEND: _AdjustmentKind.ValueType  # 2
+    """Events whose quantities were wrong: what they cost is taken back, what they should have cost is charged."""
+    ADJUSTMENT_KIND_CREDIT_NOTE: _AdjustmentKind.ValueType  # 3
+    """An amount, for a reason."""
+    ADJUSTMENT_KIND_RERATE: _AdjustmentKind.ValueType  # 4
+    """The difference that another price book makes to a period."""
+    ADJUSTMENT_KIND_RATE_UNRATED: _AdjustmentKind.ValueType  # 5
+    """Usage that had no price when it came."""
+
+class AdjustmentKind(_AdjustmentKind, metaclass=_AdjustmentKindEnumTypeWrapper): ...
+
+ADJUSTMENT_KIND_UNSPECIFIED: AdjustmentKind.ValueType  # 0
+ADJUSTMENT_KIND_VOID: AdjustmentKind.ValueType  # 1
+"""Events that should not have been charged."""
+ADJUSTMENT_KIND_AMEND: AdjustmentKind.ValueType  # 2
+"""Events whose quantities were wrong: what they cost is taken back, what they should have cost is charged."""
+ADJUSTMENT_KIND_CREDIT_NOTE: AdjustmentKind.ValueType  # 3
+"""An amount, for a reason."""
+ADJUSTMENT_KIND_RERATE: AdjustmentKind.ValueType  # 4
+"""The difference that another price book makes to a period."""
+ADJUSTMENT_KIND_RATE_UNRATED: AdjustmentKind.ValueType  # 5
+"""Usage that had no price when it came."""
+Global___AdjustmentKind: _TypeAlias = AdjustmentKind  # noqa: Y015
 
 class _ScheduleMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -86,6 +120,10 @@ class Command(_message.Message):
     KEY_UPSERT_FIELD_NUMBER: _builtins.int
     LEASE_REQUEST_FIELD_NUMBER: _builtins.int
     LEASE_RETIREMENT_FIELD_NUMBER: _builtins.int
+    INVOICE_FINALIZATION_FIELD_NUMBER: _builtins.int
+    ADJUSTMENT_FIELD_NUMBER: _builtins.int
+    BUDGET_UPSERT_FIELD_NUMBER: _builtins.int
+    PROJECT_UPSERT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     command_id: _builtins.str
     """Its idempotency key: the same ID is applied once per partition."""
@@ -105,6 +143,14 @@ class Command(_message.Message):
     def lease_request(self) -> Global___LeaseRequest: ...
     @_builtins.property
     def lease_retirement(self) -> Global___LeaseRetirement: ...
+    @_builtins.property
+    def invoice_finalization(self) -> Global___InvoiceFinalization: ...
+    @_builtins.property
+    def adjustment(self) -> Global___Adjustment: ...
+    @_builtins.property
+    def budget_upsert(self) -> Global___BudgetUpsert: ...
+    @_builtins.property
+    def project_upsert(self) -> Global___ProjectUpsert: ...
     def __init__(
         self,
         *,
@@ -119,12 +165,16 @@ class Command(_message.Message):
         key_upsert: Global___KeyUpsert | None = ...,
         lease_request: Global___LeaseRequest | None = ...,
         lease_retirement: Global___LeaseRetirement | None = ...,
+        invoice_finalization: Global___InvoiceFinalization | None = ...,
+        adjustment: Global___Adjustment | None = ...,
+        budget_upsert: Global___BudgetUpsert | None = ...,
+        project_upsert: Global___ProjectUpsert | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "credit_grant", b"credit_grant", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "project_upsert", b"project_upsert", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "command_id", b"command_id", "credit_grant", b"credit_grant", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "project_upsert", b"project_upsert", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement"]  # noqa: Y015
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert"]  # noqa: Y015
     _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
 
@@ -139,8 +189,23 @@ class CreditGrant(_message.Message):
     TENANT_ID_FIELD_NUMBER: _builtins.int
     AMOUNT_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
+    GRANT_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     currency: _builtins.str
+    grant_id: _builtins.str
+    """Its name, unique for the tenant: the payment provider's ID of a top-up makes a repeat harmless. Empty: the command's ID."""
+    kind: _invoice_pb2.CreditKind.ValueType
+    """Unspecified: paid."""
+    expires_ms: _builtins.int
+    """Log time; 0: does not expire. What is left of it then is no credit any more."""
+    priority: _builtins.int
+    """Lower ones are used first; then promotional before paid, then what expires sooner, then what was granted first."""
+    reference: _builtins.str
+    """For people and the bookkeeper: the provider's reference, the invoice that a payment is for."""
     @_builtins.property
     def amount(self) -> _account_pb2.Amount: ...
     def __init__(
@@ -149,10 +214,15 @@ class CreditGrant(_message.Message):
         tenant_id: _builtins.str = ...,
         amount: _account_pb2.Amount | None = ...,
         currency: _builtins.str = ...,
+        grant_id: _builtins.str = ...,
+        kind: _invoice_pb2.CreditKind.ValueType = ...,
+        expires_ms: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        reference: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "currency", b"currency", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "currency", b"currency", "expires_ms", b"expires_ms", "grant_id", b"grant_id", "kind", b"kind", "priority", b"priority", "reference", b"reference", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,6 +267,178 @@ class TenantUpsert(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TenantUpsert: _TypeAlias = TenantUpsert  # noqa: Y015
+
+@_typing.final
+class ProjectUpsert(_message.Message):
+    """A part of a tenant: keys, usage, budgets and invoice lines name it. Goes to the tenant's partition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    project_id: _builtins.str
+    display_name: _builtins.str
+    closed: _builtins.bool
+    """Its usage stays on invoices; gateways refuse its keys."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        closed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "display_name", b"display_name", "project_id", b"project_id", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProjectUpsert: _TypeAlias = ProjectUpsert  # noqa: Y015
+
+@_typing.final
+class BudgetUpsert(_message.Message):
+    """How much a tenant, a project or a user may spend in a period. Goes to the tenant's partition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    THRESHOLD_MILLIONTHS_FIELD_NUMBER: _builtins.int
+    HARD_STOP_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    project_id: _builtins.str
+    """Both empty: of the whole tenant. At most one of them."""
+    user_id: _builtins.str
+    hard_stop: _builtins.bool
+    """Gateways refuse what comes when it is used up."""
+    @_builtins.property
+    def amount(self) -> _account_pb2.Amount:
+        """A period of the tenant's calendar; 0: the budget ends."""
+
+    @_builtins.property
+    def threshold_millionths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Each warns once a period when the spend reaches it: 800000 is 80 %."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        amount: _account_pb2.Amount | None = ...,
+        threshold_millionths: _abc.Iterable[_builtins.int] | None = ...,
+        hard_stop: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "hard_stop", b"hard_stop", "project_id", b"project_id", "tenant_id", b"tenant_id", "threshold_millionths", b"threshold_millionths", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BudgetUpsert: _TypeAlias = BudgetUpsert  # noqa: Y015
+
+@_typing.final
+class InvoiceFinalization(_message.Message):
+    """Draws the invoice of a period, or a draft of it. Goes to the tenant's partition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PERIOD_START_MS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    SERIES_PREFIX_FIELD_NUMBER: _builtins.int
+    ROUNDING_RULE_FIELD_NUMBER: _builtins.int
+    CURRENCY_DECIMALS_FIELD_NUMBER: _builtins.int
+    TAXES_FIELD_NUMBER: _builtins.int
+    SELLER_FIELD_NUMBER: _builtins.int
+    BUYER_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    period_start_ms: _builtins.int
+    """The period's beginning, as the tenant's calendar has it."""
+    draft: _builtins.bool
+    """Nothing changes: the record shows the invoice as it would be."""
+    series_prefix: _builtins.str
+    """Before the partition in the series' name: "INV" gives "INV-0007"."""
+    rounding_rule: _invoice_pb2.RoundingRule.ValueType
+    currency_decimals: _builtins.int
+    note: _builtins.str
+    @_builtins.property
+    def taxes(self) -> _containers.RepeatedCompositeFieldContainer[_invoice_pb2.TaxRate]: ...
+    @_builtins.property
+    def seller(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def buyer(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        period_start_ms: _builtins.int = ...,
+        draft: _builtins.bool = ...,
+        series_prefix: _builtins.str = ...,
+        rounding_rule: _invoice_pb2.RoundingRule.ValueType = ...,
+        currency_decimals: _builtins.int = ...,
+        taxes: _abc.Iterable[_invoice_pb2.TaxRate] | None = ...,
+        seller: _abc.Iterable[_builtins.str] | None = ...,
+        buyer: _abc.Iterable[_builtins.str] | None = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buyer", b"buyer", "currency_decimals", b"currency_decimals", "draft", b"draft", "note", b"note", "period_start_ms", b"period_start_ms", "rounding_rule", b"rounding_rule", "seller", b"seller", "series_prefix", b"series_prefix", "taxes", b"taxes", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvoiceFinalization: _TypeAlias = InvoiceFinalization  # noqa: Y015
+
+@_typing.final
+class Adjustment(_message.Message):
+    """New entries that correct what was charged; the original stays. Goes to the tenant's partition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    CORRECTED_KEYS_FIELD_NUMBER: _builtins.int
+    INVOICE_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    kind: Global___AdjustmentKind.ValueType
+    currency: _builtins.str
+    invoice: _builtins.str
+    """The invoice that it is about, for people."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[_invoice_pb2.PeriodLine]:
+        """What it does to the lines of periods, each with this command's ID as adjustment_id: differences, below zero to give back."""
+
+    @_builtins.property
+    def corrected_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The dedupe keys (16 bytes each) of the events that it corrects: no event is voided or amended twice."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        kind: Global___AdjustmentKind.ValueType = ...,
+        currency: _builtins.str = ...,
+        lines: _abc.Iterable[_invoice_pb2.PeriodLine] | None = ...,
+        corrected_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        invoice: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrected_keys", b"corrected_keys", "currency", b"currency", "invoice", b"invoice", "kind", b"kind", "lines", b"lines", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adjustment: _TypeAlias = Adjustment  # noqa: Y015
 
 @_typing.final
 class KeyUpsert(_message.Message):

@@ -6,6 +6,7 @@ The log that is the state of the system, on `usage.ledger`: one record is the wh
 from billing.v1 import account_pb2 as _account_pb2
 from billing.v1 import alert_pb2 as _alert_pb2
 from billing.v1 import command_pb2 as _command_pb2
+from billing.v1 import invoice_pb2 as _invoice_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -83,6 +84,11 @@ class LedgerRecord(_message.Message):
     ALERTS_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
     QUANTITIES_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    INVOICED_FIELD_NUMBER: _builtins.int
+    CREDITS_FIELD_NUMBER: _builtins.int
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    PROJECTS_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     generation: _builtins.bytes
@@ -136,6 +142,20 @@ class LedgerRecord(_message.Message):
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Lease]: ...
     @_builtins.property
     def quantities(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeriodQuantities]: ...
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[_invoice_pb2.PeriodLine]:
+        """Lines of periods that this record added to: what windows that were let go came to, what an adjustment says."""
+
+    @_builtins.property
+    def invoiced(self) -> _containers.RepeatedCompositeFieldContainer[_invoice_pb2.PeriodLineKey]:
+        """Lines that are on an invoice now, or that nobody needs any more."""
+
+    @_builtins.property
+    def credits(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreditState]: ...
+    @_builtins.property
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.BudgetState]: ...
+    @_builtins.property
+    def projects(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Project]: ...
     def __init__(
         self,
         *,
@@ -161,11 +181,16 @@ class LedgerRecord(_message.Message):
         alerts: _abc.Iterable[_alert_pb2.Alert] | None = ...,
         leases: _abc.Iterable[_account_pb2.Lease] | None = ...,
         quantities: _abc.Iterable[Global___PeriodQuantities] | None = ...,
+        lines: _abc.Iterable[_invoice_pb2.PeriodLine] | None = ...,
+        invoiced: _abc.Iterable[_invoice_pb2.PeriodLineKey] | None = ...,
+        credits: _abc.Iterable[Global___CreditState] | None = ...,
+        budgets: _abc.Iterable[_account_pb2.BudgetState] | None = ...,
+        projects: _abc.Iterable[_account_pb2.Project] | None = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "command", b"command", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "keys", b"keys", "leases", b"leases", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoiced", b"invoiced", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -391,6 +416,7 @@ class CommandApplied(_message.Message):
     REFUSAL_FIELD_NUMBER: _builtins.int
     PRICE_BOOK_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
+    INVOICE_FIELD_NUMBER: _builtins.int
     command: _builtins.bytes
     """The command's bytes as they were signed."""
     signature: _builtins.bytes
@@ -399,6 +425,8 @@ class CommandApplied(_message.Message):
     refusal: _builtins.str
     outcome: _builtins.str
     """For a person: what came of it, where that is not what was asked for."""
+    invoice: _builtins.bytes
+    """The stored bytes of the Invoice that it drew."""
     @_builtins.property
     def price_book(self) -> _command_pb2.PriceBook:
         """The price book that took effect, where the command was one."""
@@ -412,10 +440,11 @@ class CommandApplied(_message.Message):
         refusal: _builtins.str = ...,
         price_book: _command_pb2.PriceBook | None = ...,
         outcome: _builtins.str = ...,
+        invoice: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["price_book", b"price_book"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "command", b"command", "outcome", b"outcome", "price_book", b"price_book", "refusal", b"refusal", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "command", b"command", "invoice", b"invoice", "outcome", b"outcome", "price_book", b"price_book", "refusal", b"refusal", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -591,6 +620,8 @@ class WindowTotal(_message.Message):
     UNITS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
+    PRICE_VERSION_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     events: _builtins.int
     refused_events: _builtins.int
     unrated_events: _builtins.int
@@ -603,12 +634,18 @@ class WindowTotal(_message.Message):
     audio_input_tokens: _builtins.int
     audio_output_tokens: _builtins.int
     currency: _builtins.str
+    price_version: _builtins.int
+    """The version of the book that rated it, 0 for none: a window holds usage of one."""
     @_builtins.property
     def key(self) -> Global___WindowKey: ...
     @_builtins.property
     def units(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def cost(self) -> _account_pb2.Amount: ...
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[_invoice_pb2.LinePart]:
+        """Where the price has terms: how its cost is made up. Else its classes times the flat prices of that version."""
+
     def __init__(
         self,
         *,
@@ -627,10 +664,12 @@ class WindowTotal(_message.Message):
         units: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         cost: _account_pb2.Amount | None = ...,
         currency: _builtins.str = ...,
+        price_version: _builtins.int = ...,
+        parts: _abc.Iterable[_invoice_pb2.LinePart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "cost", b"cost", "currency", b"currency", "events", b"events", "image_input_tokens", b"image_input_tokens", "key", b"key", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens", "refused_events", b"refused_events", "uncached_input_tokens", b"uncached_input_tokens", "units", b"units", "unrated_events", b"unrated_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "cost", b"cost", "currency", b"currency", "events", b"events", "image_input_tokens", b"image_input_tokens", "key", b"key", "output_tokens", b"output_tokens", "parts", b"parts", "price_version", b"price_version", "reasoning_tokens", b"reasoning_tokens", "refused_events", b"refused_events", "uncached_input_tokens", b"uncached_input_tokens", "units", b"units", "unrated_events", b"unrated_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -683,6 +722,116 @@ class PeriodQuantities(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeriodQuantities: _TypeAlias = PeriodQuantities  # noqa: Y015
+
+@_typing.final
+class CreditState(_message.Message):
+    """Where a tenant's credit came from, and which of it its spend has used: absolute, stated when it changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    GRANTS_FIELD_NUMBER: _builtins.int
+    ALLOCATED_FIELD_NUMBER: _builtins.int
+    UNINVOICED_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    @_builtins.property
+    def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantState]:
+        """In the order in which they are used. One that is used up or expired is forgotten after 400 days."""
+
+    @_builtins.property
+    def allocated(self) -> _account_pb2.Amount:
+        """All spend up to here was set against grants, or against nobody's."""
+
+    @_builtins.property
+    def uninvoiced(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpentPart]:
+        """Spend that no invoice has yet, oldest first, by the grant that paid for it; an empty name: nothing did."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        grants: _abc.Iterable[Global___GrantState] | None = ...,
+        allocated: _account_pb2.Amount | None = ...,
+        uninvoiced: _abc.Iterable[Global___SpentPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "grants", b"grants", "tenant_id", b"tenant_id", "uninvoiced", b"uninvoiced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreditState: _TypeAlias = CreditState  # noqa: Y015
+
+@_typing.final
+class GrantState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANT_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    GRANTED_MS_FIELD_NUMBER: _builtins.int
+    EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    EXPIRED_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    grant_id: _builtins.str
+    kind: _invoice_pb2.CreditKind.ValueType
+    priority: _builtins.int
+    granted_ms: _builtins.int
+    expires_ms: _builtins.int
+    reference: _builtins.str
+    @_builtins.property
+    def amount(self) -> _account_pb2.Amount: ...
+    @_builtins.property
+    def used(self) -> _account_pb2.Amount: ...
+    @_builtins.property
+    def expired(self) -> _account_pb2.Amount:
+        """What was left when it expired."""
+
+    def __init__(
+        self,
+        *,
+        grant_id: _builtins.str = ...,
+        kind: _invoice_pb2.CreditKind.ValueType = ...,
+        priority: _builtins.int = ...,
+        granted_ms: _builtins.int = ...,
+        expires_ms: _builtins.int = ...,
+        amount: _account_pb2.Amount | None = ...,
+        used: _account_pb2.Amount | None = ...,
+        expired: _account_pb2.Amount | None = ...,
+        reference: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "expired", b"expired", "used", b"used"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "expired", b"expired", "expires_ms", b"expires_ms", "grant_id", b"grant_id", "granted_ms", b"granted_ms", "kind", b"kind", "priority", b"priority", "reference", b"reference", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantState: _TypeAlias = GrantState  # noqa: Y015
+
+@_typing.final
+class SpentPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANT_ID_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    grant_id: _builtins.str
+    @_builtins.property
+    def amount(self) -> _account_pb2.Amount: ...
+    def __init__(
+        self,
+        *,
+        grant_id: _builtins.str = ...,
+        amount: _account_pb2.Amount | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "grant_id", b"grant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpentPart: _TypeAlias = SpentPart  # noqa: Y015
 
 @_typing.final
 class PeriodUnits(_message.Message):
