@@ -92,6 +92,18 @@ class Feed:
         self._place_path.unlink(missing_ok=True)
         return Fed(recorded, skipped, recorded_s, time.monotonic() - began_s)
 
+    def sync(self, stalled_s: float, on_covered: Callable[[int], None] = lambda _: None) -> tuple[int, int]:
+        """Bill what a killed process left open, and wait until the ledger has all that the journal holds. Returns how many
+        requests were left open, and how many events the ledger has taken."""
+        recovered = self._meter.recover(self._timeout_s)
+        waiting = self._publisher.metrics()["uncovered"]
+        self._await_covered(stalled_s, on_covered)
+        return recovered, waiting
+
+    def oldest_ms(self) -> int:
+        """The age of the oldest event that the ledger has not."""
+        return self._meter.metrics()["oldest_unacknowledged_ms"]
+
     def close(self) -> None:
         """Let go of the journal; what the ledger does not have stays in it."""
         self._publisher.close(self._timeout_s)

@@ -1,4 +1,4 @@
-"""`replay` and `import`: usage from files, through a journal, into the ledger."""
+"""`replay`, `import` and `sync`: usage from files and journals into the ledger."""
 
 import hashlib
 import os
@@ -19,9 +19,10 @@ from taximeter.times import now_ms, parse_time_ms, show_time, yesterday_ms
 from taximeter.traces import read_trace
 from taximeter.usage_lines import read_lines
 
-__all__ = ["import_", "replay"]
+__all__ = ["import_", "replay", "sync"]
 
 _PROBLEMS_SHOWN: Final = 20
+_DAY_MS: Final = 86_400_000
 StalledOption = Annotated[float, typer.Option(min=1, help="Give up when the ledger takes nothing for so many seconds.")]
 
 
@@ -116,6 +117,35 @@ def import_(
     if problems:
         context.output.note(f"{len(problems):,} bad lines are in {rejects}, with their reasons in {rejects}.reasons")
         raise typer.Exit(EXIT_WRONG)
+
+
+@command
+def sync(
+    context: Context,
+    journal: Annotated[Path, typer.Argument(help="The journal of a producer that is not running, or a copy of it.")],
+    too_old: Annotated[
+        bool, typer.Option("--too-old", help="Also where the ledger will refuse the oldest as older than its horizon.")
+    ] = False,
+    stalled_s: StalledOption = 60.0,
+    json: JsonOption = False,
+) -> None:
+    """Send what a producer without a network has journaled. The same journal again sends only what the ledger has not."""
+    if not journal.is_file():
+        raise MisuseError(f"JOURNAL {journal} is no file: name the journal of a producer")
+    config = context.config()
+    feed = Feed(journal.parent, meter_settings(config, journal), publisher_settings(config))
+    try:
+        horizon_days = config.ledger.dedupe_horizon_days
+        age_days = feed.oldest_ms() // _DAY_MS
+        if age_days >= horizon_days and not too_old:
+            raise TaximeterError(
+                f"{journal} holds events of {age_days} days ago, and the ledger refuses what is older than {horizon_days} days "
+                "(ledger.dedupe_horizon_days): pass --too-old to send them all and have those recorded as refused"
+            )
+        recovered, events = feed.sync(stalled_s)
+    finally:
+        feed.close()
+    _tell(context, {"events": events, "left_open_by_a_kill": recovered}, json=json)
 
 
 def _feed(

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from billing.v1.usage_pb2 import OUTCOME_COMPLETED
+from producers.calls import CallMeter, Identity, Used
+from producers.meter import MeterSettings, UsageMeter
 from tests.taximeter.support import ROOT, SAMPLE, Up, environment, until
 
 if TYPE_CHECKING:
@@ -115,6 +118,28 @@ def test_rejects_are_kept_as_they_were_and_can_be_mended(up: Up, tmp_path: Path)
     mended.write_text(json.dumps(json.loads(bad) | {"output_tokens": 15}))
     up.run("import", mended)
     until(lambda: balances(up).get("mender", {}).get("requests") == 2, what="the mended line")
+
+
+def test_a_journal_from_a_box_without_a_network_is_synced_once(up: Up, tmp_path: Path) -> None:
+    journal = tmp_path / "usage.journal"
+    meter = UsageMeter(MeterSettings(journal, partitions=4))
+    calls = CallMeter(meter)
+    for units in range(1, 4):
+        calls.begin(Identity("far-away"), "smollm2").close(OUTCOME_COMPLETED, Used(output_tokens=units)).durable()
+    meter.close()
+    copy = tmp_path / "stick" / "usage.journal"
+    copy.parent.mkdir()
+    copy.write_bytes(journal.read_bytes())
+    assert up.json("sync", copy) == {"events": 3, "left_open_by_a_kill": 0}
+    # The box goes on, dies within a request, and comes to the network itself: only what is new is sent.
+    meter = UsageMeter(MeterSettings(journal, partitions=4))
+    CallMeter(meter).begin(Identity("far-away"), "smollm2").progress(Used(output_tokens=100)).durable()
+    meter.close()
+    assert up.json("sync", journal)["left_open_by_a_kill"] == 1
+    until(lambda: balances(up).get("far-away", {}).get("requests") == 4, what="the journal")
+    assert up.json("sync", journal) == {"events": 0, "left_open_by_a_kill": 0}
+    (row,) = [row for row in up.json("usage", "--by", "tenant") if "far-away" in row.values()]
+    assert row["output_tokens"] == 106
 
 
 def test_statement_and_usage_add_up(up: Up, tmp_path: Path) -> None:
