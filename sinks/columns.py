@@ -7,7 +7,7 @@ key (totals, accounts, keys, marks) only the last one of the batch is kept: the 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,11 +16,10 @@ from google.protobuf.message import DecodeError
 
 from billing.amounts import from_amount
 from billing.limits import REJECTED_PAYLOAD_BYTES_MAX, TIME_MS_MAX
-from billing.price_checks import PRICE_FIELDS
 from billing.sequences import first_number
 from billing.v1.account_pb2 import AccountStatus, BillingMode, KeyScope
 from billing.v1.alert_pb2 import AlertRule, Severity
-from billing.v1.command_pb2 import Command, PriceBook
+from billing.v1.command_pb2 import Command
 from billing.v1.ledger_pb2 import (
     DROP_REASON_DUPLICATE,
     DROP_REASON_FORWARDED,
@@ -34,6 +33,7 @@ from sinks import tables
 from sinks.coded import Coded
 from sinks.engine import Columns, Table, whole
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames, EventColumns
+from sinks.price_books import books_of, commitment_rows, price_rows
 
 __all__ = ["NO_OFFSET", "SEQUENCE_BITS", "Accepted", "build_accounts", "build_columns", "version_of"]
 
@@ -84,13 +84,21 @@ def build_columns(batch: Sequence[Accepted], usage_topic: str) -> list[tuple[Tab
         **_usage(batch, usage_topic),
         tables.USAGE_TOTALS: _totals(batch),
         tables.ALERTS: _alerts(batch),
-        tables.PRICE_BOOKS: _price_books(batch),
+        **_books(batch),
         tables.COMMANDS: _commands(batch),
         tables.API_KEYS: _api_keys(batch),
         tables.PRODUCER_MARKS: _producer_marks(batch),
         tables.ACCOUNTS: build_accounts(batch),
     }
     return [(table, built[table]) for table in tables.ALL_TABLES if table in built and any(map(len, built[table].values()))]
+
+
+def _books(batch: Sequence[Accepted]) -> dict[Table, Columns]:
+    stated = [(book, accepted.version) for accepted in batch for book in books_of(accepted.record)]
+    return {
+        tables.PRICE_BOOKS: _from_rows(tables.PRICE_BOOKS, price_rows(stated)),
+        tables.PRICE_COMMITMENTS: _from_rows(tables.PRICE_COMMITMENTS, commitment_rows(stated)),
+    }
 
 
 def _from_rows(table: Table, rows: Iterable[tuple[object, ...]]) -> Columns:
@@ -336,6 +344,9 @@ def build_accounts(batch: Sequence[Accepted]) -> Columns:
                 account.log_time_ms,
                 *_position(accepted),
                 accepted.version,
+                account.calendar.time_zone,
+                list(account.calendar.from_month),
+                list(account.calendar.offset_minutes),
             )
             for accepted, account in last
         ],
@@ -365,39 +376,6 @@ def _alerts(batch: Sequence[Accepted]) -> Columns:
                 )
             )
     return _from_rows(tables.ALERTS, rows)
-
-
-def _price_books(batch: Sequence[Accepted]) -> Columns:
-    rows: list[tuple[object, ...]] = []
-    prices: Callable[[Any], tuple[int, ...]] = attrgetter(*PRICE_FIELDS)
-    for accepted in batch:
-        for book in _books_of(accepted.record):
-            for price in book.prices:
-                units = sorted(price.unit_pico.items())
-                rows.append(
-                    (
-                        book.currency,
-                        book.version,
-                        price.model,
-                        OPERATIONS[price.operation],
-                        SERVICE_CLASSES[price.service_class],
-                        book.effective_ms,
-                        *prices(price),
-                        [unit for unit, _ in units],
-                        [pico for _, pico in units],
-                        accepted.version,
-                    )
-                )
-    return _from_rows(tables.PRICE_BOOKS, rows)
-
-
-def _books_of(record: LedgerRecord) -> Sequence[PriceBook]:
-    match record.WhichOneof("source"):
-        case "founding":
-            return record.founding.price_books
-        case "command" if record.command.HasField("price_book"):
-            return [record.command.price_book]
-    return ()
 
 
 def _commands(batch: Sequence[Accepted]) -> Columns:

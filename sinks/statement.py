@@ -1,25 +1,25 @@
 """One tenant's statement: what was used, at which price, what was granted, and what was left before and after.
 
-Promise: every line is quantity times price, exactly, and the lines add up to what was charged; if they don't, no statement is
-made and the error says to run the audit. Usage counts by when it ended, credit by when the ledger took it.
+Promise: every line is quantity times price, exactly (what lifts requests to their least price has an amount alone), and the
+lines add up to what was charged; if they don't, no statement is made and the error says to run the audit. Where a price has
+tiers or other terms, each request is rated again in the ledger's order, so a statement that begins within a month is exact
+too. Usage counts by when it ended, credit by when the ledger took it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
-from billing.price_checks import PRICE_FIELDS
-from billing.prices import PriceBooks
-from billing.v1.command_pb2 import Price, PriceBook
-from billing.v1.usage_pb2 import Operation, ServiceClass
 from sinks.engine import Reader, decimal_to_pico
 from sinks.errors import ParameterError, SinkError
+from sinks.event_columns import OPERATIONS, SERVICE_CLASSES
+from sinks.price_books import number_of_operation, number_of_service_class, price_books
 from sinks.queries import CHARGED, balances
-from sinks.tables import TOKEN_COLUMNS
+from sinks.rated_usage import RatedLine, UsageKey, payers, rated_usage
 
-__all__ = ["CreditLine", "Statement", "StatementError", "StatementLine", "price_books", "statement"]
+__all__ = ["CreditLine", "Statement", "StatementError", "StatementLine", "statement"]
 
 
 class StatementError(SinkError):
@@ -36,6 +36,8 @@ class StatementLine:
     service_class: str
     # A column of tokens ("output_tokens"), or a unit's own name.
     quantity_of: str
+    # Empty for a flat price: "free", "tier 2", "context over 200,000 tokens".
+    terms: str
     quantity: int
     price_pico: int
     amount_pico: int
@@ -92,16 +94,9 @@ def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Sta
     if not known:
         return None
     account = known[0]
-    books = price_books(reader)
-    lines: list[StatementLine] = []
-    events = free_events = unrated_events = 0
-    for group in _groups(reader, tenant_id, account.currency, start_ms, end_ms):
-        events += group.events
-        if not group.charged:
-            free_events += group.events
-        elif not group.price_version:
-            unrated_events += group.events
-        lines += _lines(group, books, account.currency, tenant_id)
+    [payer] = payers(reader, tenant_id)
+    groups = _groups(reader, tenant_id, account.currency, start_ms, end_ms)
+    lines = _lines(rated_usage(reader, payer, price_books(reader), start_ms, end_ms), groups)
     credits_before = _credits(reader, tenant_id, account.currency, 0, start_ms)
     return Statement(
         tenant_id=tenant_id,
@@ -111,126 +106,80 @@ def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Sta
         end_ms=end_ms,
         opening_pico=sum(line.amount_pico for line in credits_before)
         - _cost_before(reader, tenant_id, account.currency, start_ms),
-        lines=tuple(lines),
+        lines=lines,
         credits=tuple(_credits(reader, tenant_id, account.currency, start_ms, end_ms)),
-        events=events,
-        free_events=free_events,
-        unrated_events=unrated_events,
+        events=sum(group.events + group.free_events for group in groups.values()),
+        free_events=sum(group.free_events for group in groups.values()),
+        unrated_events=sum(group.events for name, group in groups.items() if not name.price_version),
     )
 
 
-def price_books(reader: Reader) -> PriceBooks:
-    """Every version that took effect, as the ledger rates by."""
-    rows = reader.query(
-        "SELECT currency, book_version, toUnixTimestamp64Milli(effective) AS effective_ms, model, operation, service_class, "
-        "uncached_input_price, output_price, cache_read_price, cache_write_price, reasoning_price, image_input_price, "
-        "audio_input_price, audio_output_price, unit_names, unit_prices_pico FROM price_books FINAL "
-        "ORDER BY currency, book_version, model, operation, service_class"
-    ).rows
-    books: dict[tuple[str, int], PriceBook] = {}
-    for row in rows:
-        currency, version, effective_ms = str(row[0]), cast("int", row[1]), cast("int", row[2])
-        book = books.setdefault((currency, version), PriceBook(version=version, currency=currency, effective_ms=effective_ms))
-        book.prices.append(
-            Price(
-                model=str(row[3]),
-                operation=_number(Operation.items(), "OPERATION_", str(row[4])),
-                service_class=_number(ServiceClass.items(), "SERVICE_CLASS_", str(row[5])),
-                unit_pico=dict(zip(cast("list[str]", row[14]), cast("list[int]", row[15]), strict=True)),
-                **{field: decimal_to_pico(row[6 + index]) for index, field in enumerate(PRICE_FIELDS)},  # type: ignore[arg-type]
-            )
-        )
-    return PriceBooks(books.values())
+class _Name(NamedTuple):
+    """What is charged together."""
 
-
-def _number(items: Sequence[tuple[str, int]], prefix: str, name: str) -> int:
-    """The enum's number for a column's text."""
-    if name.startswith("unknown_"):
-        return int(name.removeprefix("unknown_"))
-    return dict(items)[f"{prefix}{name.upper()}"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
     project_id: str
     model: str
-    operation: str
-    service_class: str
-    charged: bool
+    operation: int
+    service_class: int
     price_version: int
+
+
+class _Group(NamedTuple):
+    """What the events of one name say that they came to."""
+
     events: int
-    # One event's time, under the version that rated them all.
-    ended_ms: int
-    quantities: dict[str, int]
+    free_events: int
     cost_pico: int
 
 
-def _groups(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_ms: int) -> list[_Group]:
-    sums = ", ".join(f"sum({name})" for name in TOKEN_COLUMNS)
+def _groups(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_ms: int) -> dict[_Name, _Group]:
     rows = reader.query(
-        f"SELECT project_id, model, operation, service_class, {CHARGED} AS charged, price_version, count(), "  # noqa: S608 - names of ours
-        f"toUnixTimestamp64Milli(min(ended)), {sums}, sumMap(unit_names, unit_quantities), sum(cost) FROM usage_events FINAL "
-        "WHERE tenant_id = {tenant:String} AND currency = {currency:String} "
+        f"SELECT project_id, model, operation, service_class, price_version, countIf({CHARGED}), countIf(NOT ({CHARGED})), "  # noqa: S608 - names of ours
+        "sum(cost) FROM usage_events FINAL WHERE tenant_id = {tenant:String} AND currency = {currency:String} "
         "AND ended >= fromUnixTimestamp64Milli({start:Int64}) AND ended < fromUnixTimestamp64Milli({end:Int64}) "
-        "GROUP BY project_id, model, operation, service_class, charged, price_version "
-        "ORDER BY project_id, model, operation, service_class, charged, price_version",
+        "GROUP BY project_id, model, operation, service_class, price_version",
         {"tenant": tenant_id, "currency": currency, "start": start_ms, "end": end_ms},
     ).rows
-    groups = []
-    for row in rows:
-        quantities = dict(zip(TOKEN_COLUMNS, cast("tuple[int, ...]", row[8:16]), strict=True))
-        names, units = cast("tuple[list[str], list[int]]", row[16])
-        quantities |= dict(zip(names, units, strict=True))
-        groups.append(
-            _Group(
-                project_id=str(row[0]),
-                model=str(row[1]),
-                operation=str(row[2]),
-                service_class=str(row[3]),
-                charged=bool(row[4]),
-                price_version=cast("int", row[5]),
-                events=cast("int", row[6]),
-                ended_ms=cast("int", row[7]),
-                quantities=quantities,
-                cost_pico=decimal_to_pico(row[17]),  # type: ignore[arg-type]  # a sum of decimals
-            )
-        )
-    return groups
+    return {
+        _Name(
+            str(row[0]),
+            str(row[1]),
+            number_of_operation(str(row[2])),
+            number_of_service_class(str(row[3])),
+            cast("int", row[4]),
+        ): _Group(cast("int", row[5]), cast("int", row[6]), decimal_to_pico(row[7]))  # type: ignore[arg-type]  # a sum
+        for row in rows
+    }
 
 
-def _lines(group: _Group, books: PriceBooks, currency: str, tenant_id: str) -> list[StatementLine]:
-    prices: dict[str, int] = {}
-    if group.charged and group.price_version:
-        operation = _number(Operation.items(), "OPERATION_", group.operation)
-        service_class = _number(ServiceClass.items(), "SERVICE_CLASS_", group.service_class)
-        rate = books.rate(currency, group.ended_ms, group.model, operation, service_class, tenant_id)
-        if rate is None or rate.version != group.price_version:
+def _lines(rated: Mapping[UsageKey, RatedLine], groups: Mapping[_Name, _Group]) -> tuple[StatementLine, ...]:
+    """The lines of all periods together, if they say of each name what its events say."""
+    found: dict[_Name, RatedLine] = {}
+    for key in sorted(rated):
+        found.setdefault(_Name(*key[1:]), RatedLine()).merge(rated[key])
+    for name in sorted({*found, *groups}):
+        line, group = found.get(name, RatedLine()), groups.get(name, _Group(0, 0, 0))
+        if (line.events, line.cost_pico) != (group.events, group.cost_pico):
             raise StatementError(
-                f"price version {group.price_version} of {group.model} ({currency}) is not known here; run `taximeter audit`"
+                f"{name.model}, price version {name.price_version}: {line.events} requests cost {line.cost_pico} pico by the "
+                f"price books, and {group.events} were charged {group.cost_pico} pico; run `taximeter audit`"
             )
-        prices = {**dict(zip(TOKEN_COLUMNS, rate.token_pico, strict=True)), **rate.unit_pico}
-    lines = [
+    return tuple(
         StatementLine(
-            group.project_id,
-            group.model,
-            group.operation,
-            group.service_class,
-            name,
-            quantity,
-            prices.get(name, 0),
-            quantity * prices.get(name, 0),
-            group.price_version,
+            name.project_id,
+            name.model,
+            OPERATIONS[name.operation],
+            SERVICE_CLASSES[name.service_class],
+            part.quantity_of,
+            part.terms,
+            units,
+            part.price_pico,
+            amount_pico,
+            name.price_version,
         )
-        for name, quantity in group.quantities.items()
-        if quantity and group.charged
-    ]
-    amount = sum(line.amount_pico for line in lines)
-    if amount != group.cost_pico:
-        raise StatementError(
-            f"{group.model}, price version {group.price_version}: the lines add up to {amount} pico, and "
-            f"{group.cost_pico} were charged; run `taximeter audit`"
-        )
-    return lines
+        for name in sorted(found)
+        for part, (units, amount_pico) in found[name].parts.items()
+    )
 
 
 def _credits(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_ms: int) -> list[CreditLine]:

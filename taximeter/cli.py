@@ -2,7 +2,19 @@
 
 import typer
 
-from taximeter.commands import accounts, checking, configuration, demo, feeding, leases, operations, parts, reading, running
+from taximeter.commands import (
+    accounts,
+    checking,
+    configuration,
+    demo,
+    feeding,
+    leases,
+    operations,
+    parts,
+    prices,
+    reading,
+    running,
+)
 
 __all__ = ["app", "main"]
 
@@ -54,7 +66,10 @@ key_app.command("create")(accounts.create_key)
 lease_app.command("key")(leases.key)
 lease_app.command("retire")(leases.retire)
 credit_app.command("grant")(accounts.grant_credit)
-prices_app.command("apply")(accounts.apply_prices)
+prices_app.command("check")(prices.check)
+prices_app.command("show")(prices.show)
+prices_app.command("diff")(prices.diff)
+prices_app.command("apply")(prices.apply)
 topics_app.command("apply")(operations.apply_topics)
 config_app.command("show")(configuration.show)
 

@@ -84,7 +84,7 @@ def print_statement(output: Output, statement: Statement) -> None:
     currency = statement.currency
     output.table(
         f"Statement of {statement.display_name or statement.tenant_id}",
-        ("project", "model", "operation", "class", "what", "quantity ", "per million ", "amount "),
+        ("project", "model", "operation", "class", "what", "terms", "quantity ", "per million ", "amount "),
         [
             (
                 line.project_id,
@@ -92,6 +92,7 @@ def print_statement(output: Output, statement: Statement) -> None:
                 line.operation,
                 line.service_class,
                 line.quantity_of.replace("_", " "),
+                line.terms,
                 line.quantity,
                 format_pico(line.price_pico * _PER_UNITS, currency),
                 format_pico(line.amount_pico, currency),
@@ -170,6 +171,7 @@ def statement_values(statement: Statement) -> dict[str, object]:
                 "operation": line.operation,
                 "service_class": line.service_class,
                 "what": line.quantity_of,
+                "terms": line.terms,
                 "quantity": line.quantity,
                 "unit_price": _decimal(line.price_pico),
                 "amount": _decimal(line.amount_pico),

@@ -1,9 +1,8 @@
-"""Commands to the ledger: tenants, keys, credit, prices. Each waits until the ledger says what became of it."""
+"""Commands to the ledger: tenants, keys, credit. Each waits until the ledger says what became of it."""
 
 import getpass
 import re
 import socket
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -16,10 +15,9 @@ from taximeter.commanding import Commander, PlanTerms
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import open_reader
 from taximeter.errors import MisuseError, TaximeterError
-from taximeter.price_files import read_price_book
 from taximeter.times import now_ms, parse_time_ms, show_time
 
-__all__ = ["apply_prices", "create_key", "create_tenant", "grant_credit", "issuer"]
+__all__ = ["create_key", "create_tenant", "grant_credit", "issuer"]
 
 _ID: Final = re.compile(r"[^\s/\x00-\x1f][^\x00-\x1f]*")
 _SCOPES: Final = {name.removeprefix("KEY_SCOPE_").lower(): number for name, number in KeyScope.items() if number}
@@ -110,36 +108,6 @@ def grant_credit(
         "tenant_id": tenant,
         "granted": "nothing: this ID was granted before" if repeated else format_pico(amount_pico, account.currency),
         "balance": format_pico(after.balance_pico, after.currency),
-    }
-    _tell(context, values, json=json)
-
-
-@command
-def apply_prices(
-    context: Context,
-    file: Annotated[Path, typer.Argument(help="A price book in TOML or JSON.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file, and send nothing.")] = False,
-    json: JsonOption = False,
-) -> None:
-    """Give the ledger the next version of the price book. It is validated whole, and takes effect in every partition."""
-    book = read_price_book(file)
-    if not dry_run:
-        config = context.config()
-        commander = Commander(config, issuer())
-        with open_reader(config) as reader:
-            command_id = f"prices-{book.currency}-{book.version}"
-            if commander.was_applied(reader, command_id):
-                raise TaximeterError(
-                    f"version {book.version} of {book.currency} was applied before: "
-                    f"a changed book is version {book.version + 1}"
-                )
-            commander.give([commander.prices(book, command_id=command_id)], reader)
-    values: dict[str, object] = {
-        "version": book.version,
-        "currency": book.currency,
-        "effective": show_time(book.effective_ms) if book.effective_ms else "always",
-        "prices": len(book.prices),
-        "applied": not dry_run,
     }
     _tell(context, values, json=json)
 

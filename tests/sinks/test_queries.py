@@ -21,7 +21,8 @@ from sinks.engines.chdb import ChdbEngine
 from sinks.engines.loopback import LoopbackEngine
 from sinks.errors import EngineError, EngineUnavailable, ParameterError
 from sinks.follow import feed
-from sinks.statement import price_books, statement
+from sinks.price_books import price_books
+from sinks.statement import statement
 from tests.billing.ledgers import KEYS, NOW_MS, PRICES, Ledger, batch, tenants_in, usage
 
 ONE, TWO, THREE = tenants_in(1)

@@ -8,10 +8,12 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from typer.testing import CliRunner
 
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED
 from producers.calls import CallMeter, Identity, Used
 from producers.meter import MeterSettings, UsageMeter
+from taximeter.cli import app
 from tests.taximeter.support import ROOT, SAMPLE, Up, environment, until
 
 if TYPE_CHECKING:
@@ -204,3 +206,41 @@ def test_the_gateway_serves_and_bills_on_after_the_broker_forgot(tmp_path: Path)
 def test_a_second_up_in_the_same_folder_is_refused(up: Up) -> None:
     assert up.run("up", expected=1) == ""
     assert up.alive
+
+
+def run(up: Up, *arguments: str | Path, expected: int = 0) -> Any:
+    """What the command says, in this process: no interpreter has to start."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json", "--data-dir", str(up.data_dir.path)])
+    assert result.exit_code == expected, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: Path) -> None:
+    """Last in this file: from then on there are other prices."""
+    path, book = tmp_path / "usage.jsonl", tmp_path / "book.json"
+    path.write_text(f"{usage_line('p-1', tenant_id='priced')}\n")
+    run(up, "import", path)
+    until(lambda: balances(up).get("priced", {}).get("requests") == 1, what="the event")
+    # What is shown is a file of the same book.
+    shown = run(up, "prices", "show")
+    shown |= {"version": 2, "effective": "2026-01-01T00:00:00Z"}
+    shown["prices"][0]["output"] = "0.45"
+    gone = {**shown, "prices": [line for line in shown["prices"] if line["model"] != "smollm2*"]}
+    book.write_text(json.dumps(gone))
+    checked = run(up, "prices", "check", book, expected=1)
+    assert checked["problems"] == []
+    assert [entry["model"] for entry in checked["unpriced"]] == ["smollm2"]
+    assert "priced" in checked["unpriced"][0]["tenant_ids"]
+    assert "no price for smollm2, operation" in run(up, "prices", "apply", book, expected=1)["error"]
+    book.write_text(json.dumps(shown))
+    assert run(up, "prices", "check", book)["notes"][0].startswith("it takes effect at 2026-01-01T00:00:00.000Z, which is over")
+    [change] = run(up, "prices", "diff", book)["changes"]
+    assert (change["model"], change["what"], change["before"], change["after"]) == (
+        "smollm2*",
+        "output",
+        "0.40 per million",
+        "0.45 per million",
+    )
+    assert run(up, "prices", "apply", book)["applied"] is True
+    assert run(up, "prices", "show")["version"] == 2
+    assert run(up, "prices", "show", "--at", "2025-12-31")["version"] == 1
