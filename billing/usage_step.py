@@ -17,7 +17,7 @@ from billing.accounts import AccountState
 from billing.amounts import to_amount
 from billing.identity import identities, partition_of
 from billing.leases import Leases
-from billing.limits import RELEASED_LEASES_MAX, SCHEMA_VERSION
+from billing.limits import BATCH_BYTES_MAX, RELEASED_LEASES_MAX, SCHEMA_VERSION
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
 from billing.sequences import ProducerSequences, is_numbered
@@ -420,7 +420,7 @@ def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, record: Led
     for tenant_id in sorted(released - work.evidence.keys()):
         account = state.accounts[tenant_id]
         record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
-    return [_forward(partition, raws) for partition, raws in sorted(work.forwards.items())]
+    return [forward for partition, raws in sorted(work.forwards.items()) for forward in _forwards(partition, raws)]
 
 
 def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> set[str]:
@@ -435,7 +435,14 @@ def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> set[st
     return {lease.tenant_id for lease in gone}
 
 
-def _forward(partition: int, raws: list[bytes]) -> Forward:
-    """The same event bytes in a batch of nobody's numbering: fingerprints stay, the sender's sequence is not touched."""
+def _forwards(partition: int, raws: list[bytes]) -> list[Forward]:
+    """The same event bytes in a batch of nobody's numbering: fingerprints stay, the sender's sequence is not touched.
+
+    In two, where the mark that they were forwarded takes the room that a full batch does not have.
+    """
     head = UsageBatch(schema_version=SCHEMA_VERSION, forwarded=True).SerializeToString()
-    return Forward(partition, head + RawUsageBatch(events=raws).SerializeToString())
+    value = head + RawUsageBatch(events=raws).SerializeToString()
+    if len(value) <= BATCH_BYTES_MAX or len(raws) == 1:
+        return [Forward(partition, value)]
+    middle = len(raws) // 2
+    return _forwards(partition, raws[:middle]) + _forwards(partition, raws[middle:])

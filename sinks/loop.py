@@ -4,8 +4,8 @@ Two threads: one reads, checks and makes columns, the other writes; between them
 bounded by three batches. Many records in few batches are what ClickHouse likes, and people want to see balances at once, so a
 third thread shows the accounts of the batch that is being collected, unless the sink has to catch up.
 ClickHouse away: the writing thread waits and repeats, the reading one stops at its bound, nothing is shown.
-Kafka away: the reading thread waits. A record that cannot be read, a log that does not fit the database, a refused insert: the
-sink ends with the error; it never skips.
+Kafka away: the reading thread waits. A record that cannot be read, a log that does not fit the database (one that was cut and
+written on while the sink ran, too), a refused insert: the sink ends with the error; it never skips.
 """
 
 from __future__ import annotations
@@ -44,8 +44,17 @@ _POLL_S_MIN, _POLL_S_MAX = 0.005, 0.05
 _METADATA_TIMEOUT_S = 10.0
 # Ticks come more often than this. After it, the sink asks whether the log still reaches to where it stands.
 _SILENCE_S = 5.0
+# A writer that is well follows a zombie's record with one of its own, a tick at least, within about so long.
+_DOUBT_S = 2.0
 # The log is not what it was: look for our place in it again.
-_MOVED = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE, KafkaError.UNKNOWN_TOPIC_ID})
+_MOVED = frozenset(
+    {
+        KafkaError._AUTO_OFFSET_RESET,
+        KafkaError._LOG_TRUNCATION,
+        KafkaError.OFFSET_OUT_OF_RANGE,
+        KafkaError.UNKNOWN_TOPIC_ID,
+    }
+)
 
 T = TypeVar("T")
 
@@ -115,6 +124,11 @@ class _Sink:
         self._offsets: dict[int, int] = {}
         # Generations that were seen in the log and found not to be ours, by partition.
         self._foreign: dict[int, set[bytes]] = {}
+        # Since when records came that do not follow ours, and none that does; and the offset up to which that was found to be a
+        # zombie's doing, the log being the one that we follow.
+        self._doubted_s: dict[int, float] = {}
+        self._last_ignored: dict[int, int] = {}
+        self._cleared: dict[int, int] = {}
         self._ready: queue.Queue[Prepared] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
         self._storing = threading.Thread(target=self._store_all, name="sink-writer", daemon=True)
@@ -135,6 +149,8 @@ class _Sink:
             if now_s - heard_s > _SILENCE_S:
                 self._look_at_silence()
                 heard_s = now_s
+            if any(now_s - since_s > _DOUBT_S for since_s in self._doubted_s.values()):
+                self._look_at_doubts()
             # What is due and was not done waits for another thread.
             found = self._poll(max(min(collected.wait_s(now_s), _POLL_S_MAX), _POLL_S_MIN))
             now_s = time.monotonic()
@@ -217,10 +233,23 @@ class _Sink:
         entry = follower.accept(stored, offset)
         if entry is not None:
             self._offsets[partition] = offset
+            self._doubted_s.pop(partition, None)
             return entry
         self._status.ignored(partition, follower.ignored)
+        self._last_ignored[partition] = offset
+        if offset > self._cleared.get(partition, NO_OFFSET):
+            self._doubted_s.setdefault(partition, time.monotonic())
         self._look_at_foreign(follower, stored)
         return None
+
+    def _look_at_doubts(self) -> None:
+        """A log that was cut and written on looks like a zombie's work; whether it has our place tells them apart."""
+        _LOG.warning("partitions %s: records that do not follow ours: looking for our place", sorted(self._doubted_s))
+        self._assign()
+        for partition in self._doubted_s:
+            # They are read again, and ignored again.
+            self._cleared[partition] = self._last_ignored[partition]
+        self._doubted_s.clear()
 
     def _look_at_foreign(self, follower: Follower, stored: bytes) -> None:
         """A record of a generation that we don't know: either a zombie's, or the log was made anew under our feet."""

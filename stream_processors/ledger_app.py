@@ -1,8 +1,8 @@
 """The ledger agent: Faust assigns partitions, a `LedgerHost` for each does the work.
 
-Promise: a partition is worked on only between its takeover (local store opened, log replayed, input logs checked) and its
-revocation (input refused, everything in flight settled). Any doubt ends the process with a reason; a new process starts over
-from the log. `failure` holds that reason.
+Promise: a partition is worked on only between its takeover (local store opened, log replayed, held against what its readers
+have taken, input logs checked) and its revocation (input refused, everything in flight settled). Any doubt ends the process
+with a reason; a new process starts over from the log. `failure` holds that reason.
 
     on_partitions_revoked   take no more input, wait until nothing is in flight; else this process ends
     on_rebalance_complete   close what is gone, replay what is mine, then own it (heartbeats go on meanwhile)
@@ -26,12 +26,14 @@ import faust
 from faust.types import TP
 
 from billing.step import CommandInput, UsageInput
+from billing.v1.account_pb2 import LedgerPosition
 from stream_processors.bucket import Bucket
 from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefused
 from stream_processors.faust_apps import Failure, make_app, raw_agent
 from stream_processors.kafka_ports import KafkaLogReader, KafkaLogWriter
 from stream_processors.ledger_host import HostSettings, LedgerHost
 from stream_processors.local_store import LocalStore
+from stream_processors.reader_marks import check_readers, last_marks
 from stream_processors.restoring import Restoring
 from stream_processors.settings import SnapshotSettings, WorkerSettings
 from stream_processors.snapshots import Snapshot, SnapshotStore
@@ -173,7 +175,11 @@ class LedgerApp:
             restored=restored,
         )
         try:
+            # In this order: what a reader has taken by now, the log has by the time that its end is looked for.
+            marks = await last_marks(self.reader, self.settings.topics.progress, store.partition)
             await host.recover()
+            reached = LedgerPosition(generation=host.state.generation, sequence=host.state.sequence)
+            await check_readers(self.reader, self.settings.topics.ledger, marks, reached, self.settings.keys.seal_key)
             for topic in self._inputs:
                 await self._check_input(host, topic)
         except BaseException:

@@ -7,6 +7,7 @@ where somebody wants that.
 Promise: everything of a batch is acknowledged before the publisher's own position (Progress, reader "publisher") is written,
 and from there it resumes. What is repeated after a crash is harmless: states carry versions, alerts and rejections stable IDs.
 When a ledger was founded again on a state, its founding record states every account, key and mark, and they are published.
+A log that lost what was published, or has another record in its place, is refused: at the start, and while it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 import faust
 from faust.types import TP
 
-from billing import chain
 from billing.chain import Chain, UnreadableRecord
 from billing.v1.account_pb2 import AccountUpdate, LedgerPosition, LedgerTick, Progress
 from billing.v1.alert_pb2 import Alert
@@ -36,6 +36,8 @@ from billing.v1.usage_pb2 import RawUsageBatch, UsageEvent
 from stream_processors.errors import HostStopped, RefusedToStart
 from stream_processors.faust_apps import Failure, make_app, raw_agent
 from stream_processors.kafka_ports import KafkaLogReader, KafkaLogWriter
+from stream_processors.log_place import LogPlace, Standing, find_place
+from stream_processors.reader_marks import cut, last_marks
 from stream_processors.settings import TopicNames, WorkerSettings
 
 __all__ = ["READER_NAME", "PublisherApp", "messages_of"]
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 READER_NAME = "publisher"
 _FLUSH_INTERVAL_S = 0.05
 _BATCH_MESSAGES_MAX = 10_000
+# A writer that is well follows a zombie's record with one of its own, a tick at least, within about so long.
+_DOUBT_S = 2.0
 _SHOWN_DROPS = frozenset((DROP_REASON_CONFLICT, DROP_REASON_INVALID, DROP_REASON_TOO_FAR_IN_FUTURE, DROP_REASON_TOO_OLD))
 
 # Waits until (partition, sequence) is on local disk: where the broker may forget, producers are told nothing before that.
@@ -159,6 +163,9 @@ class PublisherApp:
         self._reader = KafkaLogReader(settings.kafka)
         self._writer = KafkaLogWriter(settings.kafka, linger_ms=5.0)
         self._chains: dict[int, Chain] = {}
+        # The last record that each chain accepted, and since when others came that do not follow it.
+        self._places: dict[int, Progress | None] = {}
+        self._doubted_s: dict[int, float] = {}
         self._resume: dict[int, int] = {}
         self._batches: dict[int, Batch] = {}
         self._flushing: dict[int, asyncio.Lock] = {}
@@ -198,6 +205,7 @@ class PublisherApp:
         await self._settle()
         self._chains.clear()
         self._batches.clear()
+        self._doubted_s.clear()
 
     async def _on_rebalanced(self, _app: Any, /, *_: Any, **__: Any) -> None:
         try:
@@ -213,37 +221,37 @@ class PublisherApp:
 
     async def _take_over(self, partition: int) -> None:
         ledger = self.settings.topics.ledger
-        place = await self._last_place(partition)
-        first, end = await self._reader.bounds(ledger, partition)
+        place = (await last_marks(self._reader, self.settings.topics.progress, partition)).get(READER_NAME)
         follow = Chain(partition, self._seal_key)
-        start = first
-        if place is not None and first <= place.ledger_offset < end:
-            async for chunk in self._reader.read(ledger, partition, place.ledger_offset, place.ledger_offset + 1):
-                if chunk and chain.record_hash(chunk[0][1]) == place.record_hash:
-                    follow.generation, follow.sequence = place.position.generation, place.position.sequence
-                    follow.record_hash = place.record_hash
-                    start = place.ledger_offset + 1
-        if start == first > 0 and not follow.generation:
+        start, _ = await self._reader.bounds(ledger, partition)
+        if place is not None:
+            found = await self._find(place)
+            if found.standing is Standing.FITS:
+                follow.generation, follow.sequence = place.position.generation, place.position.sequence
+                follow.record_hash = place.record_hash
+                start = found.next_offset
+        if start > 0 and not follow.generation:
             raise RefusedToStart(
-                f"{ledger}[{partition}]: the log starts at offset {first} and the publisher has no position in it; restore "
+                f"{ledger}[{partition}]: the log starts at offset {start} and the publisher has no position in it; restore "
                 f"{self.settings.topics.progress}, or the log's beginning, from a backup"
             )
         self._chains[partition] = follow
+        self._places[partition] = place if follow.generation else None
         self._resume[partition] = start
         self._batches[partition] = Batch()
         self._flushing.setdefault(partition, asyncio.Lock())
 
-    async def _last_place(self, partition: int) -> Progress | None:
-        """What this reader last wrote about its own position."""
-        topic = self.settings.topics.progress
-        place = None
-        first, end = await self._reader.bounds(topic, partition)
-        async for chunk in self._reader.read(topic, partition, first, end):
-            for _, value in chunk:
-                progress = Progress.FromString(value)
-                if progress.reader == READER_NAME:
-                    place = progress
-        return place
+    async def _find(self, place: Progress) -> LogPlace:
+        """Where the log has the record of `place`; a log that lost it is refused, one that was founded again is not."""
+        ledger = self.settings.topics.ledger
+        first, end = await self._reader.bounds(ledger, place.partition)
+        try:
+            found = await find_place(self._reader, ledger, place, self._seal_key, first, end)
+        except UnreadableRecord as error:
+            raise RefusedToStart(f"{ledger}[{place.partition}]: {error}") from error
+        if found.standing is Standing.LOST:
+            raise cut(ledger, READER_NAME, place, first, end)
+        return found
 
     def _positions(self) -> Mapping[TP, int]:
         ledger = self.settings.topics.ledger
@@ -278,9 +286,11 @@ class PublisherApp:
         batch.events.append(event)
         self._resume[partition] = offset + 1
         if record is None:
+            self._doubted_s.setdefault(partition, asyncio.get_running_loop().time())
             return
+        self._doubted_s.pop(partition, None)
         messages_of(record, self.settings.topics, batch)
-        batch.place = Progress(
+        batch.place = self._places[partition] = Progress(
             partition=partition,
             reader=READER_NAME,
             position=LedgerPosition(generation=record.generation, sequence=record.sequence),
@@ -297,9 +307,20 @@ class PublisherApp:
             try:
                 for partition in list(self._chains):
                     await self._flush(partition)
+                await self._look_at_doubts()
             except Exception as error:  # noqa: BLE001  nobody waits for this task
                 self.failure.set(error)
                 return
+
+    async def _look_at_doubts(self) -> None:
+        """Records came that do not follow ours, and none that does: a zombie's, or the log is not the one that we followed."""
+        for partition, since_s in list(self._doubted_s.items()):
+            if asyncio.get_running_loop().time() - since_s < _DOUBT_S:
+                continue
+            del self._doubted_s[partition]
+            place = self._places.get(partition)
+            if place is not None:
+                await self._find(place)
 
     async def _flush(self, partition: int) -> None:
         async with self._flushing[partition]:

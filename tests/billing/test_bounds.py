@@ -128,3 +128,30 @@ def test_a_currency_that_changes_within_the_minute_leaves_no_window_behind() -> 
     assert [key.opened_sequence for key in result.record.released] == [1]
     assert [total.key.opened_sequence for total in result.record.totals] == [3]
     agreed(ledger)
+
+
+def test_a_full_batch_in_the_wrong_partition_is_sent_on_in_batches_that_are_taken(ledger: Ledger) -> None:
+    """Found on Apache Kafka: the mark of a forwarded batch made it two bytes too large, and all of it was refused."""
+    [elsewhere] = tenants_in(2, 1)
+    events = [usage(f"{number}", elsewhere) for number in range(100)]
+    events[0].region = "x" * 100
+    room = BATCH_BYTES_MAX - len(batch(events))
+    # Nobody knows the field; whoever sends it may.
+    events[0].MergeFromString(b"\xfa\x3f" + _varint(room - 6) + b"x" * (room - 6))
+    full = batch(events)
+    assert len(full) == BATCH_BYTES_MAX
+    forwards = ledger.usage(full).forwards
+    assert [forward.partition for forward in forwards] == [2, 2]
+    there = Ledger(2)
+    for forward in forwards:
+        assert len(forward.value) <= BATCH_BYTES_MAX
+        there.usage(forward.value)
+    assert there.state.accounts[elsewhere].events == 100
+
+
+def _varint(value: int) -> bytes:
+    found = b""
+    while value > 127:
+        found += bytes([value & 127 | 128])
+        value >>= 7
+    return found + bytes([value])

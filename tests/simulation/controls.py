@@ -18,6 +18,7 @@ from billing.windows import window_key
 from producers.publisher import Publisher
 from sinks.tables import SINK_POSITIONS
 from sinks.writer import Writer
+from stream_processors import ledger_app
 from stream_processors.ledger_app import LedgerApp
 from stream_processors.ledger_host import LedgerHost
 from stream_processors.publisher_app import PublisherApp
@@ -218,6 +219,17 @@ def cut_log_accepted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def readers_not_asked() -> Iterator[None]:
+    """A worker whose disk is behind the cut goes on from there, whatever the readers have taken."""
+
+    async def ask_nobody(*_: object) -> None:
+        pass
+
+    with mock.patch.object(ledger_app, "check_readers", ask_nobody):
+        yield
+
+
+@contextlib.contextmanager
 def keys_in_no_run_forgotten() -> Iterator[None]:
     """What was charged lately is known by the process alone, and dies with it."""
     with mock.patch.object(SeenStore, "restore"):
@@ -252,6 +264,7 @@ def receipt_before_the_commit() -> Iterator[None]:
 CONTROLS: dict[str, Control] = {
     "a delivery error is ignored": delivery_errors_ignored,
     "a log that was cut is gone on with": cut_log_accepted,
+    "a log that lost what its readers have is gone on with": readers_not_asked,
     "dedupe keys that are in no run die with the process": keys_in_no_run_forgotten,
     "dedupe keys are forgotten before their horizon": keys_forgotten_early,
     "the receipt comes before the journal's commit": receipt_before_the_commit,

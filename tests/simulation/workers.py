@@ -22,11 +22,13 @@ from faust.types import TP
 from billing.chain import record_hash
 from billing.founding import LedgerSettings
 from billing.step import CommandInput, LedgerKeys, UsageInput
+from billing.v1.account_pb2 import Progress
 from stream_processors.errors import LocalStoreError, RefusedToStart
 from stream_processors.faust_apps import Failure
 from stream_processors.ledger_app import LedgerApp
 from stream_processors.ledger_host import HostSettings
-from stream_processors.publisher_app import PublisherApp
+from stream_processors.publisher_app import READER_NAME, PublisherApp
+from stream_processors.reader_marks import last_marks
 from stream_processors.settings import KafkaSettings, TopicNames, WorkerSettings
 from tests.simulation.broker import Broker, Client
 from tests.simulation.loop import Process
@@ -148,15 +150,19 @@ class SimLedgerApp(_Member, LedgerApp):
         folder = self.settings.state_folder / f"partition-{partition}"
         cut_at = world.truth.cut.get(partition)
         stands = world.disks.place(folder)
-        if cut_at is not None and (not stands.position.generation or stands.position.sequence < cut_at):
+        published = (await last_marks(self.reader, TOPICS.progress, partition)).get(READER_NAME, Progress())
+        is_behind = not stands.position.generation or stands.position.sequence < (cut_at or 0)
+        if cut_at is not None and is_behind and published.position.sequence < cut_at:
+            # Nobody can know: not its disk, and no reader.
             raise RefusedToStart(f"partition {partition}: the log is being restored: cannot be read")
         await super()._take_over(partition)
         host = self.hosts[partition]
-        place, log = host.store.place, world.broker.log(TOPICS.ledger, partition)
+        log = world.broker.log(TOPICS.ledger, partition)
         # A duplicate that came late may have brought its record back.
-        is_there = place.ledger_offset < len(log) and record_hash(log[place.ledger_offset][1]) == place.record_hash
-        if cut_at is not None and cut_at == world.truth.cut.get(partition) and not is_there:
-            world.loop.fail(f"{host.where}: took over a log that does not have what its store has")
+        if cut_at is not None and cut_at == world.truth.cut.get(partition):
+            for place, whose in ((host.store.place, "its store"), (published, "the publisher")):
+                if place.ledger_offset >= len(log) or record_hash(log[place.ledger_offset][1]) != place.record_hash:
+                    world.loop.fail(f"{host.where}: took over a log that does not have what {whose} has")
         world.truth.compare_state(host.state, f"{self._worker.process.name}, after its takeover")
         world.takeovers += 1
 
@@ -178,6 +184,8 @@ class SimPublisherApp(_Member, PublisherApp):
         self._reader = worker.client  # type: ignore[assignment]
         self._writer = worker.client  # type: ignore[assignment]
         self._chains = {}
+        self._places = {}
+        self._doubted_s = {}
         self._resume = {}
         self._batches = {}
         self._flushing = {}

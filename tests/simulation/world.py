@@ -210,7 +210,7 @@ class World:
         if refusal is None or self.truth.cut:
             return
         said = str(refusal)
-        if not isinstance(refusal, LocalStoreError) and "cannot be read" in said:
+        if not isinstance(refusal, LocalStoreError) and ("cannot be read" in said or self._is_restored(said)):
             return
         damaged: list[int] = []
         if not isinstance(refusal, LocalStoreError) and self.faults["log cut"]:
@@ -220,6 +220,10 @@ class World:
             self.loop.fail(f"{worker.process.name} refused to start and nothing is wrong: {said}")
         for partition in damaged:
             self.disks.lose(machine.store(partition))
+
+    def _is_restored(self, said: str) -> bool:
+        """Whether it missed what a reader had taken, and the log was cut at some time: now it has all of it again."""
+        return " has taken sequence " in said and self.faults["log cut"] > 0
 
     # --- faults ---
 

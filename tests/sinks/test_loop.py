@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,10 +27,12 @@ from sinks.loop import run_sink
 from sinks.settings import SinkSettings
 from sinks.status import SinkStatus
 from taximeter.embedded.broker import TansuBroker, TansuSettings
+from taximeter.embedded.process import Child, ChildError
 from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
 
 PARTITION = 1
 TENANT = tenants_in(PARTITION)[0]
+ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 
 
@@ -358,3 +361,34 @@ def test_a_damaged_record_stops_the_sink(tansu: TansuBroker, unique_name: Callab
     produce(settings, [*ledger.stored[:-1], bytes(damaged)])
     with pytest.raises(chain.UnreadableRecord, match="the seal is not the ledger key's"):
         run_sink(settings, engine, threading.Event())
+
+
+def test_a_log_that_was_cut_and_written_on_stops_a_running_sink(tmp_path: Path) -> None:
+    """Of the same generation, and longer than what the sink has read: what comes looks like a zombie's, record after record."""
+    broker = TansuBroker(TansuSettings(log_path=tmp_path / "broker.log"))
+    broker.start()
+    settings = make_topics(broker.bootstrap, "cut")
+    ledger, cut = filled(), filled(6)
+    assert cut.stored[:3] == ledger.stored[:3], "founding, prices and tenant"
+    produce(settings, ledger.stored)
+    arguments = [broker.bootstrap, "cut.", str(tmp_path / "chdb"), KEYS.seal_key.hex()]
+    argv = [sys.executable, "-m", "tests.sinks.loop_process", *arguments]
+    sink = Child("sink", argv, log_path=tmp_path / "sink.log", cwd=ROOT)
+    sink.start()
+    try:
+        sink.wait_until(lambda: last_progress(settings).ledger_offset == len(ledger.stored) - 1, WAIT_S)
+        # It is away for so long, and never sees the log shorter than what it has read.
+        sink.pause()
+        broker.stop()
+        port = int(broker.bootstrap.rpartition(":")[2])
+        broker = TansuBroker(TansuSettings(log_path=tmp_path / "broker2.log", port=port))
+        broker.start()
+        make_topics(broker.bootstrap, "cut")
+        produce(settings, cut.stored)
+        sink.resume()
+        with pytest.raises(ChildError, match="the log holds another record at"):
+            sink.wait_until(lambda: False, WAIT_S)
+        assert "records that do not follow ours" in sink.log_tail()
+    finally:
+        sink.kill9()
+        broker.stop()

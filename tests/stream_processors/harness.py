@@ -28,7 +28,7 @@ from billing.v1.usage_pb2 import (
     UsageBatch,
     UsageEvent,
 )
-from stream_processors.kafka_ports import KafkaLogReader
+from stream_processors.kafka_ports import MESSAGE_BYTES_MAX, KafkaLogReader
 from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings
 from stream_processors.topics import ApplySettings, Change, apply
 from taximeter.embedded.process import Child
@@ -133,7 +133,7 @@ class Ledger:
         producer = self.producers.get(self.bootstrap)
         if producer is None:
             producer = self.producers[self.bootstrap] = Producer(
-                {"bootstrap.servers": self.bootstrap, "enable.idempotence": True}
+                {"bootstrap.servers": self.bootstrap, "enable.idempotence": True, "message.max.bytes": MESSAGE_BYTES_MAX}
             )
         problems: list[object] = []
         producer.produce(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from confluent_kafka import OFFSET_END, ConsumerGroupTopicPartitions, TopicPartition
+from confluent_kafka import OFFSET_END, ConsumerGroupTopicPartitions, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, REJECTED_PAYLOAD_BYTES_MAX
 from billing.v1.account_pb2 import Progress
+from billing.v1.rejected_pb2 import RejectedInput
 from billing.v1.usage_pb2 import UsageBatch, UsageEvent
+from stream_processors.kafka_ports import MESSAGE_BYTES_MAX
+from stream_processors.local_store import LocalStore
 from taximeter.embedded.process import Child
 from tests.services.kafka import KafkaCluster
 from tests.stream_processors.harness import Ledger, event
@@ -137,3 +142,109 @@ def test_a_ledger_record_that_cannot_be_read_stops_worker_and_publisher(ledger: 
     assert "are no ledger record; restore the topic from its replica" in refusal(ledger, publisher)
     assert "somebody else wrote to this partition; starting over from the log" in refusal(ledger, worker)
     assert "are no ledger record; restore the topic from its replica" in refusal(ledger, ledger.worker("one", publish=False))
+
+
+def digests(ledger: Ledger, folder: Path) -> list[str]:
+    """Of the states that a disk holds."""
+    found = []
+    for partition in range(ledger.partitions):
+        store = LocalStore(folder / f"partition-{partition}", partition)
+        state = store.load()
+        store.close()
+        assert state is not None
+        found.append(state.digest())
+    return found
+
+
+def test_a_worker_on_an_old_disk_comes_to_the_logs_state_or_says_what_to_do(ledger: Ledger) -> None:
+    def work(name: str) -> None:
+        worker = ledger.worker(name, publish=False)
+        ledger.send(some())
+        ledger.wait_charged()
+        worker.stop(10)
+        assert worker.exit_code == 0, worker.log_tail()
+
+    work("one")
+    for name in ("old", "older"):
+        shutil.copytree(ledger.folder / "one", ledger.folder / name)
+    work("one")
+    work("old")
+    assert digests(ledger, ledger.folder / "old") == [log.state.digest() for log in ledger.logs()]
+    ledger.assert_exact()
+
+    # The log's beginning is deleted, and what the other old disk has not seen with it.
+    places = [
+        TopicPartition(ledger.names.ledger, partition, len(log.records) - 1) for partition, log in enumerate(ledger.logs())
+    ]
+    client = admin(ledger)
+    for future in client.delete_records(places).values():
+        future.result(20)
+    said = refusal(ledger, ledger.worker("older", publish=False))
+    assert "the local store stands at generation" in said
+    assert "does not have that record" in said
+    assert "Restore the topic from its replicas or a backup" in said
+
+
+def of_size(size: int) -> tuple[bytes, list[UsageEvent]]:
+    """A batch of exactly so many bytes and as many events as one may have, by what they say beside the counts."""
+    events = [event("tenant-1") for _ in range(BATCH_EVENTS_MAX)]
+    room = size // BATCH_EVENTS_MAX - len(_batch(events[:1])) - 40
+    for one in events:
+        for name in "abcd":
+            one.attributes[name] = "x" * (room // 4 - 8)
+    left = size - len(_batch(events))
+    for one in events:
+        # The field costs three bytes beside its text, up to 127.
+        one.region = "y" * (left - 3 if left <= 130 else 100)
+        left -= 3 + len(one.region)
+        if not left:
+            break
+    return _batch(events), events
+
+
+def _batch(events: list[UsageEvent]) -> bytes:
+    return UsageBatch(schema_version=1, events=events).SerializeToString()
+
+
+def test_input_at_its_bounds_is_charged_and_over_them_refused_with_the_reason(ledger: Ledger) -> None:
+    ledger.worker()
+    largest, events = of_size(BATCH_BYTES_MAX)
+    assert len(largest) == BATCH_BYTES_MAX
+    too_large, _ = of_size(BATCH_BYTES_MAX + 1)
+    too_many = _batch([event("tenant-1") for _ in range(BATCH_EVENTS_MAX + 1)])
+    beyond_any = bytes(MESSAGE_BYTES_MAX - 200)
+    # The first in the partition where its tenant does not live: it is sent on, with two bytes more than it had.
+    for value in (largest, too_large, too_many, beyond_any):
+        ledger.send_bytes(value, 0)
+    at_home, others = of_size(BATCH_BYTES_MAX)
+    ledger.send_bytes(at_home, 1)
+    ledger.sent = {one.request_id: one for one in events + others}
+    last = event("tenant-1", "the last")
+    ledger.sent[last.request_id] = last
+    ledger.send_bytes(_batch([last]), 0)
+    # More than the topic takes never comes in: Kafka tells the sender.
+    problems: list[KafkaError | None] = []
+    sender = Producer({"bootstrap.servers": ledger.bootstrap, "message.max.bytes": 2 * MESSAGE_BYTES_MAX})
+    sender.produce(
+        ledger.names.events, bytes(MESSAGE_BYTES_MAX + 1), partition=0, on_delivery=lambda error, _: problems.append(error)
+    )
+    assert sender.flush(20) == 0
+    [problem] = problems
+    assert problem is not None
+    assert problem.code() == KafkaError.MSG_SIZE_TOO_LARGE
+
+    ledger.wait_charged()
+    ledger.assert_exact()
+    ledger.wait(lambda: len(ledger.read(ledger.names.rejected, 0)) == 3, "three refusals told")
+    told = [RejectedInput.FromString(value) for value in ledger.read(ledger.names.rejected, 0)]
+    assert [(one.offset, one.index, one.payload_bytes) for one in told] == [
+        (1, -1, len(too_large)),
+        (2, -1, len(too_many)),
+        (3, -1, len(beyond_any)),
+    ]
+    assert [one.reason for one in told] == [
+        f"batch: {BATCH_BYTES_MAX + 1} bytes; send at most {BATCH_BYTES_MAX}",
+        f"events: {BATCH_EVENTS_MAX + 1} in one batch; send at most {BATCH_EVENTS_MAX}",
+        f"batch: {len(beyond_any)} bytes; send at most {BATCH_BYTES_MAX}",
+    ]
+    assert [one.payload for one in told] == [value[:REJECTED_PAYLOAD_BYTES_MAX] for value in (too_large, too_many, beyond_any)]

@@ -100,8 +100,19 @@ def _crash_at(point: str, after: int) -> None:
         raise ValueError(point)
 
 
+async def _ask_no_reader(*_: Any) -> None:
+    """In place of `check_readers`: what an older version did."""
+
+
 def main(
-    bootstrap: str, prefix: str, folder: str, point: str = "", after: int = 0, clock_ahead_ms: int = 0, **more: Any
+    bootstrap: str,
+    prefix: str,
+    folder: str,
+    point: str = "",
+    after: int = 0,
+    clock_ahead_ms: int = 0,
+    asks_readers: bool = True,
+    **more: Any,
 ) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if point:
@@ -109,6 +120,8 @@ def main(
     if clock_ahead_ms:
         now_ms = ledger_app._clock_ms
         ledger_app._clock_ms = lambda: now_ms() + clock_ahead_ms
+    if not asks_readers:
+        ledger_app.check_readers = _ask_no_reader  # type: ignore[attr-defined, assignment]
     try:
         asyncio.run(run_worker(worker_settings(bootstrap, prefix, Path(folder), **more)))
     except WorkerError as error:
