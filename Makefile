@@ -89,6 +89,7 @@ kafka: venv ## Fetch Apache Kafka's jars for the tests (a JDK and Maven are need
 lock: ## Resolve the locks anew (needs the virtual environment's uv)
 	$(call compile,pyproject.toml,--all-extras,dev)
 	$(call compile,requirements/model.in,--no-deps,model)
+	$(call compile,requirements/triton.in,,triton)
 	$(call compile,pyproject.toml,$(call role,producer),producer)
 	$(call compile,pyproject.toml,$(call role,worker),worker)
 	$(call compile,pyproject.toml,$(call role,sink),sink)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from billing.prices import Rate, Terms
 from billing.schedules import Part
@@ -118,14 +119,18 @@ def cost_bound_pico(event: UsageEvent, rate: Rate | None) -> int:
     return max(bound, rate.terms.minimum_pico)
 
 
-def worst_case_pico(rate: Rate | None, input_tokens: int, output_tokens: int) -> int:
-    """The most that a text request costs whose model sees so much and writes so much, however its tokens fall into classes."""
+def worst_case_pico(
+    rate: Rate | None, input_tokens: int, output_tokens: int, units: Mapping[str, int] = MappingProxyType({})
+) -> int:
+    """The most that a request costs whose model sees so much and writes so much, however its tokens fall into classes; `units`:
+    what it uses beside text, and beside being one request."""
     if rate is None:
         return 0
     input_pico = max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in _TEXT_INPUT_CLASSES])
     output_pico = max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in _TEXT_OUTPUT_CLASSES])
     bound = input_tokens * input_pico + output_tokens * output_pico
-    bound += _dearest_pico(rate, "requests", rate.unit_pico.get("requests", 0))
+    for unit, quantity in {**units, "requests": 1}.items():
+        bound += quantity * _dearest_pico(rate, unit, rate.unit_pico.get(unit, 0))
     return max(bound, rate.terms.minimum_pico if rate.terms else 0)
 
 

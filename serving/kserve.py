@@ -34,6 +34,7 @@ __all__ = [
     "add_bytes_input",
     "add_bytes_output",
     "add_integer_output",
+    "count_elements",
     "drop_parameter",
     "find_input",
     "find_output",
@@ -49,6 +50,7 @@ __all__ = [
     "read_integers_input",
     "read_integers_output",
     "read_text_input",
+    "read_texts_input",
     "request_output",
     "set_parameter",
     "strip_input",
@@ -81,6 +83,8 @@ DTYPE_SIZE_BYTES: Final[dict[str, int]] = {
     "UINT32": 4,
     "UINT64": 8,
 }
+# Also of what is only counted here, never read.
+_ITEM_SIZE_BYTES: Final = {**DTYPE_SIZE_BYTES, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8}
 _STRUCT_CODE: Final[dict[str, str]] = {
     "BOOL": "?",
     "INT8": "b",
@@ -293,17 +297,23 @@ def read_bytes_input(request: ModelInferRequest, name: str) -> list[bytes] | Non
     return None if tensor is None else _decode_bytes(tensor, _input_data(request, tensor))
 
 
-def read_text_input(request: ModelInferRequest, name: str) -> str | None:
-    """The single UTF-8 text of a BYTES input."""
+def read_texts_input(request: ModelInferRequest, name: str) -> list[str] | None:
+    """The UTF-8 texts of a BYTES input."""
     elements = read_bytes_input(request, name)
     if elements is None:
         return None
-    if len(elements) != 1:
-        raise TensorError(name, f"{len(elements)} elements", "send exactly one text")
     try:
-        return elements[0].decode()
+        return [element.decode() for element in elements]
     except UnicodeDecodeError as error:
         raise TensorError(name, f"byte {error.start} is not UTF-8", "send UTF-8 text") from error
+
+
+def read_text_input(request: ModelInferRequest, name: str) -> str | None:
+    """The single UTF-8 text of a BYTES input."""
+    texts = read_texts_input(request, name)
+    if texts is not None and len(texts) != 1:
+        raise TensorError(name, f"{len(texts)} elements", "send exactly one text")
+    return None if texts is None else texts[0]
 
 
 def read_integers_input(request: ModelInferRequest, name: str) -> list[int] | None:
@@ -363,6 +373,28 @@ def read_integers_output(response: ModelInferResponse, name: str) -> list[int] |
 def read_integer_output(response: ModelInferResponse, name: str) -> int | None:
     """The one element of an integer output of shape [], [1], [1, 1], ..."""
     return _single(name, read_integers_output(response, name))
+
+
+def count_elements(request: ModelInferRequest, name: str) -> int | None:
+    """How many numbers an input of any numeric type has, by its shape, which its data must fit."""
+    tensor = find_input(request, name)
+    if tensor is None:
+        return None
+    size = _ITEM_SIZE_BYTES.get(tensor.datatype)
+    if size is None:
+        raise TensorError(name, f"datatype {tensor.datatype!r}", f"must be one of {', '.join(_ITEM_SIZE_BYTES)}")
+    if len(tensor.shape) > _MAX_RANK or any(dimension < 0 for dimension in tensor.shape):
+        raise TensorError(name, f"shape {list(tensor.shape)[:_MAX_RANK]}", f"at most {_MAX_RANK} dimensions, none negative")
+    count: int = math.prod(tensor.shape)
+    raw = _input_data(request, tensor)
+    if raw is None:
+        found = max((len(values) for field, values in tensor.contents.ListFields()), default=0)
+    else:
+        found, rest = divmod(len(raw), size)
+        found += bool(rest)
+    if found != count:
+        raise TensorError(name, f"{found} elements for shape {list(tensor.shape)}", f"the data must have the shape's {count}")
+    return count
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

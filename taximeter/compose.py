@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,13 +14,14 @@ from producers.meter import MeterSettings
 from producers.publisher import PublisherSettings
 from sinks.settings import SinkSettings
 from stream_processors.settings import KafkaSettings, SnapshotSettings, TopicNames, TopicSettings, WorkerSettings
-from taximeter.config import Config, KafkaConfig, read_secret
+from taximeter.config import Config, KafkaConfig, ModelProfileConfig, read_secret
 from taximeter.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import GatewaySettings, LeaseSettings
     from serving.model_server.settings import ServerSettings
     from sinks.embedded import JsonReader
@@ -34,6 +36,7 @@ __all__ = [
     "kafka_settings",
     "ledger_keys",
     "meter_settings",
+    "model_profile",
     "model_server_settings",
     "open_engine",
     "open_reader",
@@ -256,9 +259,23 @@ def apply_settings(config: Config, *, embedded: bool) -> ApplySettings:
     )
 
 
+def model_profile(name: str, profile: ModelProfileConfig) -> ModelProfile:
+    """How the gateway meters a model. Raises ConfigError for what its kind of back end does not have."""
+    from serving.gateway.profiles import KINDS
+
+    kind = KINDS[profile.backend]
+    options = profile.model_dump(exclude_none=True, exclude={"backend"})
+    if not options["tokenizer"]:
+        del options["tokenizer"]
+    if "text_inputs" in options:
+        options["text_inputs"] = tuple(options["text_inputs"])
+    for option in options.keys() - inspect.signature(kind).parameters.keys():
+        raise ConfigError(f"models.profiles.{name}.{option}: backend {profile.backend} has no such thing: leave it out")
+    return kind(name, **options)
+
+
 def gateway_settings(config: Config) -> GatewaySettings:
     """The metering gateway."""
-    from serving.gateway import profiles
     from serving.gateway.settings import (
         AdmissionSettings,
         DirectorySettings,
@@ -268,7 +285,6 @@ def gateway_settings(config: Config) -> GatewaySettings:
     )
 
     gateway, names = config.gateway, topic_names(config)
-    makers = {"vllm": profiles.vllm, "tensorrt_llm": profiles.tensorrt_llm, "generic": profiles.generic}
     if not config.models.profiles:
         raise ConfigError("models.profiles is empty, so the gateway serves nothing: add [models.profiles.NAME]")
     tls = None
@@ -288,15 +304,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
             keys_topic=names.keys,
             security=kafka_security(config.kafka),
         ),
-        models={
-            name: makers[profile.backend](
-                name,
-                tokenizer=profile.tokenizer or None,  # type: ignore[arg-type]  # generic has one, its validator says
-                decoupled=profile.decoupled,
-                prompt_tokens_max=profile.prompt_tokens_max,
-            )
-            for name, profile in config.models.profiles.items()
-        },
+        models={name: model_profile(name, profile) for name, profile in config.models.profiles.items()},
         tokenizers=config.models.tokenizers,
         host=gateway.host,
         port=gateway.port,

@@ -50,6 +50,9 @@ Port = Annotated[int, Field(ge=1, le=65_535)]
 PortOrNone = Annotated[int, Field(ge=0, le=65_535)]
 
 
+_COUNTLESS_BACKENDS: Final = frozenset({"generic", "embeddings", "classification", "speech_to_text", "text_to_image"})
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -184,19 +187,52 @@ class ProducerConfig(_Section):
 
 
 class ModelProfileConfig(_Section):
-    """One model behind the gateway: how its back end speaks, and which tokenizer counts when the back end does not."""
+    """One model behind the gateway: how its back end speaks, and which tokenizer counts when the back end does not. What is not
+    set is as it is with this back end; what a back end does not have must not be set.
+    """
 
-    backend: Literal["vllm", "tensorrt_llm", "generic"] = "vllm"
+    backend: Literal[
+        "vllm",
+        "vllm_embeddings",
+        "tensorrt_llm",
+        "tensorrt_llm_ids",
+        "token_ids",
+        "generic",
+        "embeddings",
+        "classification",
+        "ocr",
+        "speech_to_text",
+        "text_to_image",
+    ] = "vllm"
     # By its name in [models.tokenizers]; empty: the back end alone counts.
     tokenizer: str = ""
-    decoupled: bool = True
+    decoupled: bool | None = None
     # For plans that state none; 0: the gateway's.
-    prompt_tokens_max: Annotated[int, Field(ge=0)] = 0
+    prompt_tokens_max: Annotated[int, Field(ge=0)] | None = None
+    # Names of tensors.
+    text_inputs: Annotated[list[str], Field(min_length=1, max_length=8)] | None = None
+    text_output: str | None = None
+    ids_input: str | None = None
+    lengths_input: str | None = None
+    ids_output: str | None = None
+    lengths_output: str | None = None
+    audio_input: str | None = None
+    audio_lengths_input: str | None = None
+    steps_input: str | None = None
+    images_input: str | None = None
+    # TensorRT-LLM's parameter `exclude_input_in_output`, for requests that do not say.
+    exclude_input_default: bool | None = None
+    sample_rate_hz: Annotated[int, Field(ge=1)] | None = None
+    # What the model does where a request states none.
+    steps_default: Annotated[int, Field(ge=1)] | None = None
+    images_default: Annotated[int, Field(ge=1)] | None = None
+    # Set aside of a balance for an answer that is billed by the character.
+    characters_reserved: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _can_count(self) -> ModelProfileConfig:
-        if self.backend == "generic" and not self.tokenizer:
-            raise ValueError("backend generic reports no counts: name a tokenizer from [models.tokenizers]")
+        if self.backend in _COUNTLESS_BACKENDS and not self.tokenizer:
+            raise ValueError(f"backend {self.backend} reports no counts: name a tokenizer from [models.tokenizers]")
         return self
 
 

@@ -74,6 +74,8 @@ class _KeyScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyScope.Val
     KEY_SCOPE_READ: _KeyScope.ValueType  # 2
     KEY_SCOPE_ADMIN: _KeyScope.ValueType  # 3
     KEY_SCOPE_PRICES: _KeyScope.ValueType  # 4
+    KEY_SCOPE_OPERATE: _KeyScope.ValueType  # 5
+    """Change the back end that all tenants share through a gateway: repository, shared memory, trace and log settings."""
 
 class KeyScope(_KeyScope, metaclass=_KeyScopeEnumTypeWrapper): ...
 
@@ -82,6 +84,8 @@ KEY_SCOPE_METER: KeyScope.ValueType  # 1
 KEY_SCOPE_READ: KeyScope.ValueType  # 2
 KEY_SCOPE_ADMIN: KeyScope.ValueType  # 3
 KEY_SCOPE_PRICES: KeyScope.ValueType  # 4
+KEY_SCOPE_OPERATE: KeyScope.ValueType  # 5
+"""Change the back end that all tenants share through a gateway: repository, shared memory, trace and log settings."""
 Global___KeyScope: _TypeAlias = KeyScope  # noqa: Y015
 
 @_typing.final

@@ -7,21 +7,23 @@ traps, and takes out again what was injected, so that a client sees what it woul
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from billing.limits import QUANTITY_MAX
 from serving import kserve
+from serving.gateway.units import Characters, count_characters
 from serving.kserve import EMPTY_FINAL_PARAMETER, TensorError
 from serving.tokenizers import Framing
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
-    from serving.gateway.profiles import ModelProfile
+    from serving.gateway.profiles import CountFlags, ModelProfile, TokenIds
     from serving.kserve import ModelInferRequest, ModelInferResponse
 
-__all__ = ["AnswerCounter", "Counted", "PreparedRequest", "prepare"]
+__all__ = ["AnswerCounter", "Counted", "PreparedRequest", "prepare", "reserved_units"]
 
 _FOUR_BYTES = frozenset({"INT32", "UINT32"})
 
@@ -31,13 +33,22 @@ class PreparedRequest:
     """What the gateway must remember of a request while the back end works on it."""
 
     client_id: str
-    prompt: str
+    prompts: tuple[str, ...]
+    """What the tokenizer counts where the back end does not."""
     framing: Framing
+    input_tokens: int | None
+    """Where they are known without anybody who counts: they came as numbers, or the model has none."""
+    rows: int
+    """Of token ids: prompts in one request."""
+    units: tuple[int, ...]
+    """Of the profile's units, what the request itself says."""
     hidden_outputs: tuple[str, ...]
     """Injected: the client did not ask for them and does not see them."""
     empty_final_asked: bool
     prompt_echoed: bool
     """The back end puts the prompt in front of its answer."""
+    repeats_all: bool
+    """Each response has all token ids so far, not only new ones."""
 
 
 def _refuse_shared_memory(request: ModelInferRequest) -> None:
@@ -46,14 +57,14 @@ def _refuse_shared_memory(request: ModelInferRequest) -> None:
             raise TensorError(tensor.name, "in shared memory", "send tensors in the request: the gateway must meter them")
 
 
-def _flag(request: ModelInferRequest, names: AbstractSet[str], name: str | None) -> bool:
-    """Whether the client set the flag. The set of names spares a walk over all inputs for each that is not there."""
-    return name is not None and name in names and bool(kserve.read_bool_input(request, name))
+def _flag(request: ModelInferRequest, names: AbstractSet[str], name: str | None) -> bool | None:
+    """What the client set the flag to. The set of names spares a walk over all inputs for each that is not there."""
+    return kserve.read_bool_input(request, name) if name and name in names else None
 
 
 def _inject_flag(request: ModelInferRequest, names: AbstractSet[str], flag: str, count: str, shape: tuple[int, ...]) -> bool:
     """Make the back end report a count; True if the client did not ask for it."""
-    asked = _flag(request, names, flag)
+    asked = bool(_flag(request, names, flag))
     if not asked:
         if flag in names:
             kserve.strip_input(request, flag)
@@ -62,28 +73,58 @@ def _inject_flag(request: ModelInferRequest, names: AbstractSet[str], flag: str,
     return kserve.request_output(request, count) or not asked
 
 
+def _inject(request: ModelInferRequest, names: AbstractSet[str], profile: ModelProfile) -> tuple[str, ...]:
+    """Ask for every output that is metered; those that the client did not ask for."""
+    hidden: list[str] = []
+    counts = profile.counts
+    if counts is not None:
+        for flag, count in ((counts.input_flag, counts.input_count), (counts.output_flag, counts.output_count)):
+            if flag and _inject_flag(request, names, flag, count, counts.shape):
+                hidden.append(count)
+    hidden += [name for name in profile.metered_outputs if kserve.request_output(request, name)]
+    return tuple(hidden)
+
+
+def _read_prompts(request: ModelInferRequest, names: AbstractSet[str], profile: ModelProfile) -> tuple[str, ...]:
+    found: list[str] = []
+    for place, name in enumerate(profile.text_inputs):
+        if name in names:
+            # A back end that counts takes one prompt a request; its counts could not be told apart.
+            found += (
+                kserve.read_texts_input(request, name) or ()
+                if profile.counts is None
+                else (kserve.read_text_input(request, name) or "",)
+            )
+        elif place == 0 and profile.tokenizer is not None:
+            raise TensorError(name, "missing", "send the prompt as a BYTES tensor of one element")
+    return tuple(found)
+
+
+def _read_ids(request: ModelInferRequest, ids: TokenIds) -> tuple[int, int]:
+    """How many tokens the prompts of a request have that come as numbers, and how many prompts those are."""
+    given = kserve.count_elements(request, ids.input_ids)
+    if given is None:
+        raise TensorError(ids.input_ids, "missing", "send the prompt's token ids")
+    tensor = kserve.find_input(request, ids.input_ids)
+    rows = max(1, tensor.shape[0]) if tensor is not None and len(tensor.shape) > 1 else 1
+    lengths = kserve.read_integers_input(request, ids.input_lengths) if ids.input_lengths else None
+    if lengths is None:
+        return given, rows
+    if min(lengths, default=0) < 0 or sum(lengths) > given:
+        raise TensorError(ids.input_lengths, f"{sum(lengths)} tokens in all", f"{ids.input_ids} has {given}")
+    return sum(lengths), rows
+
+
 def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str, *, stream: bool) -> PreparedRequest:
     """Rewrite `request` in place for the back end. Raises TensorError for what cannot be metered."""
     _refuse_shared_memory(request)
-    prompt = kserve.read_text_input(request, profile.text_input)
-    if prompt is None:
-        if profile.tokenizer is not None:
-            raise TensorError(profile.text_input, "missing", "send the prompt as a BYTES tensor of one element")
-        prompt = ""
     names = {tensor.name for tensor in request.inputs}
-    framing = Framing.CHAT if _flag(request, names, profile.chat_input) else profile.framing
-    streaming = _flag(request, names, profile.stream_input)
+    prompts = _read_prompts(request, names, profile) if profile.text_inputs else ()
+    ids = profile.ids
+    input_tokens, rows = _read_ids(request, ids) if ids is not None else (None if profile.counts_input else 0, 1)
+    streaming = bool(_flag(request, names, profile.stream_input))
     excluded = _flag(request, names, profile.exclude_input)
-    hidden: list[str] = []
-    counts = profile.counts
-    if counts is None:
-        if kserve.request_output(request, profile.text_output):
-            hidden.append(profile.text_output)
-    else:
-        if _inject_flag(request, names, counts.input_flag, counts.input_count, counts.shape):
-            hidden.append(counts.input_count)
-        if _inject_flag(request, names, counts.output_flag, counts.output_count, counts.shape):
-            hidden.append(counts.output_count)
+    hidden = _inject(request, names, profile)
     empty_final_asked = kserve.get_parameter(request, EMPTY_FINAL_PARAMETER)
     if empty_final_asked is not None and not isinstance(empty_final_asked, bool):
         # The back end would refuse it, and it will not see it.
@@ -94,77 +135,154 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
     request.id = upstream_id
     return PreparedRequest(
         client_id=client_id,
-        prompt=prompt,
-        framing=framing,
-        hidden_outputs=tuple(hidden),
+        prompts=prompts,
+        framing=Framing.CHAT if _flag(request, names, profile.chat_input) else profile.framing,
+        input_tokens=input_tokens,
+        rows=rows,
+        units=tuple(rule.of_request(request) for rule in profile.units),
+        hidden_outputs=hidden,
         empty_final_asked=bool(empty_final_asked),
-        prompt_echoed=not streaming and not excluded,
+        prompt_echoed=not streaming and not (profile.exclude_input_default if excluded is None else excluded),
+        repeats_all=ids is not None and bool(_flag(request, names, ids.all_generated)),
     )
+
+
+def reserved_units(profile: ModelProfile, prepared: PreparedRequest) -> dict[str, int]:
+    """What is set aside of a balance for a request's units: what it says, and for an answer that is not known yet a bound."""
+    return {
+        rule.unit: rule.reserved if isinstance(rule, Characters) else quantity
+        for rule, quantity in zip(profile.units, prepared.units, strict=True)
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What the responses so far say: counts where the back end gave them, and how much text there was."""
+    """What the responses so far say: counts where the back end gave them, and how much else there was."""
 
     input_tokens: int | None
     output_tokens: int | None
     text_parts: int
+    units: tuple[int, ...] = ()
+    """Of the profile's units, in its order: what the request says and what came."""
 
 
 class AnswerCounter:
     """Adds up a request's responses."""
 
-    __slots__ = ("_counts", "_hidden", "_input", "_output", "_parts", "_prepared", "_profile", "responses")
+    __slots__ = (
+        "_characters",
+        "_counts",
+        "_hidden",
+        "_ids",
+        "_ids_output",
+        "_ids_sequences",
+        "_input",
+        "_output",
+        "_parts",
+        "_prepared",
+        "_profile",
+        "_sequences",
+        "_text_output",
+        "_units",
+        "responses",
+    )
 
     def __init__(self, profile: ModelProfile, prepared: PreparedRequest) -> None:
         self._profile = profile
         self._prepared = prepared
         self._counts = profile.counts
+        self._ids = profile.ids
+        self._text_output = profile.text_output if profile.tokenizer is not None else None
         self._hidden = prepared.hidden_outputs
+        self._units = list(prepared.units)
+        self._characters = [(place, rule.output) for place, rule in enumerate(profile.units) if isinstance(rule, Characters)]
         self._input: int | None = None
         self._output: int | None = None
-        self._parts: list[bytes] = []
+        self._ids_output: int | None = None
+        # Answers that counts, or ids, came for: each has its prompt in front, where that is echoed at all.
+        self._sequences = self._ids_sequences = 0
+        # Of each response, the bytes of each of its texts.
+        self._parts: list[list[bytes]] = []
         self.responses = 0
 
     def take(self, response: ModelInferResponse) -> None:
         """Count a response and take out what was injected. Raises TensorError if it cannot be read."""
         self.responses += 1
         names = [tensor.name for tensor in response.outputs]
-        counts = self._counts
-        if counts is not None:
-            tokens = _read_count(response, names, counts.input_count)
-            if tokens is not None and (self._input is None or tokens > self._input):
-                self._input = tokens
-            tokens = _read_count(response, names, counts.output_count)
-            if tokens is not None:
-                self._output = tokens + (self._output or 0) if counts.deltas else tokens
-        if self._profile.tokenizer is not None:
-            text = kserve.read_bytes_output(response, self._profile.text_output)
-            if text:
-                self._parts.extend(text)
+        text_output = self._text_output
+        if text_output is not None and text_output in names:
+            texts = kserve.read_bytes_output(response, text_output)
+            if texts:
+                self._parts.append(texts)
+        if self._counts is not None:
+            self._take_counts(self._counts, response, names)
+        if self._ids is not None:
+            self._take_ids(self._ids, response, names)
+        for place, output in self._characters:
+            elements = kserve.read_bytes_output(response, output) or ()
+            self._units[place] += sum(count_characters(element) for element in elements)
         for name in self._hidden:
             if name in names:
                 _strip(response, names, name)
 
+    def _take_counts(self, counts: CountFlags, response: ModelInferResponse, names: list[str]) -> None:
+        if counts.input_flag:
+            tokens = _read_count(response, names, counts.input_count)
+            if tokens is not None and (self._input is None or tokens > self._input):
+                self._input = tokens
+        if counts.output_flag:
+            tokens = _read_count(response, names, counts.output_count)
+            if tokens is not None:
+                self._output = tokens + (self._output or 0) if counts.deltas else tokens
+                if counts.prompt_in_output_count and self._prepared.prompt_echoed:
+                    text = self._profile.text_output
+                    self._sequences += math.prod(response.outputs[names.index(text)].shape) if text in names else 1
+
+    def _take_ids(self, ids: TokenIds, response: ModelInferResponse, names: list[str]) -> None:
+        if ids.output_ids not in names:
+            return
+        lengths = kserve.read_integers_output(response, ids.output_lengths) if ids.output_lengths else None
+        if lengths is None:
+            values = kserve.read_integers_output(response, ids.output_ids) or ()
+            tokens, sequences = sum(value >= 0 for value in values), 1
+        else:
+            if min(lengths, default=0) < 0:
+                raise TensorError(ids.output_lengths, f"lengths {lengths[:8]}", "lengths are not negative")
+            tokens, sequences = sum(lengths), len(lengths)
+        if self._prepared.repeats_all:
+            self._ids_output, self._ids_sequences = tokens, sequences
+        else:
+            self._ids_output = tokens + (self._ids_output or 0)
+            self._ids_sequences += sequences
+
     def counted(self) -> Counted:
         """All so far."""
-        output = self._output
-        if (
-            output is not None
-            and self._input is not None
-            and self._counts is not None
-            and self._counts.prompt_in_output_count
-            and self._prepared.prompt_echoed
-        ):
-            output = max(0, output - self._input)
-        return Counted(self._input, output, len(self._parts))
+        prepared, profile = self._prepared, self._profile
+        # The back end's count is that of one prompt.
+        input_tokens = prepared.input_tokens if self._input is None or prepared.rows > 1 else self._input
+        output_tokens, sequences = self._output, self._sequences
+        if self._ids is not None and self._ids_output is not None:
+            # Padding is in the back end's count and not in the lengths.
+            output_tokens = self._ids_output
+            sequences = self._ids_sequences if self._ids.prompt_in_output and prepared.prompt_echoed else 0
+        elif not profile.counts_output:
+            output_tokens = 0
+        if output_tokens and input_tokens and sequences:
+            output_tokens = max(0, output_tokens - input_tokens * sequences // prepared.rows)
+        return Counted(input_tokens, output_tokens, len(self._parts), tuple(self._units))
 
-    def text(self, first_part: int = 0, end_part: int | None = None) -> str:
-        """What the model wrote. A character may be split over two responses, so bytes are joined before they are read."""
-        text = b"".join(self._parts[first_part:end_part]).decode(errors="replace")
-        if first_part == 0 and self._profile.prompt_in_output_text and self._prepared.prompt_echoed:
-            text = text.removeprefix(self._prepared.prompt)
-        return text
+    def texts(self, first_part: int = 0, end_part: int | None = None) -> list[str]:
+        """What the model wrote, each of its texts in one piece. A character may be split over two responses, so bytes are
+        joined before they are read."""
+        parts = self._parts[first_part:end_part]
+        joined = [
+            b"".join(part[place] for part in parts if place < len(part)).decode(errors="replace")
+            for place in range(max((len(part) for part in parts), default=0))
+        ]
+        prompts = self._prepared.prompts
+        if first_part == 0 and self._profile.prompt_in_output_text and self._prepared.prompt_echoed and prompts:
+            joined = [text.removeprefix(prompts[min(place, len(prompts) - 1)]) for place, text in enumerate(joined)]
+        return joined
 
 
 def _strip(response: ModelInferResponse, names: list[str], name: str) -> None:
@@ -179,14 +297,16 @@ def _strip(response: ModelInferResponse, names: list[str], name: str) -> None:
 
 
 def _read_count(response: ModelInferResponse, names: list[str], name: str) -> int | None:
-    """A count; None where there is none, or one that cannot be one: then the tokenizer takes its place."""
+    """A count, that of all texts of an answer together; None where there is none, or one that cannot be one: then the tokenizer
+    takes its place."""
     if name not in names:
         return None
     raws = response.raw_output_contents
     index = names.index(name)
     # What back ends send: four raw bytes. Everything else takes the way that checks everything.
     if len(raws) == len(names) and len(raw := raws[index]) == 4 and response.outputs[index].datatype in _FOUR_BYTES:
-        tokens: int | None = int.from_bytes(raw, "little", signed=response.outputs[index].datatype == "INT32")
-    else:
-        tokens = kserve.read_integer_output(response, name)
-    return tokens if tokens is not None and 0 <= tokens <= QUANTITY_MAX else None
+        tokens = int.from_bytes(raw, "little", signed=response.outputs[index].datatype == "INT32")
+        return tokens if tokens >= 0 else None
+    counts = kserve.read_integers_output(response, name) or []
+    tokens = sum(counts)
+    return tokens if counts and min(counts) >= 0 and tokens <= QUANTITY_MAX else None

@@ -17,6 +17,7 @@ from uuid import uuid4
 import grpc
 
 from billing.v1.usage_pb2 import (
+    COUNT_SOURCE_BACKEND,
     COUNT_SOURCE_ESTIMATE,
     COUNT_SOURCE_TOKENIZER,
     OUTCOME_CANCELLED,
@@ -27,14 +28,16 @@ from billing.v1.usage_pb2 import (
 )
 from producers.errors import JournalFull, ProducerError
 from serving.gateway import admission
-from serving.gateway.counting import AnswerCounter, PreparedRequest, prepare
+from serving.gateway.counting import AnswerCounter, PreparedRequest, prepare, reserved_units
 from serving.gateway.credentials import CREDENTIAL_METADATA, SecretHasher, find_secret
 from serving.gateway.errors import CallError
 from serving.gateway.metering import MeterParts, RequestMeter, new_event, now_ms
+from serving.gateway.scoping import SequenceScope
+from serving.gateway.tokens import TextCount
 from serving.kserve import TensorError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterable
 
     from billing.v1.usage_pb2 import UsageEvent
     from producers.meter import Receipt
@@ -44,7 +47,6 @@ if TYPE_CHECKING:
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import GatewaySettings
     from serving.gateway.spending import RequestMoney, Spending
-    from serving.gateway.tokens import TextCount
     from serving.gateway.upstream import Upstream
     from serving.kserve import ModelInferRequest
 
@@ -95,6 +97,10 @@ class Admitted:
     tenant_id: str
 
 
+def _size_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
 class Gateway:
     """What all calls of one gateway share. Belongs to one event loop."""
 
@@ -116,6 +122,7 @@ class Gateway:
         self.spending: Spending | None = None
         self._directory = directory
         self._hash_secret = SecretHasher(settings.directory.pepper)
+        self._sequences = SequenceScope(settings.directory.pepper)
         self._parts = parts
         self._running = 0
         self._tenant_running: Counter[str] = Counter()
@@ -148,6 +155,8 @@ class Gateway:
         refusal = admission.key_refusal(key, policy.scopes, now_ms())
         if refusal is not None:
             self._count_refusal(refusal)
+            if policy.message and refusal.status is grpc.StatusCode.PERMISSION_DENIED:
+                raise CallError(refusal.status, f"denied by policy {policy.name}: {policy.message} ({refusal.message})")
             raise CallError.refused(refusal)
         assert key is not None, "no refusal, so there is a key"
         return key
@@ -209,6 +218,7 @@ class Gateway:
             await self._refuse(admission.model_refusal(model), event)
         try:
             prepared = prepare(request, profile, request_id, stream=stream)
+            self._sequences.apply(request, key.tenant_id)
         except TensorError as error:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error
@@ -252,11 +262,12 @@ class Gateway:
         if prompt_count is not None:
             prompt_tokens = prompt_count.tokens
         else:
-            bound = self._parts.tokens.bound(profile.tokenizer, prepared.prompt, prepared.framing)
-            prompt_tokens = len(prepared.prompt.encode()) if bound is None else bound
+            bound = self._parts.tokens.bound_all(profile.tokenizer, prepared.prompts, prepared.framing)
+            prompt_tokens = _size_bytes(prepared.prompts) if bound is None else bound
         until_ms = event.started_ms + int(self.settings.limits.upstream_timeout_s * 1_000)
+        units = reserved_units(profile, prepared)
         try:
-            money = await spending.set_aside(request, event, account, profile, prompt_tokens, until_ms)
+            money = await spending.set_aside(request, event, account, profile, prompt_tokens, until_ms, units)
         except TensorError as error:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error
@@ -274,24 +285,26 @@ class Gateway:
         self, prepared: PreparedRequest, profile: ModelProfile, limit: int, event: UsageEvent
     ) -> TextCount | None:
         """Refuse a prompt over the limit, by its bytes where they settle it, else by its tokens."""
+        count = None if prepared.input_tokens is None else TextCount(prepared.input_tokens, exact=True)
         if not limit:
-            return None
+            return count
         tokens = self._parts.tokens
-        bound = tokens.bound(profile.tokenizer, prepared.prompt, prepared.framing)
+        bound = tokens.bound_all(profile.tokenizer, prepared.prompts, prepared.framing) if count is None else count.tokens
         if bound is not None and bound <= limit:
-            return None
-        count = None
-        if profile.tokenizer is not None and len(prepared.prompt) <= limit * _TOKEN_BYTES_MAX:
-            count = await tokens.count(profile.tokenizer, prepared.prompt, prepared.framing)
+            return count
+        if count is None and profile.tokenizer is not None and _size_bytes(prepared.prompts) <= limit * _TOKEN_BYTES_MAX:
+            count = await tokens.count_all(profile.tokenizer, prepared.prompts, prepared.framing)
             bound = count.tokens
         if bound is None:
-            bound = len(prepared.prompt.encode())
+            bound = _size_bytes(prepared.prompts)
         elif count is not None and bound <= limit:
             return count
         exact = count is not None and count.exact
         event.uncached_input_tokens = event.context_tokens = bound
         event.count_source = COUNT_SOURCE_TOKENIZER if exact else COUNT_SOURCE_ESTIMATE
-        if exact and profile.tokenizer is not None:
+        if exact and prepared.input_tokens is not None:
+            event.count_source = COUNT_SOURCE_BACKEND
+        elif exact and profile.tokenizer is not None:
             event.tokenizer = tokens.fingerprint(profile.tokenizer)
         return await self._refuse(admission.prompt_refusal(bound, limit, exact=exact), event)
 

@@ -31,6 +31,8 @@ from serving.gateway.tokens import TextCount
 from serving.tokenizers import Framing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from producers.meter import OpenRequest, UsageMeter
     from serving.gateway.counting import AnswerCounter, Counted, PreparedRequest
     from serving.gateway.directory import KeyView
@@ -72,6 +74,7 @@ class Usage:
     input_tokens: int
     output_tokens: int
     count_source: int
+    units: tuple[tuple[str, int], ...] = ()
 
 
 def tell_usage(response: ModelInferResponse, usage: Usage) -> None:
@@ -81,6 +84,8 @@ def tell_usage(response: ModelInferResponse, usage: Usage) -> None:
     parameters["taximeter_input_tokens"].int64_param = usage.input_tokens
     parameters["taximeter_output_tokens"].int64_param = usage.output_tokens
     parameters["taximeter_count_source"].string_param = _SOURCES[usage.count_source]
+    for unit, quantity in usage.units:
+        parameters[f"taximeter_{unit}"].int64_param = quantity
 
 
 def new_event(parts: MeterParts, key: KeyView, request_id: str, model: str, operation: int, client_id: str) -> UsageEvent:
@@ -124,6 +129,7 @@ class RequestMeter:
         self._profile = profile
         self._prepared = prepared
         self._prompt_count = prompt_count
+        self._units = tuple(rule.unit for rule in profile.units)
         self._open: OpenRequest | None = None
         self._started = time.monotonic()
         self._first_token_ms = 0
@@ -164,34 +170,39 @@ class RequestMeter:
             input_tokens = (await self._count_prompt()).tokens
         if output_tokens is None:
             output_tokens = await self._delivered_text_tokens(delivered.text_parts)
-        self._fill(input_tokens, output_tokens, COUNT_SOURCE_BACKEND if exact else COUNT_SOURCE_ESTIMATE)
+        self._fill(input_tokens, output_tokens, delivered.units, COUNT_SOURCE_BACKEND if exact else COUNT_SOURCE_ESTIMATE)
         assert self._open is not None, "progress comes after open"
         await self._open.progress(self._event).wait(self._parts.durable_timeout_s)
         return self._money is None or self._money.covers(self._event)
 
     async def _count_prompt(self) -> TextCount:
         if self._prompt_count is None or not self._prompt_count.exact:
-            self._prompt_count = await self._count(self._prepared.prompt, self._prepared.framing)
+            self._prompt_count = await self._count(self._prepared.prompts, self._prepared.framing)
         return self._prompt_count
 
-    async def _count(self, text: str, framing: Framing) -> TextCount:
+    async def _count(self, texts: Iterable[str], framing: Framing) -> TextCount:
         tokenizer = self._profile.tokenizer
         if tokenizer is None:
             # The back end counts for this model, and it has not spoken.
             return _UNKNOWN
-        return await self._parts.tokens.count(tokenizer, text, framing)
+        return await self._parts.tokens.count_all(tokenizer, texts, framing)
 
     async def _delivered_text_tokens(self, parts: int) -> int:
         """The tokens of the text so far, in windows, so that a long answer is not counted anew with every chunk."""
-        window = self.counter.text(self._settled_parts, parts)
+        window = self.counter.texts(self._settled_parts, parts)
         tokens = (await self._count(window, Framing.OUTPUT)).tokens
         total = self._settled_tokens + tokens
-        if len(window) > _WINDOW_CHARS:
+        if sum(map(len, window)) > _WINDOW_CHARS:
             self._settled_parts, self._settled_tokens = parts, total
         return total
 
-    def _fill(self, input_tokens: int, output_tokens: int, source: int) -> None:
+    def _fill(self, input_tokens: int, output_tokens: int, units: Sequence[int], source: int) -> None:
         event = self._event
+        if self._units:
+            del event.units[:]
+            for unit, quantity in zip(self._units, units, strict=True):
+                if quantity:
+                    event.units.add(unit=unit, quantity=quantity)
         event.uncached_input_tokens = event.context_tokens = input_tokens
         event.output_tokens = output_tokens
         event.count_source = source  # type: ignore[assignment]
@@ -211,8 +222,10 @@ class RequestMeter:
         counted = self.counter.counted()
         input_tokens, output_tokens = counted.input_tokens, counted.output_tokens
         source: int = COUNT_SOURCE_BACKEND
+        units = counted.units
         if not self._forwarded:
             input_tokens = output_tokens = 0
+            units = (0,) * len(units)
         if input_tokens is None:
             count = await self._count_prompt()
             input_tokens = count.tokens
@@ -220,13 +233,13 @@ class RequestMeter:
         elif outcome == OUTCOME_COMPLETED and self._was_cut(input_tokens):
             outcome = OUTCOME_TRUNCATED
         if output_tokens is None:
-            count = await self._count(self.counter.text(), Framing.OUTPUT) if counted.text_parts else _NOTHING
+            count = await self._count(self.counter.texts(), Framing.OUTPUT) if counted.text_parts else _NOTHING
             output_tokens = count.tokens
             source = _weaker(source, count)
         event = self._event
         if not self._closed:
             self._closed = True
-            self._fill(input_tokens, output_tokens, source)
+            self._fill(input_tokens, output_tokens, units, source)
             event.outcome = outcome  # type: ignore[assignment]
             if source == COUNT_SOURCE_TOKENIZER and self._profile.tokenizer is not None:
                 event.tokenizer = self._parts.tokens.fingerprint(self._profile.tokenizer)
@@ -238,7 +251,8 @@ class RequestMeter:
                 raise
             if self._money is not None:
                 self._money.settle(event)
-        return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source)
+        told = tuple((entry.unit, entry.quantity) for entry in event.units)
+        return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told)
 
 
 def _weaker(source: int, count: TextCount) -> int:

@@ -1,7 +1,8 @@
 """How long a request allows its answer to be: read it, and make it shorter.
 
 Two ways that back ends have: `max_tokens` in the JSON of `sampling_parameters` (vLLM; also as a parameter of the request), and
-a tensor `max_tokens` (TensorRT-LLM). A request that states none has the back end's own default, which a gateway does not know.
+a tensor, `max_tokens` or `request_output_len` (TensorRT-LLM). A request that states none has the back end's own default, which
+a gateway does not know. A request may ask for several texts, each of that length.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from serving import kserve
 if TYPE_CHECKING:
     from serving.kserve import ModelInferRequest
 
-__all__ = ["OutputLimit", "read_output_limit", "set_output_limit"]
+__all__ = ["OutputLimit", "read_output_limit", "read_texts_asked", "set_output_limit"]
 
 _JSON_INPUT = "sampling_parameters"
 _NAME = "max_tokens"
+# Texts that one prompt may ask for: in the JSON, and as tensors. What is more than any back end gives is refused there.
+_JSON_TEXTS = ("n", "best_of")
+_TENSOR_TEXTS = ("beam_width", "num_return_sequences")
+_TEXTS_MAX = 1_024
 
 
 class OutputLimit(enum.Enum):
@@ -29,14 +34,14 @@ class OutputLimit(enum.Enum):
     NOWHERE = "nowhere"
 
 
-def read_output_limit(request: ModelInferRequest, where: OutputLimit) -> int | None:
+def read_output_limit(request: ModelInferRequest, where: OutputLimit, name: str = _NAME) -> int | None:
     """The tokens that the answer may have at most; None where the request does not say, or says what the back end will refuse.
 
     Raises TensorError for a tensor that cannot be read.
     """
     value: object = None
     if where is OutputLimit.TENSOR:
-        value = kserve.read_integer_input(request, _NAME)
+        value = kserve.read_integer_input(request, name)
     elif where is OutputLimit.SAMPLING_PARAMETERS:
         parameters = _sampling_parameters(request)
         value = kserve.get_parameter(request, _NAME) if parameters is None else parameters.get(_NAME)
@@ -45,14 +50,28 @@ def read_output_limit(request: ModelInferRequest, where: OutputLimit) -> int | N
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def set_output_limit(request: ModelInferRequest, where: OutputLimit, tokens: int) -> None:
+def read_texts_asked(request: ModelInferRequest, where: OutputLimit) -> int:
+    """How many texts the request asks for, each as long as the limit allows. Raises TensorError for a tensor that cannot be
+    read."""
+    texts = 1
+    if where is OutputLimit.TENSOR:
+        for name in _TENSOR_TEXTS:
+            texts *= kserve.read_integer_input(request, name) or 1
+    elif where is OutputLimit.SAMPLING_PARAMETERS:
+        parameters = _sampling_parameters(request) or {}
+        stated = [parameters.get(name) for name in _JSON_TEXTS]
+        texts = max((value for value in stated if isinstance(value, int)), default=1)
+    return min(max(texts, 1), _TEXTS_MAX)
+
+
+def set_output_limit(request: ModelInferRequest, where: OutputLimit, tokens: int, name: str = _NAME) -> None:
     """Let the answer of a request that states a limit have at most `tokens`."""
     if where is OutputLimit.TENSOR:
-        tensor = kserve.find_input(request, _NAME)
+        tensor = kserve.find_input(request, name)
         assert tensor is not None, "its limit was read"
         dtype, shape = tensor.datatype, tuple(tensor.shape)
-        kserve.strip_input(request, _NAME)
-        kserve.add_integer_input(request, _NAME, tokens, dtype=dtype, shape=shape)
+        kserve.strip_input(request, name)
+        kserve.add_integer_input(request, name, tokens, dtype=dtype, shape=shape)
     elif where is OutputLimit.SAMPLING_PARAMETERS:
         parameters = _sampling_parameters(request)
         if parameters is None:

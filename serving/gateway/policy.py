@@ -2,8 +2,9 @@
 against the descriptors, so a new one without a policy fails the build.
 
 `OPEN` needs no key: liveness says nothing about a tenant, and orchestrators probe it without credentials. `KEYED` needs a
-valid key with one of the scopes and is passed on as it is. `METERED` also costs tokens. `DENIED` never reaches the back end:
-through it one tenant could change what others get, read what they sent, or take tokens past the meter.
+valid key with one of the scopes and is passed on as it is. `METERED` also costs tokens. Through what needs the scope `operate`
+one tenant could change what others get, read what they sent, or take tokens past the meter: no key has it unless an operator
+gave it. `ABSENT` is what the back end does not have either.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-import grpc
-
-from billing.v1.account_pb2 import KEY_SCOPE_ADMIN, KEY_SCOPE_METER, KEY_SCOPE_READ
+from billing.v1.account_pb2 import KEY_SCOPE_ADMIN, KEY_SCOPE_METER, KEY_SCOPE_OPERATE, KEY_SCOPE_READ
 from serving.kserve import SERVICE_NAME
 
-__all__ = ["HEALTH_SERVICE", "POLICIES", "Access", "Policy"]
+__all__ = ["HEALTH_SERVICE", "POLICIES", "REFLECTION_SERVICES", "Access", "Policy"]
 
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
+# The same messages under two names; the gateway answers itself, for what it serves: Triton has no reflection.
+REFLECTION_SERVICES: Final = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
 
 class Access(Enum):
@@ -28,7 +29,7 @@ class Access(Enum):
     OPEN = "open"
     KEYED = "keyed"
     METERED = "metered"
-    DENIED = "denied"
+    ABSENT = "absent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +42,27 @@ class Policy:
     scopes: frozenset[int] = frozenset()
     """One of these is enough."""
     message: str = ""
-    """Of a denial: why, and what to do instead."""
-    status: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED
-    """Of a denial."""
+    """Why not everybody may, and what to do instead."""
 
 
-_ANY_KEY: Final = frozenset({KEY_SCOPE_METER, KEY_SCOPE_READ, KEY_SCOPE_ADMIN})
+_ANY_KEY: Final = frozenset({KEY_SCOPE_METER, KEY_SCOPE_READ, KEY_SCOPE_ADMIN, KEY_SCOPE_OPERATE})
 
 _LIVENESS: Final = Policy("liveness", Access.OPEN)
 _METADATA: Final = Policy("model-metadata", Access.KEYED, _ANY_KEY)
 _INFERENCE: Final = Policy("inference", Access.METERED, frozenset({KEY_SCOPE_METER}))
 
 
-def _denied(name: str, message: str) -> Policy:
-    return Policy(name, Access.DENIED, message=message)
+def _operated(name: str, message: str) -> Policy:
+    return Policy(name, Access.KEYED, frozenset({KEY_SCOPE_OPERATE}), message)
 
 
-_REPOSITORY: Final = _denied(
-    "repository-control", "loading and unloading models is done on the back end itself, not through the gateway"
+_REPOSITORY: Final = _operated(
+    "repository-control", "loading and unloading models is done on the back end itself, or with a key of the scope operate"
 )
-_SHARED_MEMORY: Final = _denied(
+_SHARED_MEMORY: Final = _operated(
     "shared-memory", "shared memory hides what is metered and is shared by all tenants; send tensors in the request"
 )
-_SETTINGS: Final = _denied(
+_SETTINGS: Final = _operated(
     "server-settings", "trace and log settings are those of all tenants; change them on the back end itself"
 )
 
@@ -93,8 +92,7 @@ _KSERVE: Final[dict[str, Policy]] = {
 POLICIES: Final[dict[tuple[str, str], Policy]] = {
     **{(SERVICE_NAME, method): policy for method, policy in _KSERVE.items()},
     (HEALTH_SERVICE, "Check"): _LIVENESS,
-    # Triton has no Watch either; a client that hears this status asks Check instead, as gRPC's health protocol says.
-    (HEALTH_SERVICE, "Watch"): Policy(
-        "health-watch", Access.DENIED, message="ask Health/Check", status=grpc.StatusCode.UNIMPLEMENTED
-    ),
+    # A client that hears UNIMPLEMENTED asks Check instead, as gRPC's health protocol says.
+    (HEALTH_SERVICE, "Watch"): Policy("health-watch", Access.ABSENT, message="ask Health/Check"),
+    **{(service, "ServerReflectionInfo"): Policy("reflection", Access.KEYED, _ANY_KEY) for service in REFLECTION_SERVICES},
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from tritonclient.grpc import service_pb2
 
 from producers.commands import CommandSettings, LeaseSender
@@ -28,14 +29,14 @@ from serving.gateway.errors import CallError
 from serving.gateway.gateway import Gateway
 from serving.gateway.leases import LeaseKeeper
 from serving.gateway.metering import MeterParts
-from serving.gateway.policy import HEALTH_SERVICE, POLICIES, Access, Policy
+from serving.gateway.policy import HEALTH_SERVICE, POLICIES, REFLECTION_SERVICES, Access, Policy
 from serving.gateway.spending import Spending
 from serving.gateway.tokens import TokenCounts, make_registry
 from serving.gateway.upstream import Upstream
 from serving.gateway.worth import Worth
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from billing.v1.account_pb2 import Lease
     from serving.gateway.directory import AccountView
@@ -60,12 +61,27 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _make_denied(policy: Policy) -> Callable[[bytes, Any], Awaitable[bytes]]:
-    async def denied(_: bytes, context: Any) -> bytes:
-        await context.abort(policy.status, f"denied by policy {policy.name}: {policy.message}")
+def _make_absent(policy: Policy) -> Callable[[bytes, Any], Awaitable[bytes]]:
+    async def absent(_: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{policy.name}: is not there: {policy.message}")
         raise AssertionError("abort raises")
 
-    return denied
+    return absent
+
+
+def _make_reflection(gateway: Gateway, policy: Policy) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    """Describes what the gateway serves, whatever the back end says of itself."""
+    servicer: Any = reflection.aio.ReflectionServicer(sorted({service for service, _ in POLICIES}))  # type: ignore[attr-defined]
+
+    async def reflect(requests: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            gateway.authenticate(gateway.caller(context), policy)
+        except CallError as error:
+            await context.abort(error.status, error.message)
+        async for response in servicer.ServerReflectionInfo(requests, context):
+            yield response
+
+    return reflect
 
 
 def _make_proxied(gateway: Gateway, policy: Policy, service: str, method: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
@@ -83,7 +99,9 @@ def _make_proxied(gateway: Gateway, policy: Policy, service: str, method: str) -
             return unready
         try:
             if policy.access is not Access.OPEN:
-                gateway.authenticate(caller, policy)
+                key = gateway.authenticate(caller, policy)
+                if policy.message:
+                    _LOG.warning("%s: key %s of tenant %s calls %s", policy.name, key.key_id, key.tenant_id, method)
             limit_s = gateway.settings.limits.control_timeout_s
             left_s = caller.time_left_s()
             timeout_s = limit_s if left_s is None else min(limit_s, left_s)
@@ -115,8 +133,14 @@ def _method_handlers(gateway: Gateway) -> dict[str, dict[str, Any]]:
                 request_deserializer=service_pb2.ModelInferRequest.FromString,
                 response_serializer=service_pb2.ModelStreamInferResponse.SerializeToString,
             )
-        elif policy.access is Access.DENIED:
-            handler = grpc.unary_unary_rpc_method_handler(_make_denied(policy))
+        elif policy.access is Access.ABSENT:
+            handler = grpc.unary_unary_rpc_method_handler(_make_absent(policy))
+        elif service in REFLECTION_SERVICES:
+            handler = grpc.stream_stream_rpc_method_handler(
+                _make_reflection(gateway, policy),
+                request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+                response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+            )
         else:
             proxied = _make_proxied(gateway, policy, service, method)
             handler = grpc.unary_unary_rpc_method_handler(proxied)

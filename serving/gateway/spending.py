@@ -8,11 +8,14 @@ the request is over, what it cost is settled and the rest is free again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from serving.gateway.output_limits import read_output_limit, set_output_limit
+from serving.gateway.output_limits import read_output_limit, read_texts_asked, set_output_limit
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from billing.v1.usage_pb2 import UsageEvent
     from serving.gateway.directory import AccountView
     from serving.gateway.leases import LeaseKeeper, Reservation
@@ -69,16 +72,20 @@ class Spending:
         profile: ModelProfile,
         prompt_tokens: int,
         until_ms: int,
+        units: Mapping[str, int] = MappingProxyType({}),
     ) -> RequestMoney | None:
         """The money for the worst case of the request, whose answer may be clamped for it; None: there is not enough.
 
         Raises TensorError where the request's limit of output cannot be read.
         """
-        stated = read_output_limit(request, profile.output_limit)
+        stated = read_output_limit(request, profile.output_limit, profile.output_limit_input)
         output_tokens = account.output_tokens_default or self._settings.output_tokens_default if stated is None else stated
+        if not profile.counts_output:
+            output_tokens = 0
+        texts = read_texts_asked(request, profile.output_limit)
 
         def worst_pico(tokens: int) -> int:
-            return self.worth.worst_case_pico(event, account.currency, prompt_tokens, tokens, until_ms)
+            return self.worth.worst_case_pico(event, account.currency, prompt_tokens, tokens * texts, until_ms, units)
 
         wanted_pico = worst_pico(output_tokens)
         reservation = self.keeper.try_reserve(account.tenant_id, wanted_pico)
@@ -98,5 +105,5 @@ class Spending:
         reservation = self.keeper.try_reserve(account.tenant_id, worst_pico(tokens))
         if reservation is None:
             return None
-        set_output_limit(request, profile.output_limit, tokens)
+        set_output_limit(request, profile.output_limit, tokens, profile.output_limit_input)
         return RequestMoney(reservation, self.worth, account.currency, clamped_tokens=tokens)

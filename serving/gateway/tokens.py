@@ -19,7 +19,7 @@ from serving.tokenizers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 __all__ = ["TextCount", "TokenCounts", "make_registry"]
@@ -58,6 +58,25 @@ class TokenCounts:
             return self._registry.upper_bound(tokenizer, text, framing)
         except ChatTemplateError:
             return None
+
+    def bound_all(self, tokenizer: str | None, texts: Iterable[str], framing: Framing) -> int | None:
+        """The same for several texts that the model sees one by one."""
+        total = 0
+        for text in texts:
+            bound = self.bound(tokenizer, text, framing)
+            if bound is None:
+                return None
+            total += bound
+        return total
+
+    async def count_all(self, tokenizer: str, texts: Iterable[str], framing: Framing) -> TextCount:
+        """How many tokens the texts have, counted one by one."""
+        tokens, exact = 0, True
+        for text in texts:
+            count = await self.count(tokenizer, text, framing)
+            tokens += count.tokens
+            exact = exact and count.exact
+        return TextCount(tokens, exact)
 
     async def count(self, tokenizer: str, text: str, framing: Framing) -> TextCount:
         """How many tokens the text has."""

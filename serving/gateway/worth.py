@@ -9,6 +9,7 @@ The follower's thread hands books over; everything else is the event loop's. A s
 from __future__ import annotations
 
 import logging
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
@@ -19,7 +20,7 @@ from billing.v1.command_pb2 import PriceBook
 from billing.v1.usage_pb2 import UsageEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["Worth"]
 
@@ -59,14 +60,22 @@ class Worth:
                 _LOG.debug("price book %s of %s waits: %s", place[1], place[0], refused)
         self._books = books
 
-    def worst_case_pico(self, event: UsageEvent, currency: str, input_tokens: int, output_tokens: int, until_ms: int) -> int:
+    def worst_case_pico(
+        self,
+        event: UsageEvent,
+        currency: str,
+        input_tokens: int,
+        output_tokens: int,
+        until_ms: int,
+        units: Mapping[str, int] = MappingProxyType({}),
+    ) -> int:
         """The most that the request of `event` can cost if it ends by `until_ms`; 0 where nothing prices it."""
         books = self._books
         rates = (
             books.rate(currency, moment_ms, event.model, event.operation, event.service_class, event.tenant_id)
             for moment_ms in books.moments(currency, event.started_ms, until_ms)
         )
-        return max(worst_case_pico(rate, input_tokens, output_tokens) for rate in rates)
+        return max(worst_case_pico(rate, input_tokens, output_tokens, units) for rate in rates)
 
     def cost_pico(self, event: UsageEvent, currency: str) -> int:
         """What `event` costs; where that depends on what its period has seen, the most that it can."""

@@ -171,7 +171,7 @@ def _models(base: Config) -> dict[str, Any]:
         tokenizers["smollm2"] = find_smollm2_weights()
         smollm2: dict[str, object] = {"backend": "vllm", "tokenizer": "smollm2"}
         own |= {"smollm2": smollm2, "smollm2-unary": {**smollm2, "decoupled": False}}
-    profiles = {name: profile.model_dump() for name, profile in base.models.profiles.items()}
+    profiles = {name: profile.model_dump(exclude_none=True) for name, profile in base.models.profiles.items()}
     return {"profiles": {**own, **profiles}, "tokenizers": {**tokenizers, **base.models.tokenizers}}
 
 

@@ -43,7 +43,7 @@ def meter(data: bytes) -> None:
             counter.take(response)
         response.SerializeToString()
     counted = counter.counted()
-    counter.text()
+    counter.texts()
     UsageEvent(uncached_input_tokens=counted.input_tokens or 0, output_tokens=counted.output_tokens or 0)
     assert EVENT_BYTES_MAX > 0
 

@@ -13,10 +13,11 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, KEY_SCOPE_READ
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, KeyScope
 from billing.v1.usage_pb2 import (
     COUNT_SOURCE_BACKEND,
     COUNT_SOURCE_ESTIMATE,
@@ -35,7 +36,7 @@ from billing.v1.usage_pb2 import (
 from producers.meter import MeterSettings
 from serving.gateway import GatewayServer, LimitSettings, generic
 from serving.gateway.directory import Directory
-from serving.gateway.policy import POLICIES, Access
+from serving.gateway.policy import POLICIES, REFLECTION_SERVICES, Access
 from serving.tokenizers import Framing, load_tokenizer
 from tests.serving.gateway_support import (
     HEADERS,
@@ -203,6 +204,14 @@ async def test_without_counts_the_models_own_tokenizer_counts(tmp_path: Path, ba
         usage = told(found[-1][0])
         assert usage is not None
         assert usage[:3] == billed(event)
+
+
+@pytest.mark.parametrize("compression", ["gzip", "deflate"])
+async def test_compressed_requests_are_taken(server: GatewayServer, client: Any, compression: str) -> None:
+    await client.infer("trace-unary", trace_inputs(5, 7, stream=False), headers=HEADERS, compression_algorithm=compression)
+    entry = {"model_name": "trace", "inputs": trace_inputs(5, 7)}
+    assert await answers(client, entry, compression_algorithm=compression)
+    assert [billed(event)[1:] for event in journalled(server.meter)] == [(5, 7), (5, 7)]
 
 
 @pytest.mark.model
@@ -487,29 +496,62 @@ async def test_a_stop_bills_what_it_cuts_off(tmp_path: Path, back_end: str) -> N
 # -- the other RPCs ----------------------------------------------------------------------------------------------------
 
 
+def status_of(address: str, service: str, method: str, secret: str | None) -> grpc.StatusCode:
+    """How a call with an empty message ends."""
+    with grpc.insecure_channel(address) as channel:
+        kind = channel.stream_stream if service in REFLECTION_SERVICES else channel.unary_unary
+        open_call: Any = kind(f"/{service}/{method}", None, None)
+        metadata = () if secret is None else (("x-api-key", secret),)
+        try:
+            if service in REFLECTION_SERVICES:
+                list(open_call(iter([b""]), metadata=metadata, timeout=10))
+            else:
+                open_call(b"", metadata=metadata, timeout=10)
+        except grpc.RpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+
 async def test_every_rpc_follows_its_policy(server: GatewayServer, back_end: str, directory: Directory) -> None:
-    put_key(directory, api_key(key_id="reader", secret="reader", scopes=[KEY_SCOPE_READ]))
-
-    async def status(address: str, service: str, method: str, key: str | None) -> grpc.StatusCode:
-        async with grpc.aio.insecure_channel(address) as channel:
-            call = channel.unary_unary(f"/{service}/{method}", None, None)(
-                b"", metadata=() if key is None else (("x-api-key", key),), timeout=10
-            )
-            return await call.code()
-
+    """A key that is missing, unknown, expired, revoked or of the wrong scope goes nowhere; the right one goes to the back
+    end."""
+    scopes = KeyScope.values()
+    for scope in scopes:
+        put_key(directory, api_key(key_id=f"of-{scope}", secret=f"of-{scope}", scopes=[scope]))
+    put_key(directory, api_key(key_id="expired", secret="expired", scopes=scopes, expires_ms=now_ms() - 1))
+    put_key(directory, api_key(key_id="revoked", secret="revoked", scopes=scopes, revoked=True))
     address = f"127.0.0.1:{server.port}"
     for (service, method), policy in POLICIES.items():
-        without, wrong, reader = [await status(address, service, method, key) for key in (None, "wrong", "reader")]
-        if policy.access is Access.DENIED:
-            assert without is wrong is reader is policy.status, method
-        elif policy.access is Access.OPEN:
-            assert without is wrong is reader is grpc.StatusCode.OK, method
+        refused = [
+            await asyncio.to_thread(status_of, address, service, method, secret)
+            for secret in (None, "unknown", "expired", "revoked")
+        ]
+        by_scope = {scope: await asyncio.to_thread(status_of, address, service, method, f"of-{scope}") for scope in scopes}
+        if policy.access is Access.OPEN:
+            assert {*refused, *by_scope.values()} == {grpc.StatusCode.OK}, method
+            continue
+        if policy.access is Access.ABSENT:
+            assert {*refused, *by_scope.values()} == {grpc.StatusCode.UNIMPLEMENTED}, method
+            continue
+        assert set(refused) == {grpc.StatusCode.UNAUTHENTICATED}, method
+        if policy.access is Access.METERED:
+            # No model is named: refused for that, and not for the key.
+            there = grpc.StatusCode.OK if method == "ModelStreamInfer" else grpc.StatusCode.NOT_FOUND
+        elif service in REFLECTION_SERVICES:
+            there = grpc.StatusCode.OK
         else:
-            assert without is wrong is grpc.StatusCode.UNAUTHENTICATED, method
-            if policy.access is Access.METERED:
-                assert reader is grpc.StatusCode.PERMISSION_DENIED, method
-            else:
-                assert reader is await status(back_end, service, method, None), method
+            there = await asyncio.to_thread(status_of, back_end, service, method, None)
+        for scope, status in by_scope.items():
+            expected = there if scope in policy.scopes else grpc.StatusCode.PERMISSION_DENIED
+            assert status is expected, f"{method}: {KeyScope.Name(scope)}"
+
+
+async def test_reflection_describes_what_the_gateway_serves(server: GatewayServer) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        (answer,) = [found async for found in stub.ServerReflectionInfo(asked, metadata=(("x-api-key", SECRET),))]
+    assert {service.name for service in answer.list_services_response.service} == {service for service, _ in POLICIES}
 
 
 async def test_metadata_passes_as_it_is_and_control_is_denied_by_name(client: Any, direct: Any) -> None:

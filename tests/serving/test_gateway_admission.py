@@ -7,6 +7,7 @@ from dataclasses import replace
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from tritonclient.grpc import service_pb2
 
 from billing.v1.account_pb2 import (
@@ -16,6 +17,7 @@ from billing.v1.account_pb2 import (
     BILLING_MODE_POSTPAID,
     BILLING_MODE_PREPAID,
     KEY_SCOPE_METER,
+    KEY_SCOPE_OPERATE,
     KEY_SCOPE_READ,
 )
 from billing.v1.usage_pb2 import REFUSAL_REASON_BALANCE, REFUSAL_REASON_PROMPT_TOO_LARGE, REFUSAL_REASON_SUSPENDED
@@ -24,6 +26,7 @@ from serving.gateway.credentials import find_secret, hash_secret
 from serving.gateway.directory import AccountView, KeyView
 from serving.gateway.policy import POLICIES, Access
 from serving.gateway.settings import AdmissionSettings
+from serving.kserve import SERVICE_NAME
 
 KEY = KeyView("key-a", "tenant-a", "", "", frozenset({KEY_SCOPE_METER}), 0, False)
 ACCOUNT = AccountView("tenant-a", ACCOUNT_STATUS_ACTIVE, BILLING_MODE_PREPAID, "USD", 1, 0, 0)
@@ -34,17 +37,27 @@ SETTINGS = AdmissionSettings(state_age_max_ms=1_000)
 def test_every_rpc_has_a_policy_and_no_other() -> None:
     described = {
         (service.full_name, method.name)
-        for file in (service_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)
+        for file in (service_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
         for service in file.services_by_name.values()
         for method in service.methods
     }
+    # The wheel describes reflection's older name alone.
+    described |= {(service.replace(".v1alpha.", ".v1."), method) for service, method in described if "reflection" in service}
     assert set(POLICIES) == described
+    assert sum(service == SERVICE_NAME for service, _ in described) == 20
 
 
-def test_a_denial_says_why_and_everything_else_but_liveness_needs_a_scope() -> None:
+def test_what_concerns_all_tenants_needs_a_scope_that_says_so() -> None:
+    shared = {method for (_, method), policy in POLICIES.items() if policy.scopes == {KEY_SCOPE_OPERATE}}
+    changing = ("Load", "Unload", "Register", "Unregister", "Setting", "Settings")
+    assert shared >= {method for _, method in POLICIES if method.endswith(changing)}
+    assert all(POLICIES[SERVICE_NAME, method].message for method in shared)
+
+
+def test_everything_but_liveness_needs_a_scope() -> None:
     for (_, method), policy in POLICIES.items():
-        if policy.access is Access.DENIED:
-            assert policy.message
+        if policy.access is Access.ABSENT:
+            assert method == "Watch"
         elif policy.access is Access.OPEN:
             assert method in {"ServerLive", "ServerReady", "Check"}
         else:

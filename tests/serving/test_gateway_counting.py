@@ -79,7 +79,7 @@ def test_typed_requests_get_typed_flags() -> None:
     made = service_pb2.ModelInferRequest(model_name="m")
     tensor = made.inputs.add(name="text_input", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(b"a prompt")
-    assert prepare(made, VLLM, "ours", stream=True).prompt == "a prompt"
+    assert prepare(made, VLLM, "ours", stream=True).prompts == ("a prompt",)
     assert not made.raw_input_contents
 
 
@@ -111,13 +111,13 @@ def test_a_count_that_cannot_be_one_is_no_count(implausible: int) -> None:
 def test_text_is_joined_before_it_is_read() -> None:
     euro = "€".encode()
     counter = count(generic("m", tokenizer="t"), request(), response(euro[:1]), response(euro[1:]))
-    assert counter.text() == "€"
+    assert counter.texts() == ["€"]
 
 
 def test_an_echoed_prompt_is_no_output() -> None:
-    assert count(VLLM, request(), response(b"a prompt and more")).text() == " and more"
-    assert count(VLLM, request(stream=True), response(b"a prompt and more")).text() == "a prompt and more"
-    assert count(VLLM, request(exclude_input_in_output=True), response(b"a prompt")).text() == "a prompt"
+    assert count(VLLM, request(), response(b"a prompt and more")).texts() == [" and more"]
+    assert count(VLLM, request(stream=True), response(b"a prompt and more")).texts() == ["a prompt and more"]
+    assert count(VLLM, request(exclude_input_in_output=True), response(b"a prompt")).texts() == ["a prompt"]
 
 
 def test_the_chat_template_is_part_of_the_prompt() -> None:
@@ -138,7 +138,7 @@ def test_a_prompt_must_be_there_where_it_is_counted() -> None:
     empty = service_pb2.ModelInferRequest(model_name="m")
     with pytest.raises(TensorError, match="text_input"):
         prepare(empty, VLLM, "ours", stream=True)
-    assert prepare(empty, vllm("m"), "ours", stream=True).prompt == ""
+    assert prepare(empty, vllm("m"), "ours", stream=True).prompts == ()
 
 
 def test_the_empty_final_flag_must_be_a_bool() -> None:
