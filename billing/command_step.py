@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from billing.accounts import AccountState
-from billing.amounts import format_pico, from_amount
+from billing.amounts import format_pico
 from billing.commands import CommandRefused, remembered_id, verify
 from billing.identity import partition_of
 from billing.limits import ID_CHARS_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
@@ -14,7 +14,6 @@ from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN
 from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import (
     Command,
-    CreditGrant,
     KeyUpsert,
     LeaseRequest,
     LeaseRetirement,
@@ -55,7 +54,7 @@ def apply_command(state: LedgerState, signed: SignedCommand, record: LedgerRecor
 def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applied: CommandApplied) -> None:
     match command.WhichOneof("action"):
         case "credit_grant":
-            _grant(state, command.credit_grant, record)
+            _grant(state, command, record, applied)
         case "tenant_upsert":
             _upsert_tenant(state, command.tenant_upsert, record)
         case "key_upsert":
@@ -89,17 +88,13 @@ def _state_account(state: LedgerState, account: AccountState, record: LedgerReco
     record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
 
 
-def _grant(state: LedgerState, grant: CreditGrant, record: LedgerRecord) -> None:
+def _grant(state: LedgerState, command: Command, record: LedgerRecord, applied: CommandApplied) -> None:
+    grant = command.credit_grant
     _own_tenant(state, grant.tenant_id)
     account = _known_account(state, grant.tenant_id)
-    amount_pico = from_amount(grant.amount)
-    if amount_pico <= 0:
-        raise CommandRefused(f"amount: {amount_pico} pico; grant more than nothing")
-    if amount_pico > 10**30:
-        raise CommandRefused(f"amount: {amount_pico} pico is over 10^18 {account.currency}; check the unit")
     if grant.currency != account.currency:
         raise CommandRefused(f"currency: {grant.currency!r}; tenant {grant.tenant_id} is billed in {account.currency}")
-    account.credit_pico += amount_pico
+    applied.outcome = state.credits.grant(grant.tenant_id, account, grant, command.command_id, record)
     _state_account(state, account, record)
 
 
@@ -115,7 +110,7 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
         raise CommandRefused(f"plan: {upsert.plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
     if account is None:
         account = state.accounts[upsert.tenant_id] = AccountState(upsert.tenant_id, currency, plan=state.settings.default_plan)
-    elif currency != account.currency and (account.credit_pico or account.spend_pico):
+    elif currency != account.currency and (account.spend_pico or state.credits.knows(account.tenant_id)):
         raise CommandRefused(
             f"currency: {currency}; tenant {upsert.tenant_id} has amounts in {account.currency}, which stays its currency"
         )

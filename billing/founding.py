@@ -124,5 +124,6 @@ def _founding_record(
         record.producers.extend(carried.producers[p].to_mark() for p in sorted(carried.producers))
         record.leases.extend(lease.to_lease(generation, 0) for lease in carried.leases)
         record.quantities.extend(carried.quantities.all())
+        record.credits.extend(carried.credits.all(log_time_ms))
         record.founding.price_books.extend(carried.books.all())
     return record, seal(record, seal_key)

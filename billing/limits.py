@@ -45,4 +45,13 @@ PRODUCER_ALERTS_MAX = 50
 # Gateways that hold leases in one partition, and leases let go by one record; more wait for the next.
 LEASE_HOLDERS_MAX = 1_000
 RELEASED_LEASES_MAX = 1_000
+# Of a grant's name, and of its reference.
+CREDIT_NAME_BYTES_MAX = 256
+# Of one tenant: grants with something left, grants that are known, and parts of its spend that no invoice has. Of all that is
+# stated of one tenant at once, that is 130 KB at most.
+GRANTS_LIVE_MAX = 100
+GRANTS_KEPT_MAX = 10_000
+UNINVOICED_PARTS_MAX = 200
+# What one record may state of expiries and of periods that end, and one tenant more; more wait for the next.
+CREDIT_BYTES_MAX = 100_000
 REJECTED_PAYLOAD_BYTES_MAX = 65_536

@@ -59,6 +59,8 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
         state.leases.put(LeaseState.from_lease(lease))
     for quantities in record.quantities:
         state.quantities.set(quantities)
+    for credit in record.credits:
+        state.credits.set(credit)
     for key in record.keys:
         state.keys[key.key_id] = key
     for mark in record.producers:

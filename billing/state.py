@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from billing import credit
 from billing.accounts import AccountState
 from billing.leases import Leases
 from billing.limits import RELEASED_BYTES_MAX, RELEASED_WINDOWS_MAX
@@ -88,6 +89,7 @@ class LedgerState:
         self.producers: dict[str, ProducerSequences] = {}
         self.leases = Leases()
         self.quantities = Quantities()
+        self.credits = credit.Credits()
         # Command ID to the log time when it came: a repeat within the horizon is applied once.
         self.commands: dict[str, int] = {}
         self.expired_through_day = 0
@@ -139,11 +141,12 @@ class LedgerState:
                     del self._release[window.release_minute]
 
     def forget(self, log_time_ms: int) -> None:
-        """Let go of command IDs and of periods' counters that are too old at `log_time_ms`: once a day, by a tick."""
+        """Let go of command IDs, periods' counters and ended grants that are too old then: once a day, by a tick."""
         before_ms = log_time_ms - self.settings.dedupe_horizon_ms
         for command_id in [c for c, seen_ms in self.commands.items() if seen_ms < before_ms]:
             del self.commands[command_id]
         self.quantities.forget(log_time_ms - KEPT_MS)
+        self.credits.forget(log_time_ms - credit.KEPT_MS)
 
     def digest(self, *, with_memory: bool = True) -> str:
         """SHA-256 over everything here in a canonical order: equal states have equal digests.
@@ -181,6 +184,8 @@ class LedgerState:
             add(lease.to_lease(b"", 0).SerializeToString(deterministic=True))
         for quantities in self.quantities.all():
             add(quantities.SerializeToString(deterministic=True))
+        for held in self.credits.all():
+            add(held.SerializeToString(deterministic=True))
         add(sorted(self.commands.items()))
         if with_memory:
             h.update(self.seen.digest())

@@ -94,18 +94,22 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
     if log_time_ms - state.log_time_ms > completeness.PAUSE_MS:
         state.resumed_ms = log_time_ms
     record.resumed_ms = state.resumed_ms
+    if not isinstance(source, TickInput):
+        _advance(state, source.topic, source.offset)
+    if state.credits.next_ms <= log_time_ms:
+        state.credits.advance(state.accounts, record)
     forwards: list[Forward] = []
     match source:
         case UsageInput():
-            _advance(state, source.topic, source.offset)
             forwards = _usage(state, source, record)
         case CommandInput():
-            _advance(state, source.topic, source.offset)
             _command(state, source, record, keys.command_key)
         case TickInput():
             _tick(state, source, record)
     if completeness.is_due(state, log_time_ms):
         completeness.look(state, record)
+    if record.credits:
+        _state_accounts(state, record)
     due = state.due_windows(log_time_ms)
     if due:
         record.released.extend(window_key(key, state.windows[key].opened_sequence) for key in due)
@@ -125,6 +129,14 @@ def _advance(state: LedgerState, topic: str, offset: int) -> None:
     if offset <= last:
         raise InputWentBack(f"{topic}[{state.partition}]: offset {offset} was taken already, the last is {last}")
     state.inputs[topic] = offset
+
+
+def _state_accounts(state: LedgerState, record: LedgerRecord) -> None:
+    """An expiry changes a balance: the accounts that nothing else of the record has stated."""
+    stated = {account.tenant_id for account in record.accounts}
+    for tenant_id in sorted({credit.tenant_id for credit in record.credits} - stated):
+        account = state.accounts[tenant_id]
+        record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
 
 
 def _usage(state: LedgerState, source: UsageInput, record: LedgerRecord) -> list[Forward]:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from billing import credit
 from billing.amounts import from_amount
+from billing.commands import CommandRefused
 from billing.leases import LeaseState
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
@@ -130,6 +132,7 @@ class Recomputed:
         self.windows_by_tenant: Counter[str] = Counter()
         self._books = PriceBooks()
         self._quantities = Quantities()
+        self._credits = credit.Credits()
         # What remains of each lease, by tenant, holder and epoch, and in all by tenant.
         self._leases: dict[tuple[str, str, int], int] = {}
         self._leased: Counter[str] = Counter()
@@ -139,19 +142,26 @@ class Recomputed:
     def take(self, record: LedgerRecord) -> list[ExpectedEvent]:
         """Apply the next record; returns its accepted events."""
         expected: list[ExpectedEvent] = []
+        # What it must state of credit.
+        stated = LedgerRecord(log_time_ms=record.log_time_ms, sequence=record.sequence)
+        if self._credits.next_ms <= record.log_time_ms:
+            self._credits.advance(self.accounts, stated)
         followed = {key_of(total.key) for total in record.totals if total.key.opened_sequence == record.sequence}
         self.closed.extend(self.open.pop(key) for key in followed & self.open.keys())
         match record.WhichOneof("source"):
             case "founding":
-                self._found(record)
+                self._found(record, stated)
             case "usage":
                 expected = list(self._usage(record))
                 self._compare_quantities(record)
             case "command":
-                self._command(record)
+                self._command(record, stated)
             case "tick" if record.tick.expired_through_day > self._expired_through_day:
                 self._expired_through_day = record.tick.expired_through_day
                 self._quantities.forget(record.log_time_ms - KEPT_MS)
+                self._credits.forget(record.log_time_ms - credit.KEPT_MS)
+        if list(stated.credits) != list(record.credits):
+            self._differs("credits_differ", f"record {record.sequence}", str(list(stated.credits)), str(list(record.credits)))
         self._compare_totals(record)
         for key in record.released:
             entry = self.open.get(key_of(key))
@@ -165,7 +175,7 @@ class Recomputed:
         self._compare_accounts(record)
         return expected
 
-    def _found(self, record: LedgerRecord) -> None:
+    def _found(self, record: LedgerRecord, stated: LedgerRecord) -> None:
         founding = record.founding
         self._default_currency = founding.default_currency
         if founding.HasField("predecessor"):
@@ -176,6 +186,9 @@ class Recomputed:
                 self.accounts = {account.tenant_id: _stated(account) for account in record.accounts}
                 for quantities in record.quantities:
                     self._quantities.set(quantities)
+                for held in record.credits:
+                    self._credits.set(held)
+            stated.credits.extend(self._credits.all(record.log_time_ms))
             self._books = PriceBooks(founding.price_books)
 
     def _usage(self, record: LedgerRecord) -> Iterator[ExpectedEvent]:
@@ -240,14 +253,18 @@ class Recomputed:
         self.events_by_tenant[event.tenant_id] += 1
         return ExpectedEvent(event, record.generation, record.sequence, index, stated_pico, stated_version)
 
-    def _command(self, record: LedgerRecord) -> None:
+    def _command(self, record: LedgerRecord, stated: LedgerRecord) -> None:
         if not record.command.applied:
             return
         command = Command.FromString(record.command.command)
         match command.WhichOneof("action"):
             case "credit_grant":
                 grant = command.credit_grant
-                self._account(grant.tenant_id).credit_pico += from_amount(grant.amount)
+                account = self._account(grant.tenant_id)
+                try:
+                    self._credits.grant(grant.tenant_id, account, grant, command.command_id, stated)
+                except CommandRefused as refused:
+                    self._differs("grant_differs", f"record {record.sequence}", str(refused), "applied")
             case "tenant_upsert":
                 upsert = command.tenant_upsert
                 account = self._account(upsert.tenant_id)

@@ -13,8 +13,8 @@ sink has not confirmed, so that the sink can be fed the missing tail from here.
 
 Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
 windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, q
-quantities of periods, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records
-(by sequence).
+quantities of periods, g credit grants, e what else there is to a tenant's credit, s runs of the dedupe memory, b dedupe keys
+that are in no run yet (by sequence), u unconfirmed records (by sequence).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from rocksdict import Options, Rdict, WriteBatch
 
-from billing import chain
+from billing import chain, credit
 from billing.accounts import AccountState
 from billing.commands import remembered_id
 from billing.leases import LeaseState
@@ -42,7 +42,9 @@ from billing.state import LedgerState
 from billing.v1.account_pb2 import Account, ApiKey, Lease, LedgerPosition, Progress
 from billing.v1.command_pb2 import Command, PriceBook
 from billing.v1.ledger_pb2 import (
+    CreditState,
     Founding,
+    GrantState,
     LedgerRecord,
     PeriodQuantities,
     PeriodUnits,
@@ -84,7 +86,9 @@ class _Effect:
 
     # By name; None: let go. With the log time that touched it.
     windows: dict[bytes, tuple[int, WindowTotal] | None] = field(default_factory=dict)
-    states: dict[bytes, Account | ApiKey | Lease | PeriodQuantities | ProducerMark | None] = field(default_factory=dict)
+    states: dict[bytes, Account | ApiKey | CreditState | Lease | PeriodQuantities | ProducerMark | None] = field(
+        default_factory=dict
+    )
     commands: dict[bytes, int | None] = field(default_factory=dict)
     values: dict[bytes, bytes] = field(default_factory=dict)
     remembered: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
@@ -224,6 +228,9 @@ class LocalStore:
             state.leases.put(LeaseState.from_lease(Lease.FromString(value)))
         for _, value in self._range(b"q"):
             state.quantities.set(PeriodQuantities.FromString(value))
+        for prefix in (b"g", b"e"):
+            for _, value in self._range(prefix):
+                state.credits.set(CreditState.FromString(value))
         for name, value in self._range(b"c"):
             state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
         for _, value in self._range(b"w"):
@@ -330,6 +337,7 @@ class LocalStore:
             self._expired_through_day = record.tick.expired_through_day
             self._forget_commands(effect, record.log_time_ms)
             self._forget_quantities(effect, record.log_time_ms)
+            self._forget_grants(effect, record.log_time_ms)
         for account in record.accounts:
             effect.states[b"a" + account.tenant_id.encode()] = account
         for key in record.keys:
@@ -342,6 +350,13 @@ class LocalStore:
             for units in quantities.units:
                 stated = _alone(quantities, units)
                 effect.states[_quantity_name(stated)] = stated
+        for held in record.credits:
+            for grant in held.grants:
+                effect.states[_grant_name(held.tenant_id, grant)] = CreditState(tenant_id=held.tenant_id, grants=[grant])
+            rest = CreditState()
+            rest.CopyFrom(held)
+            del rest.grants[:]
+            effect.states[b"e" + held.tenant_id.encode()] = rest
         for mark in record.producers:
             effect.states[b"n" + mark.producer_id.encode()] = mark
         for total in record.totals:
@@ -381,6 +396,13 @@ class LocalStore:
                 effect.states[name] = None
         for name, state in effect.states.items():
             if isinstance(state, PeriodQuantities) and state.period_end_ms < log_time_ms - KEPT_MS:
+                effect.states[name] = None
+
+    def _forget_grants(self, effect: _Effect, log_time_ms: int) -> None:
+        kept = {name: CreditState.FromString(value) for name, value in self._range(b"g")}
+        changed = {name: state for name, state in effect.states.items() if isinstance(state, CreditState) and state.grants}
+        for name, state in (kept | changed).items():
+            if 0 < state.grants[0].ended_ms < log_time_ms - credit.KEPT_MS:
                 effect.states[name] = None
 
     def _finish_runs(self) -> None:
@@ -461,6 +483,10 @@ def _alone(quantities: PeriodQuantities, units: PeriodUnits) -> PeriodQuantities
 
 def _quantity_name(stated: PeriodQuantities) -> bytes:
     return b"q" + _alone(stated, PeriodUnits(quantity=stated.units[0].quantity)).SerializeToString(deterministic=True)
+
+
+def _grant_name(tenant_id: str, grant: GrantState) -> bytes:
+    return b"g" + CreditState(tenant_id=tenant_id, grants=[GrantState(grant_id=grant.grant_id)]).SerializeToString()
 
 
 def _join_blob(entries: Iterable[tuple[int, bytes]]) -> bytes:

@@ -733,10 +733,17 @@ class CreditState(_message.Message):
     GRANTS_FIELD_NUMBER: _builtins.int
     ALLOCATED_FIELD_NUMBER: _builtins.int
     UNINVOICED_FIELD_NUMBER: _builtins.int
+    DUE_FIELD_NUMBER: _builtins.int
+    AT_MS_FIELD_NUMBER: _builtins.int
+    PERIOD_END_MS_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
+    at_ms: _builtins.int
+    """The moment that this speaks of: log time, or the last millisecond of a period that was closed by it."""
+    period_end_ms: _builtins.int
+    """When, in log time, what the period used is set against grants next: the end of a period of the tenant's calendar."""
     @_builtins.property
     def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantState]:
-        """In the order in which they are used. One that is used up or expired is forgotten after 400 days."""
+        """Those that changed; the others stay as they were. One that is used up or expired is forgotten after 400 days."""
 
     @_builtins.property
     def allocated(self) -> _account_pb2.Amount:
@@ -744,7 +751,13 @@ class CreditState(_message.Message):
 
     @_builtins.property
     def uninvoiced(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpentPart]:
-        """Spend that no invoice has yet, oldest first, by the grant that paid for it; an empty name: nothing did."""
+        """Spend that no invoice has yet, oldest first, by the grant that paid for it; an empty name: nothing did. Below zero, and last:
+        what was corrected after it stood on an invoice.
+        """
+
+    @_builtins.property
+    def due(self) -> _account_pb2.Amount:
+        """Spend on invoices that no grant has paid; the next grant does."""
 
     def __init__(
         self,
@@ -753,10 +766,13 @@ class CreditState(_message.Message):
         grants: _abc.Iterable[Global___GrantState] | None = ...,
         allocated: _account_pb2.Amount | None = ...,
         uninvoiced: _abc.Iterable[Global___SpentPart] | None = ...,
+        due: _account_pb2.Amount | None = ...,
+        at_ms: _builtins.int = ...,
+        period_end_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "due", b"due"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "grants", b"grants", "tenant_id", b"tenant_id", "uninvoiced", b"uninvoiced"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "at_ms", b"at_ms", "due", b"due", "grants", b"grants", "period_end_ms", b"period_end_ms", "tenant_id", b"tenant_id", "uninvoiced", b"uninvoiced"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -775,12 +791,18 @@ class GrantState(_message.Message):
     USED_FIELD_NUMBER: _builtins.int
     EXPIRED_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ENDED_MS_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.str
     kind: _invoice_pb2.CreditKind.ValueType
     priority: _builtins.int
     granted_ms: _builtins.int
     expires_ms: _builtins.int
     reference: _builtins.str
+    number: _builtins.int
+    """Orders the tenant's grants by when they came."""
+    ended_ms: _builtins.int
+    """When nothing was left of it any more; 0: there is."""
     @_builtins.property
     def amount(self) -> _account_pb2.Amount: ...
     @_builtins.property
@@ -801,10 +823,12 @@ class GrantState(_message.Message):
         used: _account_pb2.Amount | None = ...,
         expired: _account_pb2.Amount | None = ...,
         reference: _builtins.str = ...,
+        number: _builtins.int = ...,
+        ended_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "expired", b"expired", "used", b"used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "expired", b"expired", "expires_ms", b"expires_ms", "grant_id", b"grant_id", "granted_ms", b"granted_ms", "kind", b"kind", "priority", b"priority", "reference", b"reference", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "ended_ms", b"ended_ms", "expired", b"expired", "expires_ms", b"expires_ms", "grant_id", b"grant_id", "granted_ms", b"granted_ms", "kind", b"kind", "number", b"number", "priority", b"priority", "reference", b"reference", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -816,7 +840,9 @@ class SpentPart(_message.Message):
 
     GRANT_ID_FIELD_NUMBER: _builtins.int
     AMOUNT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.str
+    kind: _invoice_pb2.CreditKind.ValueType
     @_builtins.property
     def amount(self) -> _account_pb2.Amount: ...
     def __init__(
@@ -824,10 +850,11 @@ class SpentPart(_message.Message):
         *,
         grant_id: _builtins.str = ...,
         amount: _account_pb2.Amount | None = ...,
+        kind: _invoice_pb2.CreditKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "grant_id", b"grant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "grant_id", b"grant_id", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,7 @@ class NaiveAccount:
     input_tokens: int = 0
     output_tokens: int = 0
     keys: dict[str, tuple[bytes, bool]] = field(default_factory=dict)
+    grants: dict[str, Fraction] = field(default_factory=dict)
 
 
 @dataclass
@@ -140,10 +141,12 @@ class NaiveLedger:
     def account_status(self, tenant_id: str) -> int:
         return self.accounts[tenant_id].status if tenant_id in self.accounts else ACCOUNT_STATUS_UNKNOWN
 
-    def grant(self, command_id: str, now_ms: int, tenant_id: str, amount: Fraction, currency: str) -> bool:
+    def grant(self, command_id: str, now_ms: int, tenant_id: str, amount: Fraction, currency: str, name: str) -> bool:
         allowed = self.knows(tenant_id) and amount > 0 and self.accounts[tenant_id].currency == currency
-        if applied := self.once(command_id, now_ms, allowed):
-            self.accounts[tenant_id].credit += amount
+        granted = self.account(tenant_id).grants if allowed else {}
+        if applied := self.once(command_id, now_ms, allowed and granted.get(name, amount) == amount):
+            self.accounts[tenant_id].credit += amount if name not in granted else 0
+            granted[name] = amount
         return applied
 
     def upsert(self, command_id: str, now_ms: int, tenant_id: str, currency: str, status: int) -> bool:

@@ -141,11 +141,18 @@ class AccountsMachine(RuleBasedStateMachine):
         expected = self.model.upsert(f"c{number}", self.now_ms, tenant_id, currency, status)
         assert self.command(number, tenant_upsert=upsert) == expected
 
-    @rule(number=command_numbers, tenant_id=tenants, amount_pico=amounts_pico, currency=currencies)
-    def grant_credit(self, number: int, tenant_id: str, amount_pico: int, currency: str) -> None:
+    @rule(
+        number=command_numbers,
+        tenant_id=tenants,
+        amount_pico=amounts_pico,
+        currency=currencies,
+        name=st.sampled_from(("", "", "g1", "g2")),
+    )
+    def grant_credit(self, number: int, tenant_id: str, amount_pico: int, currency: str, name: str) -> None:
         amount = Amount(high=amount_pico >> 64, low=amount_pico & 2**64 - 1)
-        expected = self.model.grant(f"c{number}", self.now_ms, tenant_id, Fraction(amount_pico, PICO), currency)
-        grant = CreditGrant(tenant_id=tenant_id, amount=amount, currency=currency)
+        credit = Fraction(amount_pico, PICO)
+        expected = self.model.grant(f"c{number}", self.now_ms, tenant_id, credit, currency, name or f"c{number}")
+        grant = CreditGrant(tenant_id=tenant_id, amount=amount, currency=currency, grant_id=name)
         assert self.command(number, credit_grant=grant) == expected
 
     @rule(

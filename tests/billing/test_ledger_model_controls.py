@@ -14,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from billing import command_step, replay, usage_step
 from billing.amounts import from_amount
 from billing.state import LedgerState, MemorySeenKeys
-from billing.v1.command_pb2 import CreditGrant
+from billing.v1.command_pb2 import Command
 from tests.billing.test_ledger_model import LedgerMachine
 
 _SETTINGS = settings(
@@ -61,11 +61,11 @@ def credit_in_any_currency() -> Iterator[None]:
     """A grant is added up whatever currency it names."""
     grant = command_step._grant
 
-    def take(state: LedgerState, said: CreditGrant, record: Any) -> None:
-        account = state.accounts.get(said.tenant_id)
-        if account is not None and from_amount(said.amount) > 0:
-            said.currency = account.currency
-        grant(state, said, record)
+    def take(state: LedgerState, said: Command, *others: Any) -> None:
+        account = state.accounts.get(said.credit_grant.tenant_id)
+        if account is not None and from_amount(said.credit_grant.amount) > 0:
+            said.credit_grant.currency = account.currency
+        grant(state, said, *others)
 
     with mock.patch.object(command_step, "_grant", take):
         yield

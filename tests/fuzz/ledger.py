@@ -94,6 +94,11 @@ def _commands() -> list[Command]:
         {"tenant_upsert": TenantUpsert(tenant_id=HERE, currency="USD", plan=Plan(plan_id="p", prompt_tokens_max=50))},
         {"credit_grant": CreditGrant(tenant_id=HERE, amount=Amount(low=10**12), currency="USD")},
         {"key_upsert": KeyUpsert(key=key)},
+        {
+            "credit_grant": CreditGrant(
+                tenant_id=HERE, amount=Amount(low=10**6), currency="USD", priority=1, expires_ms=NOW_MS + 1
+            )
+        },
     ]
     return [Command(schema_version=1, command_id=f"c{i}", **action) for i, action in enumerate(actions)]  # type: ignore[arg-type]
 
