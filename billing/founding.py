@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from billing.chain import seal
 from billing.completeness import MISSING_GRACE_MS, SILENCE_MS
 from billing.limits import SCHEMA_VERSION
+from billing.release import folded
 from billing.state import DAY_MS, LedgerState
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan
 from billing.v1.ledger_pb2 import Founding, LedgerRecord
@@ -81,7 +82,7 @@ def found_again(
     """A founding record that carries on `state`, whose log is gone: the same settings, and the state stated in full.
 
     The accounts, keys, producer marks and price books of the state stand in the record, so that a reader that knows only the
-    new log has them; windows are let go, dedupe keys stay in the local store that carries on.
+    new log has them; windows are let go into their periods' lines, dedupe keys stay in the local store that carries on.
     """
     founding = Founding()
     founding.CopyFrom(state.settings)
@@ -125,5 +126,6 @@ def _founding_record(
         record.leases.extend(lease.to_lease(generation, 0) for lease in carried.leases)
         record.quantities.extend(carried.quantities.all())
         record.credits.extend(carried.credits.all(log_time_ms))
+        record.lines.extend(line.to_line() for line in folded(carried, generation, carried.windows))
         record.founding.price_books.extend(carried.books.all())
     return record, seal(record, seal_key)

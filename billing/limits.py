@@ -5,9 +5,9 @@ SCHEMA_VERSION = 1
 BATCH_EVENTS_MAX = 1_000
 BATCH_BYTES_MAX = 1_000_000
 
-# A record holds its input (1 MB at most) and per event, at worst, one window (2 KB with its strings and units), its release
-# (1 KB), one account (1.5 KB), one lease (0.7 KB), one dropped entry and a few numbers: 1 MB and 1,000 times 6.7 KB stay under
-# this.
+# A record holds its input (1 MB at most) and per event, at worst, one window (2 KB with its strings and units or parts), one
+# account (1.5 KB), one lease (0.7 KB), one dropped entry and a few numbers; and what it lets go: 1 MB of windows' names and,
+# beside so much usage, 0.3 MB of periods' lines. 2.3 MB and 1,000 times 5.7 KB are what this leaves room for.
 RECORD_BYTES_MAX = 8_000_000
 
 # Of an identifier: tenant, project, user, key, model, request.
@@ -29,12 +29,25 @@ ALERTS_MAX = 256
 # Before a window is followed by another one of the same minute: its sums fit in 64 bits, its units in a record.
 WINDOW_EVENTS_MAX = 2**23
 WINDOW_UNITS_MAX = 16
+# Prices kept apart in a window before another one follows; and by one that a single batch fills, the others are summed.
+WINDOW_PARTS_MAX = 16
+WINDOW_PARTS_HARD_MAX = 32
 # What a minute counts for in the burst rule at most: its baseline, in 1/256, fits in 64 bits.
 MINUTE_TOKENS_MAX = 2**55
 PLAN_BYTES_MAX = 2_048
 # Windows let go by one record, and the bytes of their names (no fewer than one record can open); more wait for the next.
 RELEASED_WINDOWS_MAX = 2_000
 RELEASED_BYTES_MAX = BATCH_BYTES_MAX
+# Lines of one period of one tenant, their names, and prices kept apart in one; what is more is summed in lines of "(other)".
+LINES_MAX = 1_000
+LINE_NAMES_BYTES_MAX = 200_000
+LINE_PARTS_MAX = 64
+# Of lines that one record states, as far as windows are let go: less where the record has much usage of its own.
+LINES_BYTES_MAX = 1_000_000
+LINES_BYTES_BESIDE_USAGE_MAX = 300_000
+BUSY_RECORD_WINDOWS = 500
+# What one part of a line takes in a record: its quantity's name, its terms, its numbers.
+LINE_PART_BYTES = 120
 # Ranges remembered beyond a hole in a producer's numbering; the furthest are forgotten, and counted missing until they are sent
 # again.
 PRODUCER_RANGES_MAX = 64

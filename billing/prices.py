@@ -115,14 +115,23 @@ class PriceBooks:
         version = bisect_right(starts, ended_ms)
         if version == 0:
             return None
+        return self.rate_of_version(currency, version, model, operation, service_class, tenant_id)
+
+    def rate_of_version(
+        self, currency: str, version: int, model: str, operation: int, service_class: int, tenant_id: str
+    ) -> Rate | None:
+        """The rate under a version; None for version 0, which stands for none."""
         key = (currency, version, model, operation, service_class, tenant_id if tenant_id in self._tenants else "")
         try:
             return self._rates[key]
         except KeyError:
+            book = self.version(currency, version)
+            if book is None:
+                return None
             # Model names come from outside: what is remembered of them is bounded.
             if len(self._rates) >= _RATES_REMEMBERED_MAX:
                 self._rates.clear()
-            rate = self._rates[key] = _find(self._books[currency][version - 1], model, operation, service_class, tenant_id)
+            rate = self._rates[key] = _find(book, model, operation, service_class, tenant_id)
             return rate
 
     def moments(self, currency: str, from_ms: int, until_ms: int) -> list[int]:

@@ -18,6 +18,7 @@ from billing.validation import TOKEN_FIELDS
 FREE_OUTCOMES = frozenset({OUTCOME_REJECTED, OUTCOME_BACKEND_ERROR})
 # Of a Part: what lifts a request to the least that it costs.
 MINIMUM = "minimum"
+MINIMUM_TERMS = "up to the least price of a request"
 
 _CLASSES = frozenset(TOKEN_FIELDS)
 _INPUT_CLASSES = tuple(
@@ -78,8 +79,13 @@ def parts(
     # A unit that took the name of a class is priced as a unit, and never by a schedule that means the class.
     found += [Part(u, "", quantity, rate.unit_pico.get(u, 0)) for u, quantity in units.items() if u in _CLASSES and quantity]
     if terms and (missing := terms.minimum_pico - sum(part.amount_pico for part in found)) > 0:
-        found.append(Part(MINIMUM, "up to the least price of a request", 1, missing))
+        found.append(Part(MINIMUM, MINIMUM_TERMS, 1, missing))
     return found
+
+
+def flat_parts(tokens: Sequence[int], units: Mapping[str, int], rate: Rate) -> list[Part]:
+    """What quantities cost under a rate without terms, however many requests they are the sum of."""
+    return parts(tokens, units, 0, rate, {})
 
 
 def counted_quantities(tokens: Sequence[int], units: Mapping[str, int], context_tokens: int, rate: Rate) -> dict[str, int]:

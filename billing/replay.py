@@ -10,6 +10,7 @@ from billing.accounts import AccountState
 from billing.commands import remembered_id
 from billing.identity import DEDUPE_KEY_BYTES, FINGERPRINT_BYTES
 from billing.leases import LeaseState
+from billing.period_lines import line_key_of
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
 from billing.state import LedgerState
@@ -61,6 +62,9 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
         state.quantities.set(quantities)
     for credit in record.credits:
         state.credits.set(credit)
+    for line in record.lines:
+        state.lines.set(line)
+    state.lines.remove(map(line_key_of, record.invoiced))
     for key in record.keys:
         state.keys[key.key_id] = key
     for mark in record.producers:

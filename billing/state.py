@@ -10,6 +10,8 @@ from billing import credit
 from billing.accounts import AccountState
 from billing.leases import Leases
 from billing.limits import RELEASED_BYTES_MAX, RELEASED_WINDOWS_MAX
+from billing.period_lines import KEPT_MS as LINES_KEPT_MS
+from billing.period_lines import PeriodLines
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
 from billing.sequences import ProducerSequences
@@ -90,6 +92,7 @@ class LedgerState:
         self.leases = Leases()
         self.quantities = Quantities()
         self.credits = credit.Credits()
+        self.lines = PeriodLines()
         # Command ID to the log time when it came: a repeat within the horizon is applied once.
         self.commands: dict[str, int] = {}
         self.expired_through_day = 0
@@ -141,12 +144,13 @@ class LedgerState:
                     del self._release[window.release_minute]
 
     def forget(self, log_time_ms: int) -> None:
-        """Let go of command IDs, periods' counters and ended grants that are too old then: once a day, by a tick."""
+        """Let go of command IDs, periods' counters and lines, and ended grants that are too old: once a day, by a tick."""
         before_ms = log_time_ms - self.settings.dedupe_horizon_ms
         for command_id in [c for c, seen_ms in self.commands.items() if seen_ms < before_ms]:
             del self.commands[command_id]
         self.quantities.forget(log_time_ms - KEPT_MS)
         self.credits.forget(log_time_ms - credit.KEPT_MS)
+        self.lines.forget(log_time_ms - LINES_KEPT_MS)
 
     def digest(self, *, with_memory: bool = True) -> str:
         """SHA-256 over everything here in a canonical order: equal states have equal digests.
@@ -186,6 +190,8 @@ class LedgerState:
             add(quantities.SerializeToString(deterministic=True))
         for held in self.credits.all():
             add(held.SerializeToString(deterministic=True))
+        for line in self.lines:
+            add(line.to_line().SerializeToString(deterministic=True))
         add(sorted(self.commands.items()))
         if with_memory:
             h.update(self.seen.digest())

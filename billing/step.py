@@ -21,13 +21,13 @@ from billing.limits import (
     REJECTED_PAYLOAD_BYTES_MAX,
     SCHEMA_VERSION,
 )
+from billing.release import release_due
 from billing.state import DAY_MS, LedgerState
 from billing.usage_step import Forward, apply_usage
 from billing.v1.account_pb2 import LedgerPosition
 from billing.v1.command_pb2 import SignedCommand
 from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, Rejected, SnapshotTaken, Tick
 from billing.v1.usage_pb2 import UsageBatch
-from billing.windows import window_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,8 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
         completeness.look(state, record)
     if record.credits:
         _state_accounts(state, record)
-    due = state.due_windows(log_time_ms)
-    if due:
-        record.released.extend(window_key(key, state.windows[key].opened_sequence) for key in due)
-        state.remove_windows(due)
+    release_due(state, record)
+    record.lines.extend(state.lines.take_touched())
     record.inputs.extend(InputPosition(topic=topic, offset=offset) for topic, offset in sorted(state.inputs.items()))
     for number, alert in enumerate(record.alerts):
         alert.alert_id = f"{state.generation.hex()[:12]}-{state.partition}-{record.sequence}-{number}"

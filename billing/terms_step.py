@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from billing.accounts import AccountState
 from billing.rating import FREE_OUTCOMES
+from billing.schedules import Part
 from billing.state import LedgerState
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import UsageEvent
@@ -22,8 +23,12 @@ def rate_by_terms(
     account_of: Callable[[str], AccountState],
     costs: list[int],
     record: LedgerRecord,
-) -> None:
-    """Note the cost of each such event in `costs`, and state the counters that it moved in `record`."""
+) -> dict[int, list[Part]]:
+    """Note the cost of each such event in `costs`, and state the counters that it moved in `record`.
+
+    Returns what each is made of, by its place in the batch.
+    """
+    parts_of = {}
     for index in admitted:
         event = events[index]
         if event.outcome in FREE_OUTCOMES:
@@ -33,6 +38,7 @@ def rate_by_terms(
             account.currency, event.ended_ms, event.model, event.operation, event.service_class, event.tenant_id
         )
         if rate is not None and rate.terms is not None:
-            parts = state.quantities.take(event, rate, account.currency, account.calendar)
+            parts = parts_of[index] = state.quantities.take(event, rate, account.currency, account.calendar)
             costs[index] = sum(part.amount_pico for part in parts)
     record.quantities.extend(state.quantities.take_moved())
+    return parts_of

@@ -17,9 +17,12 @@ from billing.accounts import AccountState
 from billing.amounts import to_amount
 from billing.identity import identities, partition_of
 from billing.leases import Leases
-from billing.limits import BATCH_BYTES_MAX, RELEASED_LEASES_MAX, SCHEMA_VERSION
+from billing.limits import BATCH_BYTES_MAX, RELEASED_LEASES_MAX, SCHEMA_VERSION, WINDOW_PARTS_HARD_MAX
+from billing.line_parts import add_rated
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
+from billing.release import release
+from billing.schedules import Part
 from billing.sequences import ProducerSequences, is_numbered
 from billing.state import DAY_MS, LedgerState
 from billing.terms_step import rate_by_terms
@@ -43,7 +46,7 @@ from billing.v1.usage_pb2 import (
     UsageBatch,
 )
 from billing.validation import event_problem
-from billing.windows import MINUTE_MS, Key, Window, window_key
+from billing.windows import MINUTE_MS, Key, Window
 
 _LOW = (1 << 64) - 1
 _REQUEST_IDS_NAMED = 3
@@ -79,6 +82,8 @@ class _Batch:
         self.costs = [0] * len(columns)
         # Price book versions and the events that each rated.
         self.rated: list[tuple[int, Sequence[int]]] = []
+        # Of events whose price has terms: what each is made of.
+        self.parts: dict[int, list[Part]] = {}
         self.duplicates = 0
         self.conflicts = 0
 
@@ -206,7 +211,7 @@ class _Batch:
     def charge(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Rate the admitted events and add them to their windows and accounts."""
         if self.state.books.any_terms:
-            rate_by_terms(self.state, self.events, admitted, self.account, self.costs, record)
+            self.parts = rate_by_terms(self.state, self.events, admitted, self.account, self.costs, record)
         first_minute, last_minute = min(self.ended_ms) // MINUTE_MS, max(self.ended_ms) // MINUTE_MS
         if first_minute == last_minute:
             minutes: Iterable[int] = repeat(first_minute, len(self.ended_ms))
@@ -234,36 +239,42 @@ class _Batch:
         state = self.state
         for key, indexes in groups.items():
             account = self.account(key[0])
-            window = state.windows.get(key)  # type: ignore[call-overload]  # a plain tuple finds its Key
-            if window is None or not window.takes(account.currency):
-                if window is not None:
-                    record.released.append(window_key(window.key, window.opened_sequence))
-                window = Window(Key(*key), record.sequence, account.currency)
-                state.windows[window.key] = window
             evidence = self.evidence[key[0]]
-            evidence.last_indexes = indexes
-            window.events += len(indexes)
-            account.events += len(indexes)
             limit = account.plan.prompt_tokens_max
-            if limit and largest_prompt > limit:
-                self._find_oversized(indexes, limit, evidence)
-            if free:
-                indexes = self._set_free_aside(indexes, window, limit, evidence)
-            tokens = 0
-            for place, column in columns.tokens.items():
-                added = sum([column[index] for index in indexes])
-                window.tokens[place] += added
-                tokens += added
-            evidence.minute_tokens[key[5]] = evidence.minute_tokens.get(key[5], 0) + tokens
-            if self.with_units:
-                self._add_units(indexes, window)
-            cost = self._rate_window(window.key, account, indexes)
-            window.cost_pico += cost
-            account.spend_pico += cost
-            evidence.cost_pico += cost
-            state.touch_window(window, self.log_time_ms)
-            totals.append(window.to_total())
+            for rate, rated in self._rates(key, account.currency, indexes):
+                window = self._window((*key, rate.version if rate else 0), account.currency, record)
+                evidence.last_indexes = rated
+                window.events += len(rated)
+                account.events += len(rated)
+                if limit and largest_prompt > limit:
+                    self._find_oversized(rated, limit, evidence)
+                charged = self._set_free_aside(rated, window, limit, evidence) if free else rated
+                tokens = 0
+                for place, column in columns.tokens.items():
+                    added = sum([column[index] for index in charged])
+                    window.tokens[place] += added
+                    tokens += added
+                evidence.minute_tokens[key[5]] = evidence.minute_tokens.get(key[5], 0) + tokens
+                if self.with_units:
+                    self._add_units(charged, window)
+                cost = self._rate_all(rate, window, account, charged)
+                window.cost_pico += cost
+                account.spend_pico += cost
+                evidence.cost_pico += cost
+                state.touch_window(window, self.log_time_ms)
+                totals.append(window.to_total())
         record.totals.extend(totals)
+
+    def _window(self, key: tuple[str, str, str, int, int, int, int], currency: str, record: LedgerRecord) -> Window:
+        """The open window of `key` that takes usage in `currency`: where there is none, this record opens it."""
+        windows = self.state.windows
+        window = windows.get(key)  # type: ignore[call-overload]  # a plain tuple finds its Key
+        if window is None or not window.takes(currency):
+            if window is not None:
+                release(self.state, window, record)
+            window = Window(Key(*key), record.sequence, currency)
+            windows[window.key] = window
+        return window  # type: ignore[no-any-return]
 
     def _set_free_aside(self, indexes: list[int], window: Window, limit: int, evidence: Evidence) -> list[int]:
         outcomes = self.columns.outcomes
@@ -277,24 +288,25 @@ class _Batch:
             for unit, quantity in unit_quantities(self.events[index]).items():
                 window.units[unit] = window.units.get(unit, 0) + quantity
 
-    def _rate_window(self, key: Key, account: AccountState, indexes: Sequence[int]) -> int:
-        """The cost of `indexes`, which is also noted for each."""
+    def _rates(
+        self, key: tuple[str, str, str, int, int, int], currency: str, indexes: list[int]
+    ) -> list[tuple[Rate | None, list[int]]]:
+        """What rates `indexes`: one version of the book, but for a minute in which another one takes effect."""
+        tenant_id, _, model, operation, service_class, minute = key
         books = self.state.books
-        start_ms = key.minute * MINUTE_MS
-        if books.constant_within(account.currency, start_ms, start_ms + MINUTE_MS):
-            rate = books.rate(account.currency, start_ms, key.model, key.operation, key.service_class, key.tenant_id)
-            return self._rate_all(rate, key, account, indexes)
-        cost = 0
+        start_ms = minute * MINUTE_MS
+        if books.constant_within(currency, start_ms, start_ms + MINUTE_MS):
+            return [(books.rate(currency, start_ms, model, operation, service_class, tenant_id), indexes)]
+        by_version: dict[int, tuple[Rate | None, list[int]]] = {}
         for index in indexes:
-            rate = books.rate(
-                account.currency, self.ended_ms[index], key.model, key.operation, key.service_class, key.tenant_id
-            )
-            cost += self._rate_all(rate, key, account, [index])
-        return cost
+            rate = books.rate(currency, self.ended_ms[index], model, operation, service_class, tenant_id)
+            by_version.setdefault(rate.version if rate else 0, (rate, []))[1].append(index)
+        return list(by_version.values())
 
-    def _rate_all(self, rate: Rate | None, key: Key, account: AccountState, indexes: Sequence[int]) -> int:
+    def _rate_all(self, rate: Rate | None, window: Window, account: AccountState, indexes: Sequence[int]) -> int:
+        """The cost of `indexes`, which is also noted for each."""
         if rate is None:
-            window = self.state.windows[key]
+            key = window.key
             window.unrated_events += len(indexes)
             account.unrated_events += len(indexes)
             if indexes:
@@ -304,6 +316,8 @@ class _Batch:
         if rate.terms is not None:
             # `rate_by_terms` has noted them.
             self.rated.append((rate.version, indexes))
+            for index in indexes:
+                add_rated(window.parts, self.parts[index], WINDOW_PARTS_HARD_MAX)
             return sum([self.costs[index] for index in indexes])
         priced = [(column, pico) for place, column in self.columns.tokens.items() if (pico := rate.token_pico[place])]
         if len(priced) == 2:

@@ -10,7 +10,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from billing.amounts import from_amount, set_amount
-from billing.limits import WINDOW_EVENTS_MAX, WINDOW_UNITS_MAX
+from billing.limits import WINDOW_EVENTS_MAX, WINDOW_PARTS_MAX, WINDOW_UNITS_MAX
+from billing.line_parts import Parts, from_line_parts, to_line_parts
 from billing.v1.ledger_pb2 import WindowKey, WindowTotal
 from billing.validation import TOKEN_FIELDS
 
@@ -28,10 +29,12 @@ class Key(NamedTuple):
     operation: int
     service_class: int
     minute: int
+    # Of the book that rates it, 0 for none: what a window holds was charged by one list of prices.
+    price_version: int
 
 
 class Window:
-    """One open window: counts, the eight classes of tokens, units and cost."""
+    """One open window: counts, the eight classes of tokens, units, cost and, where the price has terms, its parts."""
 
     __slots__ = (
         "_total",
@@ -40,6 +43,7 @@ class Window:
         "events",
         "key",
         "opened_sequence",
+        "parts",
         "refused_events",
         "release_minute",
         "tokens",
@@ -57,6 +61,7 @@ class Window:
         self.tokens = [0] * 8
         self.units: dict[str, int] = {}
         self.cost_pico = 0
+        self.parts: Parts = {}
         # The minute of log time at which it may be let go; kept by LedgerState.
         self.release_minute = 0
         self._total: WindowTotal | None = None
@@ -66,7 +71,12 @@ class Window:
 
         One window holds one currency (a tenant without amounts may change it), and no sum of it outgrows its field.
         """
-        return currency == self.currency and self.events < WINDOW_EVENTS_MAX and len(self.units) <= WINDOW_UNITS_MAX
+        return (
+            currency == self.currency
+            and self.events < WINDOW_EVENTS_MAX
+            and len(self.units) <= WINDOW_UNITS_MAX
+            and len(self.parts) <= WINDOW_PARTS_MAX
+        )
 
     def to_total(self) -> WindowTotal:
         """The absolute total, as a record states it. Valid until the next call."""
@@ -85,6 +95,9 @@ class Window:
                 setattr(total, name, tokens)
         if self.units:
             total.units.update(self.units)
+        if self.parts:
+            del total.parts[:]
+            total.parts.extend(to_line_parts(self.parts))
         set_amount(total.cost, self.cost_pico)
         return total
 
@@ -98,6 +111,7 @@ class Window:
         window.tokens = list(_TOKENS(total))
         window.units = dict(total.units)
         window.cost_pico = from_amount(total.cost)
+        window.parts = from_line_parts(total.parts)
         return window
 
 
@@ -111,9 +125,10 @@ def window_key(key: Key, opened_sequence: int) -> WindowKey:
         service_class=key[4],
         minute=key[5],
         opened_sequence=opened_sequence,
+        price_version=key[6],
     )
 
 
 def key_of(key: WindowKey) -> Key:
     """The key that a contract names, without its generation."""
-    return Key(key.tenant_id, key.project_id, key.model, key.operation, key.service_class, key.minute)
+    return Key(key.tenant_id, key.project_id, key.model, key.operation, key.service_class, key.minute, key.price_version)

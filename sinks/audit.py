@@ -207,8 +207,8 @@ class _PartitionAudit:
             minutes = [window_id.key.minute for window_id in part]
             rows = self._query(
                 "SELECT tenant_id, project_id, model, operation, service_class, toInt64(intDiv(toUnixTimestamp(minute), 60)), "  # noqa: S608 - names of ours
-                f"generation, opened_sequence, events, refused_events, unrated_events, {_TOKENS}, unit_names, unit_quantities, "
-                "cost, version FROM usage_totals FINAL WHERE tenant_id IN {tenants:Array(String)} "
+                f"generation, opened_sequence, price_version, events, refused_events, unrated_events, {_TOKENS}, unit_names, "
+                "unit_quantities, cost, version FROM usage_totals FINAL WHERE tenant_id IN {tenants:Array(String)} "
                 "AND minute >= toDateTime({first:Int64}, 'UTC') AND minute <= toDateTime({last:Int64}, 'UTC') "
                 "AND ledger_partition = {partition:UInt32}",
                 {
@@ -217,7 +217,7 @@ class _PartitionAudit:
                     "last": max(minutes) * 60,
                 },
             )
-            found = {row[:8]: row for row in rows}
+            found = {row[:9]: row for row in rows}
             for window_id, window in part.items():
                 self._compare_window(window_id, window, found.get(_window_row_key(window_id)))
             self._report.windows += len(part)
@@ -226,16 +226,16 @@ class _PartitionAudit:
         if row is None:
             self._differs("window_missing", str(window_id), f"{window.events} events", "no row in usage_totals")
             return
-        if cast("int", row[22]) > version_of(self._ordinal, self._chain.sequence):
+        if cast("int", row[23]) > version_of(self._ordinal, self._chain.sequence):
             return
-        names, quantities = cast("list[str]", row[19]), cast("list[int]", row[20])
+        names, quantities = cast("list[str]", row[20]), cast("list[int]", row[21])
         actual = {
-            "events": row[8],
-            "refused_events": row[9],
-            "unrated_events": row[10],
-            "tokens": tuple(row[11:19]),
+            "events": row[9],
+            "refused_events": row[10],
+            "unrated_events": row[11],
+            "tokens": tuple(row[12:20]),
             "units": dict(zip(names, quantities, strict=True)),
-            "cost_pico": _pico(row[21]),
+            "cost_pico": _pico(row[22]),
         }
         for name, value in window.values().items():
             if actual[name] != value:
@@ -335,6 +335,7 @@ def _window_row_key(window_id: WindowId) -> tuple[object, ...]:
         key.minute,
         window_id.generation.hex(),
         window_id.opened_sequence,
+        key.price_version,
     )
 
 

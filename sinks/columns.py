@@ -308,6 +308,7 @@ def _totals(batch: Sequence[Accepted]) -> Columns:
                 accepted.record.partition,
                 accepted.record.generation.hex(),
                 key.opened_sequence,
+                key.price_version,
                 *counts(total),
                 [unit for unit, _ in units],
                 [quantity for _, quantity in units],

@@ -53,7 +53,7 @@ class WindowId(NamedTuple):
         key = self.key
         return (
             f"window {key.tenant_id}/{key.project_id}/{key.model}/{key.operation}/{key.service_class} minute {key.minute}, "
-            f"opened by {self.generation.hex()[:12]}:{self.opened_sequence}"
+            f"price version {key.price_version}, opened by {self.generation.hex()[:12]}:{self.opened_sequence}"
         )
 
 
@@ -233,6 +233,7 @@ class Recomputed:
             event.operation,
             event.service_class,
             event.ended_ms // MINUTE_MS,
+            rate.version if rate else 0,
         )
         entry = self.open.get(key)
         if entry is None or entry[1].currency != account.currency:

@@ -91,6 +91,7 @@ USAGE_TOTALS = _table(
     ledger_partition=Kind.UINT32,
     generation=Kind.TEXT,
     opened_sequence=Kind.UINT64,
+    price_version=Kind.UINT32,
     events=Kind.UINT64,
     refused_events=Kind.UINT64,
     unrated_events=Kind.UINT64,

@@ -13,8 +13,8 @@ sink has not confirmed, so that the sink can be fed the missing tail from here.
 
 Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
 windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, q
-quantities of periods, g credit grants, e what else there is to a tenant's credit, s runs of the dedupe memory, b dedupe keys
-that are in no run yet (by sequence), u unconfirmed records (by sequence).
+quantities of periods, i periods' lines that no invoice has, g credit grants, e what else there is to a tenant's credit, s runs
+of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence).
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from billing import chain, credit
 from billing.accounts import AccountState
 from billing.commands import remembered_id
 from billing.leases import LeaseState
+from billing.period_lines import KEPT_MS as LINES_KEPT_MS
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS
 from billing.sequences import ProducerSequences
 from billing.state import LedgerState
 from billing.v1.account_pb2 import Account, ApiKey, Lease, LedgerPosition, Progress
 from billing.v1.command_pb2 import Command, PriceBook
+from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
 from billing.v1.ledger_pb2 import (
     CreditState,
     Founding,
@@ -80,15 +82,16 @@ class Acknowledged:
     record_hash: bytes = b""
 
 
+_Stated = Account | ApiKey | CreditState | Lease | PeriodLine | PeriodQuantities | ProducerMark
+
+
 @dataclass(slots=True)
 class _Effect:
     """What some records leave behind: of everything that they state in full, the last statement only."""
 
     # By name; None: let go. With the log time that touched it.
     windows: dict[bytes, tuple[int, WindowTotal] | None] = field(default_factory=dict)
-    states: dict[bytes, Account | ApiKey | CreditState | Lease | PeriodQuantities | ProducerMark | None] = field(
-        default_factory=dict
-    )
+    states: dict[bytes, _Stated | None] = field(default_factory=dict)
     commands: dict[bytes, int | None] = field(default_factory=dict)
     values: dict[bytes, bytes] = field(default_factory=dict)
     remembered: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
@@ -231,6 +234,8 @@ class LocalStore:
         for prefix in (b"g", b"e"):
             for _, value in self._range(prefix):
                 state.credits.set(CreditState.FromString(value))
+        for _, value in self._range(b"i"):
+            state.lines.set(PeriodLine.FromString(value))
         for name, value in self._range(b"c"):
             state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
         for _, value in self._range(b"w"):
@@ -336,8 +341,8 @@ class LocalStore:
         elif source == "tick" and record.tick.expired_through_day > self._expired_through_day:
             self._expired_through_day = record.tick.expired_through_day
             self._forget_commands(effect, record.log_time_ms)
-            self._forget_quantities(effect, record.log_time_ms)
             self._forget_grants(effect, record.log_time_ms)
+            self._forget_periods(effect, record.log_time_ms)
         for account in record.accounts:
             effect.states[b"a" + account.tenant_id.encode()] = account
         for key in record.keys:
@@ -357,6 +362,10 @@ class LocalStore:
             rest.CopyFrom(held)
             del rest.grants[:]
             effect.states[b"e" + held.tenant_id.encode()] = rest
+        for line in record.lines:
+            effect.states[_line_name(line.key)] = line
+        for line_key in record.invoiced:
+            effect.states[_line_name(line_key)] = None
         for mark in record.producers:
             effect.states[b"n" + mark.producer_id.encode()] = mark
         for total in record.totals:
@@ -390,12 +399,17 @@ class LocalStore:
             if seen_ms is not None and seen_ms < before_ms:
                 effect.commands[name] = None
 
-    def _forget_quantities(self, effect: _Effect, log_time_ms: int) -> None:
+    def _forget_periods(self, effect: _Effect, log_time_ms: int) -> None:
         for name, value in self._range(b"q"):
             if PeriodQuantities.FromString(value).period_end_ms < log_time_ms - KEPT_MS:
                 effect.states[name] = None
+        for name, value in self._range(b"i"):
+            if PeriodLine.FromString(value).key.period_end_ms < log_time_ms - LINES_KEPT_MS:
+                effect.states[name] = None
         for name, state in effect.states.items():
-            if isinstance(state, PeriodQuantities) and state.period_end_ms < log_time_ms - KEPT_MS:
+            if (isinstance(state, PeriodQuantities) and state.period_end_ms < log_time_ms - KEPT_MS) or (
+                isinstance(state, PeriodLine) and state.key.period_end_ms < log_time_ms - LINES_KEPT_MS
+            ):
                 effect.states[name] = None
 
     def _forget_grants(self, effect: _Effect, log_time_ms: int) -> None:
@@ -471,6 +485,10 @@ def _options() -> Options:
 def _window_name(key: WindowKey) -> bytes:
     # With the sequence that opened it, as a record states it and as a record lets it go.
     return b"w" + key.SerializeToString(deterministic=True)
+
+
+def _line_name(key: PeriodLineKey) -> bytes:
+    return b"i" + key.SerializeToString(deterministic=True)
 
 
 def _alone(quantities: PeriodQuantities, units: PeriodUnits) -> PeriodQuantities:

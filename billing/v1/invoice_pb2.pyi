@@ -156,6 +156,7 @@ class PeriodLineKey(_message.Message):
     PRICE_VERSION_FIELD_NUMBER: _builtins.int
     ADJUSTMENT_ID_FIELD_NUMBER: _builtins.int
     OPENED_SEQUENCE_FIELD_NUMBER: _builtins.int
+    OPENED_GENERATION_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     period_start_ms: _builtins.int
     """The period of the tenant's calendar in which the usage ended, Unix time in milliseconds."""
@@ -170,6 +171,7 @@ class PeriodLineKey(_message.Message):
     adjustment_id: _builtins.str
     """The Adjustment command that says so; empty for usage."""
     opened_sequence: _builtins.int
+    opened_generation: _builtins.bytes
     def __init__(
         self,
         *,
@@ -184,10 +186,11 @@ class PeriodLineKey(_message.Message):
         price_version: _builtins.int = ...,
         adjustment_id: _builtins.str = ...,
         opened_sequence: _builtins.int = ...,
+        opened_generation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adjustment_id", b"adjustment_id", "currency", b"currency", "model", b"model", "opened_sequence", b"opened_sequence", "operation", b"operation", "period_end_ms", b"period_end_ms", "period_start_ms", b"period_start_ms", "price_version", b"price_version", "project_id", b"project_id", "service_class", b"service_class", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adjustment_id", b"adjustment_id", "currency", b"currency", "model", b"model", "opened_generation", b"opened_generation", "opened_sequence", b"opened_sequence", "operation", b"operation", "period_end_ms", b"period_end_ms", "period_start_ms", b"period_start_ms", "price_version", b"price_version", "project_id", b"project_id", "service_class", b"service_class", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

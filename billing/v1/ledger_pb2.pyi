@@ -551,6 +551,7 @@ class WindowKey(_message.Message):
     SERVICE_CLASS_FIELD_NUMBER: _builtins.int
     MINUTE_FIELD_NUMBER: _builtins.int
     OPENED_SEQUENCE_FIELD_NUMBER: _builtins.int
+    PRICE_VERSION_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     project_id: _builtins.str
     model: _builtins.str
@@ -560,6 +561,8 @@ class WindowKey(_message.Message):
     """Minutes since 1970, event time (when the usage ended)."""
     opened_sequence: _builtins.int
     """The sequence of the record that opened it."""
+    price_version: _builtins.int
+    """The version of the book that rates it, 0 for none: a window holds usage of one."""
     def __init__(
         self,
         *,
@@ -570,10 +573,11 @@ class WindowKey(_message.Message):
         service_class: _builtins.int = ...,
         minute: _builtins.int = ...,
         opened_sequence: _builtins.int = ...,
+        price_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["minute", b"minute", "model", b"model", "opened_sequence", b"opened_sequence", "operation", b"operation", "project_id", b"project_id", "service_class", b"service_class", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["minute", b"minute", "model", b"model", "opened_sequence", b"opened_sequence", "operation", b"operation", "price_version", b"price_version", "project_id", b"project_id", "service_class", b"service_class", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -620,7 +624,6 @@ class WindowTotal(_message.Message):
     UNITS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
-    PRICE_VERSION_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
     events: _builtins.int
     refused_events: _builtins.int
@@ -634,8 +637,6 @@ class WindowTotal(_message.Message):
     audio_input_tokens: _builtins.int
     audio_output_tokens: _builtins.int
     currency: _builtins.str
-    price_version: _builtins.int
-    """The version of the book that rated it, 0 for none: a window holds usage of one."""
     @_builtins.property
     def key(self) -> Global___WindowKey: ...
     @_builtins.property
@@ -644,7 +645,7 @@ class WindowTotal(_message.Message):
     def cost(self) -> _account_pb2.Amount: ...
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[_invoice_pb2.LinePart]:
-        """Where the price has terms: how its cost is made up. Else its classes times the flat prices of that version."""
+        """Where the price has terms: how its cost is made up. Else its classes times the flat prices of its version."""
 
     def __init__(
         self,
@@ -664,12 +665,11 @@ class WindowTotal(_message.Message):
         units: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         cost: _account_pb2.Amount | None = ...,
         currency: _builtins.str = ...,
-        price_version: _builtins.int = ...,
         parts: _abc.Iterable[_invoice_pb2.LinePart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "cost", b"cost", "currency", b"currency", "events", b"events", "image_input_tokens", b"image_input_tokens", "key", b"key", "output_tokens", b"output_tokens", "parts", b"parts", "price_version", b"price_version", "reasoning_tokens", b"reasoning_tokens", "refused_events", b"refused_events", "uncached_input_tokens", b"uncached_input_tokens", "units", b"units", "unrated_events", b"unrated_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "cost", b"cost", "currency", b"currency", "events", b"events", "image_input_tokens", b"image_input_tokens", "key", b"key", "output_tokens", b"output_tokens", "parts", b"parts", "reasoning_tokens", b"reasoning_tokens", "refused_events", b"refused_events", "uncached_input_tokens", b"uncached_input_tokens", "units", b"units", "unrated_events", b"unrated_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from fractions import Fraction
 
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN
@@ -20,7 +21,7 @@ from billing.v1.ledger_pb2 import (
 )
 from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_REJECTED, UsageEvent
 
-__all__ = ["DAY_MS", "NaiveAccount", "NaiveLedger"]
+__all__ = ["DAY_MS", "NaiveAccount", "NaiveLedger", "NaiveLine"]
 
 DAY_MS = 24 * 60 * 60 * 1000
 FUTURE_ALERT_MS, FUTURE_REJECT_MS = 5 * 60_000, DAY_MS
@@ -45,6 +46,18 @@ class NaiveAccount:
 
 
 @dataclass
+class NaiveLine:
+    """What one month of one tenant, project, model and price list came to."""
+
+    events: int = 0
+    refused: int = 0
+    unrated: int = 0
+    cost: Fraction = Fraction(0)
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass
 class Remembered:
     payload: bytes
     until_ms: int
@@ -61,6 +74,8 @@ class NaiveLedger:
         self.remembered: dict[tuple[str, str], Remembered] = {}
         self.commands: dict[str, int] = {}
         self.books: dict[str, list[tuple[int, PriceList]]] = defaultdict(list)
+        # By tenant, month in UTC, currency, project, model and price version (0: none).
+        self.lines: dict[tuple[str, str, str, str, str, int], NaiveLine] = defaultdict(NaiveLine)
         self.day = 0
 
     def account(self, tenant_id: str) -> NaiveAccount:
@@ -106,16 +121,26 @@ class NaiveLedger:
     def _charge(self, event: UsageEvent) -> Fraction:
         account = self.account(event.tenant_id)
         account.events += 1
+        effective = [prices for since_ms, prices in self.books[account.currency] if since_ms <= event.ended_ms]
+        priced = bool(effective) and event.model in effective[-1]
+        month = datetime.fromtimestamp(event.ended_ms // 1000, UTC).strftime("%Y-%m")
+        version = len(effective) if priced else 0
+        line = self.lines[event.tenant_id, month, account.currency, event.project_id, event.model, version]
+        line.events += 1
         if event.outcome in (OUTCOME_REJECTED, OUTCOME_BACKEND_ERROR):
+            line.refused += 1
             return Fraction(0)
         account.input_tokens += event.uncached_input_tokens
         account.output_tokens += event.output_tokens
-        effective = [prices for since_ms, prices in self.books[account.currency] if since_ms <= event.ended_ms]
-        if not effective or event.model not in effective[-1]:
+        if not priced:
             account.unrated += 1
+            line.unrated += 1
             return Fraction(0)
         each_input, each_output = effective[-1][event.model]
         cost = (each_input * event.uncached_input_tokens + each_output * event.output_tokens) / 10**6
+        line.input_tokens += event.uncached_input_tokens
+        line.output_tokens += event.output_tokens
+        line.cost += cost
         account.spend += cost
         return cost
 

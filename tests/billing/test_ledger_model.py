@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
 
@@ -37,7 +38,7 @@ from billing.v1.usage_pb2 import (
     UsageBatch,
 )
 from tests.billing.ledgers import KEYS, NOW_MS, tenants_in, usage
-from tests.billing.naive import DAY_MS, NaiveLedger
+from tests.billing.naive import DAY_MS, NaiveLedger, NaiveLine
 
 HORIZON_MS = 2 * DAY_MS
 HERE, ELSEWHERE = tenants_in(0, 2, partitions=2), tenants_in(1, 1, partitions=2)
@@ -47,6 +48,10 @@ currencies = st.sampled_from(("", "USD", "EUR"))
 amounts_pico = st.sampled_from((0, 1, 10**13, 2**64 + 5))
 command_numbers = st.integers(0, 40)
 pauses_ms = st.sampled_from((0, 1, 2_000, 59_000, 3_600_000, DAY_MS, 3 * DAY_MS))
+
+
+def tokens_of(line: NaiveLine) -> tuple[int, int]:
+    return line.input_tokens, line.output_tokens
 
 
 class AccountsMachine(RuleBasedStateMachine):
@@ -129,6 +134,7 @@ class AccountsMachine(RuleBasedStateMachine):
         self.now_ms += pause_ms
         self.take(TickInput())
         self.model.tick(self.now_ms)
+        self.lines_and_open_windows_are_what_each_month_came_to()
 
     @rule(data=st.data())
     def use_a_little(self, data: st.DataObject) -> None:
@@ -218,6 +224,37 @@ class AccountsMachine(RuleBasedStateMachine):
             if a.events
         }
 
+    def lines_and_open_windows_are_what_each_month_came_to(self) -> None:
+        summed: dict[tuple[str, ...], list[int]] = {}
+
+        def add(name: tuple[object, ...], start_ms: int, *values: int) -> None:
+            tenant_id, *rest = map(str, name)
+            month = datetime.fromtimestamp(start_ms // 1000, UTC).strftime("%Y-%m")
+            sums = summed.setdefault((tenant_id, month, *rest), [0] * len(values))
+            sums[:] = [have + more for have, more in zip(sums, values, strict=True)]
+
+        for line in self.state.lines:
+            key = line.key
+            tokens = [
+                sum(part.units for name, part in line.parts.items() if name.quantity_of == quantity)
+                for quantity in ("uncached_input_tokens", "output_tokens")
+            ]
+            assert all(name.unit_pico * part.units == part.amount_pico for name, part in line.parts.items())
+            where = (key.tenant_id, key.currency, key.project_id, key.model, key.price_version)
+            counts = (line.events, line.refused_events, line.unrated_events)
+            add(where, key.period.start_ms, *counts, line.cost_pico, *tokens)
+        for window in self.state.windows.values():
+            place = window.key
+            where = (place.tenant_id, window.currency, place.project_id, place.model, place.price_version)
+            # Of a window without a price its tokens are known; a line states what was charged.
+            tokens = [window.tokens[0], window.tokens[1]] if place.price_version else [0, 0]
+            counts = (window.events, window.refused_events, window.unrated_events)
+            add(where, place.minute * 60_000, *counts, window.cost_pico, *tokens)
+        assert summed == {
+            tuple(map(str, name)): [each.events, each.refused, each.unrated, each.cost * PICO, *tokens_of(each)]
+            for name, each in self.model.lines.items()
+        }
+
     @invariant()
     def who_follows_is_where_the_writer_is(self) -> None:
         assert self.follower.digest() == self.state.digest()
@@ -225,6 +262,7 @@ class AccountsMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not self.log:
             return
+        self.lines_and_open_windows_are_what_each_month_came_to()
         state, chain = LedgerState(MemorySeenKeys()), Chain(0, KEYS.seal_key)
         for stored in self.log:
             record = chain.accept(stored)

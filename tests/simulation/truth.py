@@ -91,6 +91,13 @@ class PartitionTruth:
         return len(self.hashes) - 1
 
 
+def _version_at(truth: PartitionTruth, event: UsageEvent) -> int:
+    """The price version whose window takes `event`: the last one in effect, if it has a price."""
+    effective = [version for version, book in truth.books.items() if book.effective_ms <= event.ended_ms]
+    latest = max(effective, default=0)
+    return latest if latest and any(price.model == event.model for price in truth.books[latest].prices) else 0
+
+
 class Truth:
     """Of the whole run."""
 
@@ -253,8 +260,8 @@ class Truth:
         sums += [
             truth.windows.setdefault(total.key.SerializeToString(deterministic=True), Sum())
             for total in record.totals
-            if (total.key.tenant_id, total.key.model, total.key.minute)
-            == (event.tenant_id, event.model, event.ended_ms // 60_000)
+            if (total.key.tenant_id, total.key.model, total.key.minute, total.key.price_version)
+            == (event.tenant_id, event.model, event.ended_ms // 60_000, _version_at(truth, event))
         ]
         if len(sums) != 2:
             self._fail(truth, record, f"{identity} is charged and {len(sums) - 1} windows say so")

@@ -478,8 +478,13 @@ class World:
         charged = sum(charge.cost_pico for charge in known.charged.values())
         windows = sum(window.cost_pico for window in known.windows.values())
         accounts = sum(account.spend_pico for account in known.state.accounts.values())
-        if not charged == windows == accounts:
-            self.loop.fail(f"partition {partition}: events cost {charged}, windows {windows}, accounts {accounts}")
+        lines = sum(line.cost_pico for line in known.state.lines)
+        lines += sum(window.cost_pico for window in known.state.windows.values())
+        if not charged == windows == accounts == lines:
+            self.loop.fail(
+                f"partition {partition}: events cost {charged}, windows {windows}, accounts {accounts}, "
+                f"periods' lines and open windows {lines}"
+            )
 
     def _judge_readers(self, partition: int) -> None:
         """Whoever follows the log by the chain, from its beginning or from a store, comes to the writer's state."""

@@ -42,7 +42,12 @@ def empty(chdb_folder: Path, unique_name: Callable[[str], str]) -> Iterator[Chdb
 
 def test_dry_run_then_once_then_nothing(empty: ChdbEngine) -> None:
     planned = migrate(empty, dry_run=True)
-    assert [str(migration) for migration in planned] == ["0001_tables", "0002_views", "0003_price_terms"]
+    assert [str(migration) for migration in planned] == [
+        "0001_tables",
+        "0002_views",
+        "0003_price_terms",
+        "0004_price_version_of_totals",
+    ]
     assert empty.query("SELECT name FROM system.tables WHERE database = currentDatabase()").rows == []
     # A crash half-way through the first: some of its statements have run, and run again.
     for statement in planned[0].statements[:3]:
