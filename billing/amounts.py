@@ -46,9 +46,14 @@ def parse_decimal_to_pico(text: str) -> int:
     return -pico if sign == "-" else pico
 
 
-def format_pico(pico: int, currency: str = "", decimals_min: int = 2) -> str:
-    """All of `pico` as a decimal number, at least `decimals_min` decimals, nothing rounded: "0.0000128 USD"."""
+def decimal_text(pico: int, decimals_min: int = 0, *, grouped: bool = False) -> str:
+    """All of `pico` as a decimal number for programs, or `grouped` in thousands for people: "-1234.5"."""
     whole, rest = divmod(abs(pico), PICO)
     decimals = f"{rest:012d}".rstrip("0").ljust(decimals_min, "0")
-    text = f"{'-' if pico < 0 else ''}{whole:,}.{decimals}" if decimals else f"{'-' if pico < 0 else ''}{whole:,}"
+    return f"{'-' if pico < 0 else ''}{f'{whole:,}' if grouped else whole}{'.' if decimals else ''}{decimals}"
+
+
+def format_pico(pico: int, currency: str = "", decimals_min: int = 2) -> str:
+    """All of `pico` as a decimal number, at least `decimals_min` decimals, nothing rounded: "0.0000128 USD"."""
+    text = decimal_text(pico, decimals_min, grouped=True)
     return f"{text} {currency}" if currency else text

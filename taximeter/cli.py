@@ -7,6 +7,7 @@ from taximeter.commands import (
     checking,
     configuration,
     demo,
+    exporting,
     feeding,
     leases,
     operations,
@@ -33,6 +34,7 @@ credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
 lease_app = typer.Typer(no_args_is_help=True, help="What gateways hold of balances.")
 topics_app = typer.Typer(no_args_is_help=True, help="Kafka's topics.")
 prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
+export_app = typer.Typer(no_args_is_help=True, help="Cost and usage for other tools.")
 
 app.command("demo")(demo.demo)
 app.command("up")(running.up)
@@ -57,6 +59,7 @@ for group, name in (
     (credit_app, "credit"),
     (lease_app, "lease"),
     (prices_app, "prices"),
+    (export_app, "export"),
     (topics_app, "topics"),
     (config_app, "config"),
 ):
@@ -66,6 +69,7 @@ key_app.command("create")(accounts.create_key)
 lease_app.command("key")(leases.key)
 lease_app.command("retire")(leases.retire)
 credit_app.command("grant")(accounts.grant_credit)
+export_app.command("focus")(exporting.export_focus)
 prices_app.command("check")(prices.check)
 prices_app.command("show")(prices.show)
 prices_app.command("diff")(prices.diff)

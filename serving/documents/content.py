@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
-from billing.amounts import PICO, from_amount
+from billing.amounts import PICO, decimal_text, from_amount
 from billing.invoice_checks import credits_pico, from_units, invoice_problem
 from billing.periods import month_of, month_start_ms
 from billing.v1.invoice_pb2 import (
@@ -37,7 +37,6 @@ __all__ = [
     "Row",
     "class_name",
     "content_of",
-    "decimal",
     "document_number",
     "kind_name",
     "operation_name",
@@ -215,7 +214,7 @@ class _Figures:
         self._decimals = max(self._decimals, invoice.currency_decimals)
 
     def money(self, pico: int) -> Money:
-        text = decimal(pico, self._decimals, grouped=True).replace("-", "\N{MINUS SIGN}")
+        text = decimal_text(pico, self._decimals, grouped=True).replace("-", "\N{MINUS SIGN}")
         beyond = self._decimals - self._invoice.currency_decimals
         if not beyond:
             return Money(text)
@@ -224,7 +223,7 @@ class _Figures:
         return Money(text[:cut], text[cut:])
 
     def rounded(self, pico: int) -> Money:
-        return Money(decimal(pico, self._invoice.currency_decimals, grouped=True).replace("-", "\N{MINUS SIGN}"))
+        return Money(decimal_text(pico, self._invoice.currency_decimals, grouped=True).replace("-", "\N{MINUS SIGN}"))
 
     def group(self, title: str, reason: str, lines: Sequence[InvoiceLine]) -> Group:
         # The parts of one line key count the same requests.
@@ -250,7 +249,7 @@ class _Figures:
             quantity_of=_NAMES.get(part.quantity_of, plain(part.quantity_of).capitalize()),
             terms=plain(part.terms),
             units=f"{units:,}".replace("-", "\N{MINUS SIGN}") if units else "",
-            price="" if alone or not units else decimal(part.unit_pico * times, least, grouped=True),
+            price="" if alone or not units else decimal_text(part.unit_pico * times, least, grouped=True),
             price_per="" if alone or not units else per,
             amount=self.money(amount),
         )
@@ -263,7 +262,7 @@ class _Figures:
             found.append(Sum("Usage and adjustments", self.money(from_amount(invoice.net_exact))))
         found.append(Sum("Net, rounded", self.rounded(from_amount(invoice.net))))
         for tax in invoice.taxes:
-            rate = f"{decimal(tax.rate.rate_millionths * PICO // 10_000, 0)} %"
+            rate = f"{decimal_text(tax.rate.rate_millionths * PICO // 10_000, 0)} %"
             label = f"{plain(tax.rate.name)} {rate} of {self.rounded(from_amount(tax.base)).text}"
             found.append(Sum(label, self.rounded(from_amount(tax.amount))))
         found.append(Sum(f"Total {currency}", self.rounded(from_amount(invoice.total)), strong=True))
@@ -276,13 +275,6 @@ class _Figures:
         else:
             found.append(Sum(f"Amount due {currency}", self.rounded(due), strong=True))
         return tuple(found)
-
-
-def decimal(pico: int, decimals_min: int, *, grouped: bool = False) -> str:
-    """All of an amount as a decimal number with at least so many decimals."""
-    whole, rest = divmod(abs(pico), PICO)
-    decimals = f"{rest:012d}".rstrip("0").ljust(decimals_min, "0")
-    return f"{'-' if pico < 0 else ''}{f'{whole:,}' if grouped else whole}{'.' if decimals else ''}{decimals}"
 
 
 def per_units(quantity_of: str) -> tuple[int, str]:
@@ -408,7 +400,7 @@ def _reason(adjustment_id: str) -> str:
 
 
 def _remarks(invoice: Invoice) -> tuple[str, ...]:
-    unit = decimal(PICO // 10**invoice.currency_decimals, 0)
+    unit = decimal_text(PICO // 10**invoice.currency_decimals, 0)
     halves = "away from zero" if invoice.rounding_rule == ROUNDING_RULE_HALF_UP else "to the even digit"
     rounding = f"rounded once each, to {unit} {plain(invoice.currency)}, halves {halves}."
     found = [f"Lines, subtotals and credits are exact. The net amount, each tax and the amount due are {rounding}"]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import csv
 import io
 
-from billing.amounts import from_amount
+from billing.amounts import decimal_text, from_amount
 from billing.invoice_checks import from_units
-from serving.documents.content import class_name, decimal, document_number, operation_name, read_invoice, utc
+from serving.documents.content import class_name, document_number, operation_name, read_invoice, utc
 
 __all__ = ["COLUMNS", "safe_cell", "to_csv"]
 
@@ -74,9 +74,9 @@ def to_csv(stored: bytes) -> bytes:
                 safe_cell(part.quantity_of),
                 safe_cell(part.terms),
                 from_units(part.units),
-                decimal(part.unit_pico, 2),
-                decimal(part.unit_pico * 1_000_000, 2),
-                decimal(from_amount(part.amount), 2),
+                decimal_text(part.unit_pico, 2),
+                decimal_text(part.unit_pico * 1_000_000, 2),
+                decimal_text(from_amount(part.amount), 2),
             )
         )
     return text.getvalue().encode()

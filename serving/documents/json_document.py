@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 
-from billing.amounts import from_amount
+from billing.amounts import decimal_text, from_amount
 from billing.invoice_checks import from_units
 from billing.v1.invoice_pb2 import Invoice, InvoiceLine, RoundingRule
-from serving.documents.content import class_name, decimal, document_number, kind_name, operation_name, read_invoice, utc
+from serving.documents.content import class_name, document_number, kind_name, operation_name, read_invoice, utc
 
 __all__ = ["FORMAT", "to_json"]
 
@@ -49,29 +49,29 @@ def _values(invoice: Invoice, stored: bytes) -> dict[str, object]:
         "events": invoice.events,
         "unrated_events": invoice.unrated_events,
         "lines": [_line(line) for line in invoice.lines],
-        "usage": decimal(from_amount(invoice.usage), 2),
-        "adjustments": decimal(from_amount(invoice.adjustments), 2),
-        "net_exact": decimal(from_amount(invoice.net_exact), 2),
-        "net": decimal(from_amount(invoice.net), 2),
+        "usage": decimal_text(from_amount(invoice.usage), 2),
+        "adjustments": decimal_text(from_amount(invoice.adjustments), 2),
+        "net_exact": decimal_text(from_amount(invoice.net_exact), 2),
+        "net": decimal_text(from_amount(invoice.net), 2),
         "taxes": [
             {
                 "name": tax.rate.name,
                 "rate_millionths": tax.rate.rate_millionths,
-                "base": decimal(from_amount(tax.base), 2),
-                "amount": decimal(from_amount(tax.amount), 2),
+                "base": decimal_text(from_amount(tax.base), 2),
+                "amount": decimal_text(from_amount(tax.amount), 2),
             }
             for tax in invoice.taxes
         ],
-        "total": decimal(from_amount(invoice.total), 2),
+        "total": decimal_text(from_amount(invoice.total), 2),
         "credits": [
             {
                 "grant_id": credit.grant_id,
                 "kind": kind_name(credit.kind),
-                "amount": decimal(from_amount(credit.amount), 2),
+                "amount": decimal_text(from_amount(credit.amount), 2),
             }
             for credit in invoice.credits
         ],
-        "due": decimal(from_amount(invoice.due), 2),
+        "due": decimal_text(from_amount(invoice.due), 2),
         "seller": list(invoice.seller),
         "buyer": list(invoice.buyer),
         "note": invoice.note,
@@ -95,7 +95,7 @@ def _line(line: InvoiceLine) -> dict[str, object]:
         "quantity_of": part.quantity_of,
         "terms": part.terms,
         "units": str(from_units(part.units)),
-        "unit_price": decimal(part.unit_pico, 2),
-        "price_per_million": decimal(part.unit_pico * 1_000_000, 2),
-        "amount": decimal(from_amount(part.amount), 2),
+        "unit_price": decimal_text(part.unit_pico, 2),
+        "price_per_million": decimal_text(part.unit_pico * 1_000_000, 2),
+        "amount": decimal_text(from_amount(part.amount), 2),
     }

@@ -27,11 +27,13 @@ OF_ROLES = (
     "clickhouse_driver",
     "faust",
     "grpc",
+    "jinja2",
     "numpy",
     "pyarrow",
     "rocksdict",
     "transformers",
     "tritonclient",
+    "typst",
     "uvloop",
     "xllamacpp",
 )
@@ -73,6 +75,11 @@ def test_misuse_is_2() -> None:
         (["replay", "absent.csv"], "absent.csv cannot be read"),
         (["import", "absent.jsonl"], "absent.jsonl cannot be read"),
         (["prices", "apply", "absent.toml", "--dry-run"], "absent.toml cannot be read"),
+        (
+            ["export", "focus", "--from", "2026-11-01T12:00", "--to", "2026-12-01", "--output", "x"],
+            "--from '2026-11-01T12:00' is within a day",
+        ),
+        (["export", "focus", "--from", "2026-12-01", "--to", "2026-11-01", "--output", "x"], "--to '2026-11-01' is not after"),
         (["import", "x", "--strict", "--rejects", "y"], "exclude each other"),
     ],
 )

@@ -1,0 +1,127 @@
+"""Cost and usage in FOCUS 1.2, read from the database: rows by tenant, day and price, then what invoices add to them.
+
+Promise: the rows of requests add up to what the ledger charged for them, exactly; the rows that name an invoice add up to its
+total less the credit that was given on it (paid credit settles an invoice and is no charge). They are made one tenant and one
+period after the other, and memory holds one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from billing.amounts import from_amount
+from billing.periods import Period, period_at
+from billing.prices import PriceBooks
+from billing.v1.invoice_pb2 import CREDIT_KIND_PAID, CREDIT_KIND_PAYMENT, CreditKind
+from billing.validation import TOKEN_FIELDS
+from sinks.charged_usage import DAY_MS, ChargeKey, UsageName, charged_usage, periods_between
+from sinks.engine import Reader
+from sinks.focus_rows import Billed, Payee, other_row, usage_row
+from sinks.invoices import IssuedInvoice, invoices_of, is_of_requests
+from sinks.price_books import price_books
+from sinks.queries import balances
+from sinks.rated_usage import Payer, RatedPart, payers
+
+__all__ = ["focus_rows", "invoice_rows", "usage_bounds"]
+
+_CLASSES = frozenset(TOKEN_FIELDS)
+_PAYMENTS = frozenset({CREDIT_KIND_PAID, CREDIT_KIND_PAYMENT})
+
+
+def focus_rows(
+    reader: Reader, start_ms: int, end_ms: int, provider: str, tenant_id: str | None = None
+) -> Iterator[Mapping[str, str]]:
+    """The rows whose charge period begins in [start_ms, end_ms), which are whole UTC days. Raises ChargeDiffers."""
+    books = price_books(reader)
+    names = {balance.tenant_id: balance.display_name for balance in balances(reader, tenant_id)}
+    for payer in payers(reader, tenant_id):
+        payee = Payee(provider, payer.tenant_id, names.get(payer.tenant_id, ""), payer.currency)
+        issued = invoices_of(reader, payer.tenant_id)
+        first_ms, last_ms = usage_bounds(reader, payer, start_ms, end_ms)
+        for period in periods_between(payer, first_ms, last_ms):
+            yield from _usage_rows(reader, payer, payee, books, issued, period, first_ms, last_ms)
+        for entry in issued:
+            yield from invoice_rows(payee, entry, start_ms, end_ms)
+
+
+def usage_bounds(reader: Reader, payer: Payer, start_ms: int, end_ms: int) -> tuple[int, int]:
+    """The part of [start_ms, end_ms) in which the tenant has usage; where there is none, nothing."""
+    [[first, last, windows]] = reader.query(
+        "SELECT toInt64(toUnixTimestamp(min(minute))), toInt64(toUnixTimestamp(max(minute))), count() FROM usage_totals "
+        "WHERE tenant_id = {tenant:String} AND minute >= toDateTime({start:Int64}, 'UTC') "
+        "AND minute < toDateTime({end:Int64}, 'UTC')",
+        {"tenant": payer.tenant_id, "start": start_ms // 1_000, "end": end_ms // 1_000},
+    ).rows
+    assert isinstance(first, int)
+    assert isinstance(last, int)
+    return (first * 1_000, last * 1_000 + 60_000) if windows else (start_ms, start_ms)
+
+
+def _usage_rows(
+    reader: Reader,
+    payer: Payer,
+    payee: Payee,
+    books: PriceBooks,
+    issued: Sequence[IssuedInvoice],
+    period: Period,
+    start_ms: int,
+    end_ms: int,
+) -> Iterator[Mapping[str, str]]:
+    takers = [entry for entry in issued if entry.invoice.period_end_ms >= period.end_ms]
+    charges = charged_usage(reader, payer, books, period, start_ms, end_ms, [entry.version for entry in takers])
+    for key in sorted(charges):
+        billed = _billed(payer, period, key, takers)
+        line = charges[key]
+        for part, (units, amount_pico) in sorted(line.parts.items()):
+            if not part.price_pico and not part.terms and part.quantity_of not in _CLASSES:
+                continue  # producers name units as they like; what no book prices is no SKU
+            list_pico = _list_pico(books, payer, key.name, part)
+            yield usage_row(payee, billed, key.name, line.events, part, units, amount_pico, list_pico)
+
+
+def _billed(payer: Payer, period: Period, key: ChargeKey, takers: Sequence[IssuedInvoice]) -> Billed:
+    start_ms, end_ms = max(key.day_ms, period.start_ms), min(key.day_ms + DAY_MS, period.end_ms)
+    if key.cut < len(takers):
+        taker = takers[key.cut]
+        billing_period, number = Period(taker.invoice.period_start_ms, taker.invoice.period_end_ms), taker.number
+    else:
+        # No invoice has it: it is the next one's.
+        billing_period = period_at(payer.calendar, takers[-1].invoice.period_end_ms) if takers else period
+        number = ""
+    return Billed(start_ms, end_ms, billing_period, number, correction=billing_period.start_ms > period.start_ms)
+
+
+def _list_pico(books: PriceBooks, payer: Payer, name: UsageName, part: RatedPart) -> int:
+    """What a unit costs those who have no price of their own; where that has terms of its own, the charged price."""
+    if part.terms:
+        return part.price_pico
+    book = books.version(payer.currency, name.price_version)
+    assert book is not None, name
+    rate = books.rate(payer.currency, book.effective_ms, name.model, name.operation, name.service_class, "")
+    if rate is None or rate.terms is not None:
+        return part.price_pico
+    prices = {**rate.unit_pico, **dict(zip(TOKEN_FIELDS, rate.token_pico, strict=True))}
+    return prices.get(part.quantity_of, part.price_pico)
+
+
+def invoice_rows(payee: Payee, entry: IssuedInvoice, start_ms: int, end_ms: int) -> Iterator[Mapping[str, str]]:
+    """What stands on an invoice beside the usage that requests were charged for."""
+    invoice = entry.invoice
+    own = Period(invoice.period_start_ms, invoice.period_end_ms)
+    for line in invoice.lines:
+        period = Period(line.key.period_start_ms, line.key.period_end_ms)
+        if not is_of_requests(line) and start_ms <= period.start_ms < end_ms:
+            billed = Billed(*period, own, entry.number, correction=line.adjustment)
+            what = " ".join(text for text in (line.part.quantity_of, line.part.terms, line.key.model) if text)
+            yield other_row(payee, billed, "Adjustment", what, from_amount(line.part.amount))
+    if not start_ms <= own.start_ms < end_ms:
+        return
+    billed = Billed(*own, own, entry.number)
+    if rounding_pico := from_amount(invoice.net) - from_amount(invoice.net_exact):
+        yield other_row(payee, billed, "Adjustment", f"Rounding of the net of {entry.number}", rounding_pico)
+    for credit in invoice.credits:
+        if credit.kind not in _PAYMENTS:
+            what = f"{CreditKind.Name(credit.kind).removeprefix('CREDIT_KIND_').capitalize()} credit {credit.grant_id}"
+            yield other_row(payee, billed, "Credit", what, -from_amount(credit.amount))
+    for tax in invoice.taxes:
+        yield other_row(payee, billed, "Tax", tax.rate.name, from_amount(tax.amount))
