@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv proto check test demo bench simulate models fuzz chaos nightly lock kafka clean
+.PHONY: help venv proto check test demo bench simulate models fuzz chaos nightly lock kafka triton clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -84,6 +84,9 @@ nightly: venv ## As many trials of each fault as the table asks for; SOAK=hours:
 
 kafka: venv ## Fetch Apache Kafka's jars for the tests (a JDK and Maven are needed)
 	$(BIN)/python -m tests.services.kafka
+
+triton: venv ## Install NVIDIA Triton for the tests, apart from our environment (Linux on x86-64, /usr/bin/python3)
+	$(BIN)/python -m tests.services.triton
 
 # Each role's lock takes its versions from dev.txt, so that a container runs what the tests ran.
 lock: ## Resolve the locks anew (needs the virtual environment's uv)

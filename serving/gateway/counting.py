@@ -33,6 +33,7 @@ class PreparedRequest:
     """What the gateway must remember of a request while the back end works on it."""
 
     client_id: str
+    upstream_id: str
     prompts: tuple[str, ...]
     """What the tokenizer counts where the back end does not."""
     framing: Framing
@@ -49,6 +50,10 @@ class PreparedRequest:
     """The back end puts the prompt in front of its answer."""
     repeats_all: bool
     """Each response has all token ids so far, not only new ones."""
+
+    def in_clients_words(self, message: str) -> str:
+        """A back end's message, where it names the request by the ID that it knows."""
+        return message.replace(self.upstream_id, self.client_id or "<id_unknown>")
 
 
 def _refuse_shared_memory(request: ModelInferRequest) -> None:
@@ -135,6 +140,7 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
     request.id = upstream_id
     return PreparedRequest(
         client_id=client_id,
+        upstream_id=upstream_id,
         prompts=prompts,
         framing=Framing.CHAT if _flag(request, names, profile.chat_input) else profile.framing,
         input_tokens=input_tokens,

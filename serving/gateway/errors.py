@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -16,10 +16,12 @@ __all__ = ["CallError"]
 class CallError(Exception):
     """The gateway ends this call itself, with a status and a sentence."""
 
-    def __init__(self, status: grpc.StatusCode, message: str) -> None:
+    def __init__(self, status: grpc.StatusCode, message: str, answer: Any = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        # The back end's own words on a stream, which a client is to get as they are.
+        self.answer = answer
 
     @classmethod
     def refused(cls, refusal: Refusal) -> CallError:

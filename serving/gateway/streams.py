@@ -50,6 +50,8 @@ class _End:
 
     status: grpc.StatusCode | None
     message: str
+    answer: StreamResponse | None = None
+    """What says so in band."""
 
 
 class _ClientGoneError(Exception):
@@ -134,7 +136,7 @@ class _RequestFlow:
                     return
                 if item.error_message:
                     # In band it has no status; the request ends with it.
-                    await self._finish(ready, None, _End(None, item.error_message))
+                    await self._finish(ready, None, _End(None, item.error_message, item))
                     return
                 before = self._meter.counter.counted()
                 try:
@@ -189,7 +191,11 @@ class _RequestFlow:
             tell_usage(ready[-1].infer_response, usage)
             await self._write(ready)
         if end.message:
-            raise CallError(end.status or grpc.StatusCode.UNKNOWN, end.message)
+            message = self._prepared.in_clients_words(end.message)
+            if end.answer is not None:
+                end.answer.error_message = message
+                end.answer.infer_response.id = self._prepared.client_id
+            raise CallError(end.status or grpc.StatusCode.UNKNOWN, message, end.answer)
 
     def _outcome(self, end: _End, *, delivered: bool) -> int:
         metrics = self._gateway.metrics
@@ -303,8 +309,10 @@ class _ClientStream:
                 self._failure = error
                 self._main.cancel()
             return
-        response = service_pb2.ModelStreamInferResponse(error_message=error.message)
-        response.infer_response.id = client_id
+        response = error.answer
+        if response is None:
+            response = service_pb2.ModelStreamInferResponse(error_message=error.message)
+            response.infer_response.id = client_id
         kserve.set_parameter(response.infer_response, "taximeter_status", error.status.name)
         await write([response])
 

@@ -38,7 +38,8 @@ async def _answer(gateway: Gateway, admitted: Admitted, caller: Caller) -> Model
         late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and caller.is_late()
         await meter.close(OUTCOME_DEADLINE_EXCEEDED if late else OUTCOME_BACKEND_ERROR)
         gateway.metrics["requests_backend_error"] += not late
-        raise CallError(error.code(), error.details() or "the back end gave no reason") from error
+        details = error.details() or "the back end gave no reason"
+        raise CallError(error.code(), admitted.prepared.in_clients_words(details)) from error
     except TensorError as error:
         await meter.close(OUTCOME_BACKEND_ERROR)
         gateway.metrics["requests_backend_error"] += 1
