@@ -38,6 +38,8 @@ class AccountState:
     duplicate_minute: int = 0
     minute_duplicates: int = 0
     raised_ms: dict[int, int] = field(default_factory=dict)
+    # Periods that ended by then are invoiced.
+    invoiced_through_ms: int = 0
     # The contract form as last stated, filled again at each statement: building it anew costs ten times as much.
     _account: Account | None = field(default=None, repr=False, compare=False)
     _stated_plan: Plan | None = field(default=None, repr=False, compare=False)
@@ -70,6 +72,7 @@ class AccountState:
         account.version.generation = generation
         account.version.sequence = sequence
         account.log_time_ms = log_time_ms
+        account.invoiced_through_ms = self.invoiced_through_ms
         abuse = account.abuse
         abuse.minute = self.minute
         abuse.minute_tokens = self.minute_tokens
@@ -106,4 +109,5 @@ class AccountState:
             duplicate_minute=abuse.duplicate_minute,
             minute_duplicates=abuse.minute_duplicates,
             raised_ms=dict(abuse.raised_ms),
+            invoiced_through_ms=account.invoiced_through_ms,
         )

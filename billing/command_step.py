@@ -6,6 +6,7 @@ from billing.accounts import AccountState
 from billing.amounts import format_pico
 from billing.commands import CommandRefused, remembered_id, verify
 from billing.identity import partition_of
+from billing.invoice_step import finalize
 from billing.limits import ID_CHARS_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
@@ -14,6 +15,7 @@ from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN
 from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import (
     Command,
+    InvoiceFinalization,
     KeyUpsert,
     LeaseRequest,
     LeaseRetirement,
@@ -65,6 +67,8 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
             _lease(state, command.lease_request, record, applied)
         case "lease_retirement":
             _retire_leases(state, command.lease_retirement, record, applied)
+        case "invoice_finalization":
+            _invoice(state, command.invoice_finalization, record, applied)
         case other:
             raise CommandRefused(f"action: {other} is not known here; upgrade the workers first")
 
@@ -184,6 +188,14 @@ def _retire_leases(state: LedgerState, retirement: LeaseRetirement, record: Ledg
         record.producers.append(producer.to_mark())
         if given_up:
             applied.outcome += f"; {given_up} event(s) that it counted are given up as missing"
+
+
+def _invoice(state: LedgerState, said: InvoiceFinalization, record: LedgerRecord, applied: CommandApplied) -> None:
+    _own_tenant(state, said.tenant_id)
+    account = _known_account(state, said.tenant_id)
+    applied.invoice = finalize(state, account, said, record)
+    if not said.draft:
+        _state_account(state, account, record)
 
 
 def _take_book(state: LedgerState, book: PriceBook, applied: CommandApplied) -> None:

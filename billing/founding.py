@@ -10,7 +10,7 @@ from billing.limits import SCHEMA_VERSION
 from billing.release import folded
 from billing.state import DAY_MS, LedgerState
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan
-from billing.v1.ledger_pb2 import Founding, LedgerRecord
+from billing.v1.ledger_pb2 import Founding, InvoiceSeries, LedgerRecord
 
 GENERATION_BYTES = 16
 DEDUPE_KEY_BYTES = 32
@@ -127,5 +127,8 @@ def _founding_record(
         record.quantities.extend(carried.quantities.all())
         record.credits.extend(carried.credits.all(log_time_ms))
         record.lines.extend(line.to_line() for line in folded(carried, generation, carried.windows))
+        record.invoice_series.extend(
+            InvoiceSeries(series=name, number=head.number, head_hash=head.hash) for name, head in sorted(carried.series.items())
+        )
         record.founding.price_books.extend(carried.books.all())
     return record, seal(record, seal_key)

@@ -67,4 +67,10 @@ GRANTS_KEPT_MAX = 10_000
 UNINVOICED_PARTS_MAX = 200
 # What one record may state of expiries and of periods that end, and one tenant more; more wait for the next.
 CREDIT_BYTES_MAX = 100_000
+# An invoice beyond this tells projects and models apart no longer; and the texts that whoever finalises gives.
+INVOICE_BYTES_MAX = 2_000_000
+INVOICE_TEXTS_MAX = 40
+INVOICE_TEXT_CHARS_MAX = 200
+SERIES_PREFIX_CHARS_MAX = 16
+TAXES_MAX = 8
 REJECTED_PAYLOAD_BYTES_MAX = 65_536

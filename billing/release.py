@@ -26,6 +26,9 @@ from billing.windows import MINUTE_MS, Key, Window, window_key
 
 def release_due(state: LedgerState, record: LedgerRecord) -> None:
     """Let go of the windows that are due when `record` is written, as many as it has room for; more wait for the next."""
+    if record.invoiced:
+        # An invoice has what room there is.
+        return
     room = LINES_BYTES_MAX if len(record.totals) <= BUSY_RECORD_WINDOWS else LINES_BYTES_BESIDE_USAGE_MAX
     gone: list[Key] = []
     sizes: dict[LineKey, int] = {}

@@ -13,7 +13,7 @@ from billing.leases import LeaseState
 from billing.period_lines import line_key_of
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
-from billing.state import LedgerState
+from billing.state import LedgerState, SeriesHead
 from billing.v1.command_pb2 import Command
 from billing.v1.ledger_pb2 import LedgerRecord, RememberedKeys
 from billing.windows import Window, key_of
@@ -65,6 +65,8 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
     for line in record.lines:
         state.lines.set(line)
     state.lines.remove(map(line_key_of, record.invoiced))
+    for series in record.invoice_series:
+        state.series[series.series] = SeriesHead(series.number, series.head_hash)
     for key in record.keys:
         state.keys[key.key_id] = key
     for mark in record.producers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from billing import credit
 from billing.accounts import AccountState
@@ -70,6 +70,13 @@ class MemorySeenKeys:
         return hashlib.sha256(b"".join(sorted(rows))).digest()
 
 
+class SeriesHead(NamedTuple):
+    """The last invoice of a series: its number, and the SHA-256 of its stored bytes."""
+
+    number: int
+    hash: bytes
+
+
 class LedgerState:
     """The state of one partition after a record. Made by `replay.apply` of a founding record, or loaded from a local store."""
 
@@ -93,6 +100,8 @@ class LedgerState:
         self.quantities = Quantities()
         self.credits = credit.Credits()
         self.lines = PeriodLines()
+        # Of invoices, by its name.
+        self.series: dict[str, SeriesHead] = {}
         # Command ID to the log time when it came: a repeat within the horizon is applied once.
         self.commands: dict[str, int] = {}
         self.expired_through_day = 0
@@ -192,6 +201,7 @@ class LedgerState:
             add(held.SerializeToString(deterministic=True))
         for line in self.lines:
             add(line.to_line().SerializeToString(deterministic=True))
+        add(sorted(self.series.items()))
         add(sorted(self.commands.items()))
         if with_memory:
             h.update(self.seen.digest())

@@ -13,8 +13,9 @@ sink has not confirmed, so that the sink can be fed the missing tail from here.
 
 Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
 windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, q
-quantities of periods, i periods' lines that no invoice has, g credit grants, e what else there is to a tenant's credit, s runs
-of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence).
+quantities of periods, i periods' lines that no invoice has, j series of invoices, g credit grants, e what else there is to a
+tenant's credit, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by
+sequence). `store_names` makes those of what a record states.
 """
 
 from __future__ import annotations
@@ -39,31 +40,29 @@ from billing.period_lines import KEPT_MS as LINES_KEPT_MS
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS
 from billing.sequences import ProducerSequences
-from billing.state import LedgerState
+from billing.state import LedgerState, SeriesHead
 from billing.v1.account_pb2 import Account, ApiKey, Lease, LedgerPosition, Progress
 from billing.v1.command_pb2 import Command, PriceBook
-from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
+from billing.v1.invoice_pb2 import PeriodLine
 from billing.v1.ledger_pb2 import (
     CreditState,
     Founding,
-    GrantState,
+    InvoiceSeries,
     LedgerRecord,
     PeriodQuantities,
-    PeriodUnits,
     ProducerMark,
     Tick,
-    WindowKey,
     WindowTotal,
 )
 from billing.windows import Window, key_of
 from stream_processors.errors import LocalStoreError
 from stream_processors.seen_store import SeenStore
+from stream_processors.store_names import Stated, states_of, window_name
 
 __all__ = ["Acknowledged", "Captured", "LocalStore", "write_pairs"]
 
 _FORMAT = b"1"
 _SEQUENCE = struct.Struct(">Q")
-_EPOCH = struct.Struct(">QI")
 _TOUCHED = struct.Struct("<q")
 _BLOB_HEADER = struct.Struct("<II")
 _WRITE_BUFFER_BYTES = 16 << 20
@@ -82,16 +81,13 @@ class Acknowledged:
     record_hash: bytes = b""
 
 
-_Stated = Account | ApiKey | CreditState | Lease | PeriodLine | PeriodQuantities | ProducerMark
-
-
 @dataclass(slots=True)
 class _Effect:
     """What some records leave behind: of everything that they state in full, the last statement only."""
 
     # By name; None: let go. With the log time that touched it.
     windows: dict[bytes, tuple[int, WindowTotal] | None] = field(default_factory=dict)
-    states: dict[bytes, _Stated | None] = field(default_factory=dict)
+    states: dict[bytes, Stated | None] = field(default_factory=dict)
     commands: dict[bytes, int | None] = field(default_factory=dict)
     values: dict[bytes, bytes] = field(default_factory=dict)
     remembered: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
@@ -236,6 +232,9 @@ class LocalStore:
                 state.credits.set(CreditState.FromString(value))
         for _, value in self._range(b"i"):
             state.lines.set(PeriodLine.FromString(value))
+        for _, value in self._range(b"j"):
+            series = InvoiceSeries.FromString(value)
+            state.series[series.series] = SeriesHead(series.number, series.head_hash)
         for name, value in self._range(b"c"):
             state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
         for _, value in self._range(b"w"):
@@ -343,35 +342,11 @@ class LocalStore:
             self._forget_commands(effect, record.log_time_ms)
             self._forget_grants(effect, record.log_time_ms)
             self._forget_periods(effect, record.log_time_ms)
-        for account in record.accounts:
-            effect.states[b"a" + account.tenant_id.encode()] = account
-        for key in record.keys:
-            effect.states[b"k" + key.key_id.encode()] = key
-        for lease in record.leases:
-            name = b"l" + _EPOCH.pack(lease.epoch, len(lease.holder_id)) + f"{lease.holder_id}{lease.tenant_id}".encode()
-            effect.states[name] = None if lease.gone else lease
-        for quantities in record.quantities:
-            # One entry a quantity: a record states only those that it moved.
-            for units in quantities.units:
-                stated = _alone(quantities, units)
-                effect.states[_quantity_name(stated)] = stated
-        for held in record.credits:
-            for grant in held.grants:
-                effect.states[_grant_name(held.tenant_id, grant)] = CreditState(tenant_id=held.tenant_id, grants=[grant])
-            rest = CreditState()
-            rest.CopyFrom(held)
-            del rest.grants[:]
-            effect.states[b"e" + held.tenant_id.encode()] = rest
-        for line in record.lines:
-            effect.states[_line_name(line.key)] = line
-        for line_key in record.invoiced:
-            effect.states[_line_name(line_key)] = None
-        for mark in record.producers:
-            effect.states[b"n" + mark.producer_id.encode()] = mark
+        effect.states.update(states_of(record))
         for total in record.totals:
-            effect.windows[_window_name(total.key)] = record.log_time_ms, total
+            effect.windows[window_name(total.key)] = record.log_time_ms, total
         for window_key in record.released:
-            effect.windows[_window_name(window_key)] = None
+            effect.windows[window_name(window_key)] = None
         if self._keep_unconfirmed:
             effect.values[b"u" + _SEQUENCE.pack(record.sequence)] = acknowledged.stored
             self.unconfirmed_bytes += len(acknowledged.stored)
@@ -480,31 +455,6 @@ def _options() -> Options:
     options.set_max_total_wal_size(4 * _WRITE_BUFFER_BYTES)
     options.set_keep_log_file_num(2)
     return options
-
-
-def _window_name(key: WindowKey) -> bytes:
-    # With the sequence that opened it, as a record states it and as a record lets it go.
-    return b"w" + key.SerializeToString(deterministic=True)
-
-
-def _line_name(key: PeriodLineKey) -> bytes:
-    return b"i" + key.SerializeToString(deterministic=True)
-
-
-def _alone(quantities: PeriodQuantities, units: PeriodUnits) -> PeriodQuantities:
-    stated = PeriodQuantities()
-    stated.CopyFrom(quantities)
-    del stated.units[:]
-    stated.units.append(units)
-    return stated
-
-
-def _quantity_name(stated: PeriodQuantities) -> bytes:
-    return b"q" + _alone(stated, PeriodUnits(quantity=stated.units[0].quantity)).SerializeToString(deterministic=True)
-
-
-def _grant_name(tenant_id: str, grant: GrantState) -> bytes:
-    return b"g" + CreditState(tenant_id=tenant_id, grants=[GrantState(grant_id=grant.grant_id)]).SerializeToString()
 
 
 def _join_blob(entries: Iterable[tuple[int, bytes]]) -> bytes:

@@ -204,6 +204,7 @@ class Account(_message.Message):
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     LEASED_FIELD_NUMBER: _builtins.int
     CALENDAR_FIELD_NUMBER: _builtins.int
+    INVOICED_THROUGH_MS_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     status: Global___AccountStatus.ValueType
     currency: _builtins.str
@@ -213,6 +214,8 @@ class Account(_message.Message):
     unrated_events: _builtins.int
     log_time_ms: _builtins.int
     display_name: _builtins.str
+    invoiced_through_ms: _builtins.int
+    """Periods that ended by then are invoiced; 0: none is."""
     @_builtins.property
     def plan(self) -> Global___Plan: ...
     @_builtins.property
@@ -254,10 +257,11 @@ class Account(_message.Message):
         display_name: _builtins.str = ...,
         leased: Global___Amount | None = ...,
         calendar: Global___Calendar | None = ...,
+        invoiced_through_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "calendar", b"calendar", "credit", b"credit", "leased", b"leased", "plan", b"plan", "spend", b"spend", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "calendar", b"calendar", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "display_name", b"display_name", "duplicates", b"duplicates", "events", b"events", "leased", b"leased", "log_time_ms", b"log_time_ms", "plan", b"plan", "spend", b"spend", "status", b"status", "tenant_id", b"tenant_id", "unrated_events", b"unrated_events", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "calendar", b"calendar", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "display_name", b"display_name", "duplicates", b"duplicates", "events", b"events", "invoiced_through_ms", b"invoiced_through_ms", "leased", b"leased", "log_time_ms", b"log_time_ms", "plan", b"plan", "spend", b"spend", "status", b"status", "tenant_id", b"tenant_id", "unrated_events", b"unrated_events", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,6 +89,7 @@ class LedgerRecord(_message.Message):
     CREDITS_FIELD_NUMBER: _builtins.int
     BUDGETS_FIELD_NUMBER: _builtins.int
     PROJECTS_FIELD_NUMBER: _builtins.int
+    INVOICE_SERIES_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     generation: _builtins.bytes
@@ -156,6 +157,8 @@ class LedgerRecord(_message.Message):
     def budgets(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.BudgetState]: ...
     @_builtins.property
     def projects(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Project]: ...
+    @_builtins.property
+    def invoice_series(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceSeries]: ...
     def __init__(
         self,
         *,
@@ -186,11 +189,12 @@ class LedgerRecord(_message.Message):
         credits: _abc.Iterable[Global___CreditState] | None = ...,
         budgets: _abc.Iterable[_account_pb2.BudgetState] | None = ...,
         projects: _abc.Iterable[_account_pb2.Project] | None = ...,
+        invoice_series: _abc.Iterable[Global___InvoiceSeries] | None = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoiced", b"invoiced", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -449,6 +453,34 @@ class CommandApplied(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommandApplied: _TypeAlias = CommandApplied  # noqa: Y015
+
+@_typing.final
+class InvoiceSeries(_message.Message):
+    """Where a series of invoices stands, absolute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIES_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    HEAD_HASH_FIELD_NUMBER: _builtins.int
+    series: _builtins.str
+    number: _builtins.int
+    """Of the last invoice, and the SHA-256 of its stored bytes."""
+    head_hash: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        series: _builtins.str = ...,
+        number: _builtins.int = ...,
+        head_hash: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_hash", b"head_hash", "number", b"number", "series", b"series"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvoiceSeries: _TypeAlias = InvoiceSeries  # noqa: Y015
 
 @_typing.final
 class Tick(_message.Message):

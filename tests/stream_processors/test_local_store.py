@@ -12,10 +12,14 @@ from billing.commands import lease_key, sign
 from billing.founding import LedgerSettings, found, found_again
 from billing.state import DAY_MS, LedgerState, MemorySeenKeys
 from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
-from billing.v1.command_pb2 import Command, LeaseRequest, PriceBook, TenantUpsert
+from billing.v1.command_pb2 import Command, InvoiceFinalization, LeaseRequest, PriceBook, TenantUpsert
+from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP
 from billing.v1.usage_pb2 import UsageBatch
 from stream_processors.errors import LocalStoreError
 from stream_processors.local_store import Acknowledged, LocalStore
+from tests.billing.ledgers import KEYS as LEDGER_KEYS
+from tests.billing.ledgers import NOW_MS as LEDGER_NOW_MS
+from tests.billing.ledgers import Ledger, batch, tenants_in, usage
 from tests.stream_processors.harness import event
 
 KEYS = LedgerKeys(b"s" * 32, b"c" * 32)
@@ -192,3 +196,37 @@ def test_two_processes_cannot_share_a_store_and_another_format_is_refused(tmp_pa
     store.close()
     with pytest.raises(LocalStoreError, match="format"):
         LocalStore(tmp_path, 0)
+
+
+def test_lines_and_series_of_invoices_are_loaded_as_they_were(tmp_path: Path) -> None:
+    """Windows that were let go, one month invoiced, one not; and the log founded again."""
+    ledger = Ledger()
+    ledger.price()
+    [one, two, _] = tenants_in(1)
+    ledger.tenant(one)
+    december_ms = 1_764_547_200_000
+    for number, tenant_id in enumerate((one, two)):
+        ledger.usage(batch([usage(f"r{number}", tenant_id)]))
+    ledger.tick(LEDGER_NOW_MS + 3_600_000)
+    said = InvoiceFinalization(
+        tenant_id=one, period_start_ms=1_761_955_200_000, series_prefix="INV", rounding_rule=ROUNDING_RULE_HALF_UP
+    )
+    ledger.usage(batch([usage("open", one, started_ms=december_ms, ended_ms=december_ms)]), december_ms)
+    drawn = ledger.command(log_time_ms=december_ms, invoice_finalization=said)
+    assert drawn.record.command.applied, drawn.record.command.refusal
+    assert len(drawn.record.invoiced) == len(drawn.record.invoice_series) == 1
+    _, stored = found_again(ledger.state, b"h" * 16, december_ms, LEDGER_KEYS.seal_key, "test")
+    for founded_again in (False, True):
+        if founded_again:
+            ledger.stored.append(stored)
+        folder = tmp_path / str(founded_again)
+        store = LocalStore(folder, 1)
+        store.apply([Acknowledged(record, each, 0) for record, each in zip(ledger.records(), ledger.stored, strict=True)])
+        store.close()
+        again = LocalStore(folder, 1)
+        loaded = again.load()
+        assert loaded is not None
+        assert loaded.digest(with_memory=False) == ledger.replayed().digest(with_memory=False)
+        assert len(list(loaded.lines)) == 1 + founded_again
+        assert loaded.series["INV-0001"].number == 1
+        again.close()

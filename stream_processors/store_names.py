@@ -1,0 +1,80 @@
+"""What a local store calls the states that a record says in full: a name for each, the same whenever it is stated again."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from billing.v1.account_pb2 import Account, ApiKey, Lease
+from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
+from billing.v1.ledger_pb2 import (
+    CreditState,
+    GrantState,
+    InvoiceSeries,
+    LedgerRecord,
+    PeriodQuantities,
+    PeriodUnits,
+    ProducerMark,
+    WindowKey,
+)
+
+__all__ = ["Stated", "states_of", "window_name"]
+
+Stated = Account | ApiKey | CreditState | InvoiceSeries | Lease | PeriodLine | PeriodQuantities | ProducerMark
+_EPOCH = struct.Struct(">QI")
+
+
+def states_of(record: LedgerRecord) -> Iterator[tuple[bytes, Stated | None]]:
+    """Each state of `record` under its name; None: it is let go. In the order in which they hold."""
+    for account in record.accounts:
+        yield b"a" + account.tenant_id.encode(), account
+    for key in record.keys:
+        yield b"k" + key.key_id.encode(), key
+    for lease in record.leases:
+        name = b"l" + _EPOCH.pack(lease.epoch, len(lease.holder_id)) + f"{lease.holder_id}{lease.tenant_id}".encode()
+        yield name, None if lease.gone else lease
+    for quantities in record.quantities:
+        # One entry a quantity: a record states only those that it moved.
+        for units in quantities.units:
+            stated = _alone(quantities, units)
+            yield _quantity_name(stated), stated
+    for held in record.credits:
+        for grant in held.grants:
+            yield _grant_name(held.tenant_id, grant), CreditState(tenant_id=held.tenant_id, grants=[grant])
+        rest = CreditState()
+        rest.CopyFrom(held)
+        del rest.grants[:]
+        yield b"e" + held.tenant_id.encode(), rest
+    for line in record.lines:
+        yield _line_name(line.key), line
+    for line_key in record.invoiced:
+        yield _line_name(line_key), None
+    for series in record.invoice_series:
+        yield b"j" + series.series.encode(), series
+    for mark in record.producers:
+        yield b"n" + mark.producer_id.encode(), mark
+
+
+def window_name(key: WindowKey) -> bytes:
+    """Of an open window: with the sequence that opened it, as a record states it and as a record lets it go."""
+    return b"w" + key.SerializeToString(deterministic=True)
+
+
+def _line_name(key: PeriodLineKey) -> bytes:
+    return b"i" + key.SerializeToString(deterministic=True)
+
+
+def _alone(quantities: PeriodQuantities, units: PeriodUnits) -> PeriodQuantities:
+    stated = PeriodQuantities()
+    stated.CopyFrom(quantities)
+    del stated.units[:]
+    stated.units.append(units)
+    return stated
+
+
+def _quantity_name(stated: PeriodQuantities) -> bytes:
+    return b"q" + _alone(stated, PeriodUnits(quantity=stated.units[0].quantity)).SerializeToString(deterministic=True)
+
+
+def _grant_name(tenant_id: str, grant: GrantState) -> bytes:
+    return b"g" + CreditState(tenant_id=tenant_id, grants=[GrantState(grant_id=grant.grant_id)]).SerializeToString()
