@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.measure import Measurement
 
-NAMES = ("ledger", "seen_store", "snapshot", "meter", "sink", "freshness", "gateway", "admission")
+NAMES = ("ledger", "seen_store", "snapshot", "meter", "sink", "freshness", "gateway", "admission", "rerating")
 OUTPUT = Path("build/bench.json")
 TIMEOUT_S = 900
 

@@ -41,6 +41,11 @@ def token_quantities(event: UsageEvent) -> tuple[int, ...]:
     return tuple(getattr(event, name) for name in TOKEN_FIELDS)
 
 
+def input_tokens(tokens: Sequence[int]) -> int:
+    """All that the model was given: the context of a request that does not say how much it saw."""
+    return sum([tokens[place] for place in _INPUT_CLASSES])
+
+
 def unit_quantities(event: UsageEvent) -> dict[str, int]:
     """The event's named units."""
     return {entry.unit: entry.quantity for entry in event.units}
@@ -62,7 +67,7 @@ def parts(
     A request that does not say how much context the model saw had its input as context.
     """
     terms = rate.terms
-    band, band_terms = _band(terms, context_tokens or sum(tokens[place] for place in _INPUT_CLASSES))
+    band, band_terms = _band(terms, context_tokens or input_tokens(tokens))
     schedules = terms.schedules if terms else {}
     found: list[Part] = []
     named = [(name, quantity, price) for name, quantity, price in zip(TOKEN_FIELDS, tokens, rate.token_pico, strict=True)]
@@ -93,7 +98,7 @@ def counted_quantities(tokens: Sequence[int], units: Mapping[str, int], context_
     terms = rate.terms
     if terms is None or not terms.schedules:
         return {}
-    band, _ = _band(terms, context_tokens or sum(tokens[place] for place in _INPUT_CLASSES))
+    band, _ = _band(terms, context_tokens or input_tokens(tokens))
     quantities = {**units, **dict(zip(TOKEN_FIELDS, tokens, strict=True))}
     return {name: quantities[name] for name in terms.schedules if name not in band and quantities.get(name)}
 

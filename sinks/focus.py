@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from billing.amounts import from_amount
+from billing.line_parts import PartKey
 from billing.periods import Period, period_at
 from billing.prices import PriceBooks
 from billing.v1.invoice_pb2 import CREDIT_KIND_PAID, CREDIT_KIND_PAYMENT, CreditKind
@@ -20,7 +21,7 @@ from sinks.focus_rows import Billed, Payee, other_row, usage_row
 from sinks.invoices import IssuedInvoice, invoices_of, is_of_requests
 from sinks.price_books import price_books
 from sinks.queries import balances
-from sinks.rated_usage import Payer, RatedPart, payers
+from sinks.rated_usage import Payer, payers
 
 __all__ = ["focus_rows", "invoice_rows", "usage_bounds"]
 
@@ -73,7 +74,7 @@ def _usage_rows(
         billed = _billed(payer, period, key, takers)
         line = charges[key]
         for part, (units, amount_pico) in sorted(line.parts.items()):
-            if not part.price_pico and not part.terms and part.quantity_of not in _CLASSES:
+            if not part.unit_pico and not part.terms and part.quantity_of not in _CLASSES:
                 continue  # producers name units as they like; what no book prices is no SKU
             list_pico = _list_pico(books, payer, key.name, part)
             yield usage_row(payee, billed, key.name, line.events, part, units, amount_pico, list_pico)
@@ -91,17 +92,17 @@ def _billed(payer: Payer, period: Period, key: ChargeKey, takers: Sequence[Issue
     return Billed(start_ms, end_ms, billing_period, number, correction=billing_period.start_ms > period.start_ms)
 
 
-def _list_pico(books: PriceBooks, payer: Payer, name: UsageName, part: RatedPart) -> int:
+def _list_pico(books: PriceBooks, payer: Payer, name: UsageName, part: PartKey) -> int:
     """What a unit costs those who have no price of their own; where that has terms of its own, the charged price."""
     if part.terms:
-        return part.price_pico
+        return part.unit_pico
     book = books.version(payer.currency, name.price_version)
     assert book is not None, name
     rate = books.rate(payer.currency, book.effective_ms, name.model, name.operation, name.service_class, "")
     if rate is None or rate.terms is not None:
-        return part.price_pico
+        return part.unit_pico
     prices = {**rate.unit_pico, **dict(zip(TOKEN_FIELDS, rate.token_pico, strict=True))}
-    return prices.get(part.quantity_of, part.price_pico)
+    return prices.get(part.quantity_of, part.unit_pico)
 
 
 def invoice_rows(payee: Payee, entry: IssuedInvoice, start_ms: int, end_ms: int) -> Iterator[Mapping[str, str]]:

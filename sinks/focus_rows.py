@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from billing.amounts import PICO, decimal_text
+from billing.line_parts import PartKey
 from billing.periods import Period
 from sinks.charged_usage import UsageName
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES
-from sinks.rated_usage import RatedPart
 
 __all__ = ["COLUMNS", "Billed", "Payee", "other_row", "usage_row"]
 
@@ -98,7 +98,7 @@ class Billed:
 
 
 def usage_row(
-    payee: Payee, billed: Billed, name: UsageName, requests: int, part: RatedPart, units: int, amount_pico: int, list_pico: int
+    payee: Payee, billed: Billed, name: UsageName, requests: int, part: PartKey, units: int, amount_pico: int, list_pico: int
 ) -> Mapping[str, str]:
     """Units at one price, of one day; without a price, an amount alone. `list_pico`: what a unit costs who has no own price."""
     operation, service_class = OPERATIONS[name.operation], SERVICE_CLASSES[name.service_class]
@@ -115,7 +115,7 @@ def usage_row(
         "x_PriceBookVersion": str(name.price_version),
         "x_Requests": str(requests),
     }
-    if not part.price_pico and amount_pico:
+    if not part.unit_pico and amount_pico:
         return row | {"ChargeCategory": "Adjustment", "ChargeFrequency": "One-Time"}
     counted = _UNITS.get(part.quantity_of, "Tokens" if part.quantity_of.endswith("_tokens") else "Units")
     each = 1 if part.quantity_of in _SINGLE else _MILLION
@@ -125,7 +125,7 @@ def usage_row(
         "ChargeFrequency": "Usage-Based",
         "ConsumedQuantity": str(units),
         "ConsumedUnit": counted,
-        "ContractedUnitPrice": decimal_text(part.price_pico * each),
+        "ContractedUnitPrice": decimal_text(part.unit_pico * each),
         "ListCost": decimal_text(units * list_pico),
         "ListUnitPrice": decimal_text(list_pico * each),
         "PricingCategory": "Standard",

@@ -29,6 +29,7 @@ from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames
 
 __all__ = [
     "Unpriced",
+    "alone",
     "books_of",
     "commitment_rows",
     "number_of_operation",
@@ -121,6 +122,14 @@ def price_books(reader: Reader) -> PriceBooks:
     return PriceBooks(books.values())
 
 
+def alone(book: PriceBook) -> PriceBooks:
+    """`book` as if it were the only one and had always been in effect."""
+    only = PriceBook()
+    only.CopyFrom(book)
+    only.version, only.effective_ms = 1, 0
+    return PriceBooks([only])
+
+
 class Unpriced(NamedTuple):
     """Usage that a book has no price for."""
 
@@ -133,10 +142,7 @@ class Unpriced(NamedTuple):
 
 def unpriced(reader: Reader, book: PriceBook, since_ms: int) -> list[Unpriced]:
     """What was used since then by tenants that are billed in the book's currency, and is not in the book."""
-    alone = PriceBook()
-    alone.CopyFrom(book)
-    alone.version, alone.effective_ms = 1, 0
-    books = PriceBooks([alone])
+    books = alone(book)
     rows = reader.query(
         "SELECT model, operation, service_class, tenant_id, sum(events - refused_events) AS charged FROM usage_totals FINAL "
         "WHERE currency = {currency:String} AND minute >= toDateTime({since:Int64}, 'UTC') "

@@ -17,7 +17,7 @@ from sinks.errors import ParameterError, SinkError
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES
 from sinks.price_books import number_of_operation, number_of_service_class, price_books
 from sinks.queries import CHARGED, balances
-from sinks.rated_usage import RatedLine, UsageKey, payers, rated_usage
+from sinks.rated_usage import Offer, RatedLine, UsageKey, payers, rated_usage
 
 __all__ = ["CreditLine", "Statement", "StatementError", "StatementLine", "statement"]
 
@@ -96,7 +96,8 @@ def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Sta
     account = known[0]
     [payer] = payers(reader, tenant_id)
     groups = _groups(reader, tenant_id, account.currency, start_ms, end_ms)
-    lines = _lines(rated_usage(reader, payer, price_books(reader), start_ms, end_ms), groups)
+    [rated] = rated_usage(reader, payer, [Offer(price_books(reader), as_charged=True)], start_ms, end_ms)
+    lines = _lines(rated.lines, groups)
     credits_before = _credits(reader, tenant_id, account.currency, 0, start_ms)
     return Statement(
         tenant_id=tenant_id,
@@ -173,7 +174,7 @@ def _lines(rated: Mapping[UsageKey, RatedLine], groups: Mapping[_Name, _Group]) 
             part.quantity_of,
             part.terms,
             units,
-            part.price_pico,
+            part.unit_pico,
             amount_pico,
             name.price_version,
         )

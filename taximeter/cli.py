@@ -74,6 +74,7 @@ prices_app.command("check")(prices.check)
 prices_app.command("show")(prices.show)
 prices_app.command("diff")(prices.diff)
 prices_app.command("apply")(prices.apply)
+prices_app.command("simulate")(prices.simulate)
 topics_app.command("apply")(operations.apply_topics)
 config_app.command("show")(configuration.show)
 

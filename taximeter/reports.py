@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sinks.queries import AlertRow, Balance, Quantities, UsageRow
+    from sinks.rerating import Difference
     from sinks.statement import Statement
     from taximeter.output import Output
 
 __all__ = [
     "alert_values",
     "balance_values",
+    "difference_values",
     "print_alerts",
     "print_balances",
+    "print_differences",
     "print_statement",
     "print_usage",
     "statement_values",
@@ -117,6 +120,53 @@ def print_statement(output: Output, statement: Statement) -> None:
         f" = closing {format_pico(statement.closing_pico, currency)}"
         f"; {statement.events:,} requests, {statement.free_events:,} free, {statement.unrated_events:,} without a price"
     )
+
+
+def print_differences(output: Output, title: str, rows: Sequence[Difference], *, empty: str) -> None:
+    """What another price book makes of a period, by tenant, with the sums below."""
+    cells: list[tuple[object, ...]] = [_difference_cells(row.payer.tenant_id, row.payer.currency, [row]) for row in rows]
+    if rows:
+        # A book has one currency.
+        cells.append(_difference_cells("sum", rows[0].payer.currency, rows))
+    columns = ("tenant", "requests ", "without a price ", "cost ", "would cost ", "difference ", "% ")
+    output.table(title, columns, cells, empty=empty)
+
+
+def _difference_cells(name: str, currency: str, rows: Sequence[Difference]) -> tuple[object, ...]:
+    before, after = sum(row.before_pico for row in rows), sum(row.after_pico for row in rows)
+    return (
+        name,
+        sum(row.events for row in rows),
+        f"{sum(row.unrated_events_before for row in rows):,} → {sum(row.unrated_events_after for row in rows):,}",
+        format_pico(before, currency),
+        format_pico(after, currency),
+        format_pico(after - before, currency),
+        _per_cent(before, after),
+    )
+
+
+def _per_cent(before: int, after: int) -> str:
+    """How much more, in per cent with one decimal, rounded down: for people."""
+    if not before:
+        return "-"
+    tenths = (after - before) * 1_000 // before
+    return f"{'-' if tenths < 0 else '+'}{abs(tenths) // 10}.{abs(tenths) % 10}"
+
+
+def difference_values(row: Difference) -> dict[str, object]:
+    """A tenant's period under another price book, for programs."""
+    return {
+        "tenant_id": row.payer.tenant_id,
+        "currency": row.payer.currency,
+        "start": show_time(row.period.start_ms),
+        "end": show_time(row.period.end_ms),
+        "requests": row.events,
+        "unrated_requests_before": row.unrated_events_before,
+        "unrated_requests_after": row.unrated_events_after,
+        "before": _decimal(row.before_pico),
+        "after": _decimal(row.after_pico),
+        "difference": _decimal(row.difference_pico),
+    }
 
 
 def print_alerts(output: Output, rows: Sequence[AlertRow]) -> None:

@@ -9,11 +9,12 @@ from typing import Final
 
 from taximeter.errors import MisuseError
 
-__all__ = ["MINUTE_MS", "now_ms", "parse_time_ms", "show_time", "yesterday_ms"]
+__all__ = ["MINUTE_MS", "now_ms", "parse_month", "parse_time_ms", "show_month", "show_time", "yesterday_ms"]
 
 MINUTE_MS: Final = 60_000
 _DAY_MS: Final = 86_400_000
 _AGO: Final = re.compile(r"(\d{1,6})([smhd])")
+_MONTH: Final = re.compile(r"(\d{4})-(\d{2})")
 _UNIT_MS: Final = {"s": 1_000, "m": MINUTE_MS, "h": 60 * MINUTE_MS, "d": _DAY_MS}
 
 
@@ -40,6 +41,18 @@ def parse_time_ms(option: str, text: str, *, now: int) -> int:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return int(moment.replace(microsecond=0).timestamp()) * 1_000 + moment.microsecond // 1_000
+
+
+def parse_month(text: str) -> int:
+    """Months since 1970-01 of "2026-01"."""
+    if (match := _MONTH.fullmatch(text)) is None or not (1970 <= int(match[1]) <= 2200 and 1 <= int(match[2]) <= 12):
+        raise MisuseError(f"--month {text!r} is no month: write it like 2026-01")
+    return (int(match[1]) - 1970) * 12 + int(match[2]) - 1
+
+
+def show_month(month: int) -> str:
+    """2026-01 of months since 1970-01."""
+    return f"{1970 + month // 12}-{month % 12 + 1:02d}"
 
 
 def show_time(at_ms: int) -> str:

@@ -10,10 +10,13 @@ from typing import Annotated, Final
 
 import typer
 
+from billing.periods import month_of, month_start_ms
 from billing.prices import PriceBooks
 from billing.v1.command_pb2 import PriceBook
+from sinks import rerating
 from sinks.engine import Reader
 from sinks.price_books import Unpriced, price_books, unpriced
+from sinks.rerating import events_between
 from taximeter.commanding import Commander
 from taximeter.commands.accounts import issuer
 from taximeter.commands.common import Context, JsonOption, command
@@ -21,9 +24,10 @@ from taximeter.compose import open_reader
 from taximeter.errors import EXIT_WRONG, MisuseError, TaximeterError
 from taximeter.price_files import read_price_book
 from taximeter.price_terms import Change, changes, file_values, terms
-from taximeter.times import now_ms, parse_time_ms, show_time
+from taximeter.reports import difference_values, print_differences
+from taximeter.times import now_ms, parse_month, parse_time_ms, show_month, show_time
 
-__all__ = ["apply", "check", "diff", "show"]
+__all__ = ["apply", "check", "diff", "show", "simulate"]
 
 # How far back usage says that a model is in use.
 _IN_USE_MS: Final = 35 * 86_400_000
@@ -162,6 +166,29 @@ def apply(
         context.output.json(values)
     else:
         context.output.pairs("", values)
+
+
+@command
+def simulate(
+    context: Context,
+    file: FileArgument,
+    tenant: Annotated[str | None, typer.Option(help="That tenant alone; without: all that are billed in its currency.")] = None,
+    month: Annotated[str, typer.Option(help="Which month of the tenants' calendars: 2026-01; without: the last.")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Show what a month would have cost under a price book, by tenant, from the requests that there were."""
+    book = read_price_book(file)
+    number = parse_month(month) if month else month_of(now_ms()) - 1
+    with open_reader(context.config()) as reader:
+        # Months of calendars begin within a day of UTC's.
+        total = events_between(reader, book.currency, month_start_ms(number), month_start_ms(number + 1))
+        with context.output.progress("rating", total or None) as advance:
+            found = list(rerating.simulate(reader, book, number, tenant, advance))
+    if json:
+        context.output.json([difference_values(entry) for entry in found])
+    else:
+        title = f"{show_month(number)} under version {book.version} of {book.currency}"
+        print_differences(context.output, title, found, empty=f"Nobody is billed in {book.currency}.")
 
 
 def _look(reader: Reader, books: PriceBooks, book: PriceBook) -> _Look:

@@ -11,6 +11,7 @@ from decimal import Decimal
 import pytest
 
 from billing.amounts import PICO, decimal_text, from_amount
+from billing.line_parts import PartKey
 from billing.periods import Period
 from billing.v1.account_pb2 import Calendar
 from billing.v1.command_pb2 import (
@@ -33,7 +34,6 @@ from sinks.focus import focus_rows, invoice_rows
 from sinks.focus_rows import COLUMNS, Billed, Payee, usage_row
 from sinks.follow import feed
 from sinks.invoices import IssuedInvoice, is_of_requests
-from sinks.rated_usage import RatedPart
 from tests.billing.invoice_sheets import Sheet, american, chinese, japanese
 from tests.billing.ledgers import KEYS, NOW_MS, PLAN, Ledger, batch, tenants_in, usage
 from tests.sinks.focus_rules import focus_problems
@@ -204,7 +204,7 @@ def test_the_validator_sees_each_broken_rule(column: str, value: str, problem: s
     payee = Payee("Example Inference", ONE, "Acme", "USD")
     billed = Billed(TODAY_MS, TODAY_MS + DAY_MS, Period(TODAY_MS, TODAY_MS + 30 * DAY_MS))
     name = UsageName("p", "m", 1, 1, 1)
-    row = dict(usage_row(payee, billed, name, 3, RatedPart("output_tokens", "", 40_000), 17, 680_000, 50_000))
+    row = dict(usage_row(payee, billed, name, 3, PartKey("output_tokens", "", 40_000), 17, 680_000, 50_000))
     assert focus_problems(_csv(iter([row]))) == []
     row[column] = value
     assert any(problem in found for found in focus_problems(_csv(iter([row]))))

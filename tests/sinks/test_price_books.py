@@ -142,7 +142,6 @@ def test_a_statement_within_a_month_knows_the_tiers_that_were_reached(engine: Ch
     assert [(line.quantity_of, line.price_pico) for line in other.lines] == [
         ("uncached_input_tokens", 0),
         ("output_tokens", 2),
-        ("pages", 0),
     ]
 
 

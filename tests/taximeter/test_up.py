@@ -241,6 +241,10 @@ def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: P
         "0.40 per million",
         "0.45 per million",
     )
+    month = datetime.now(UTC).strftime("%Y-%m")
+    [simulated] = [row for row in run(up, "prices", "simulate", book, "--month", month) if row["tenant_id"] == "priced"]
+    # Half a million output tokens at 0.45 and not 0.40 a million.
+    assert (simulated["before"], simulated["after"], simulated["difference"]) == ("0.30", "0.325", "0.025")
     assert run(up, "prices", "apply", book)["applied"] is True
     assert run(up, "prices", "show")["version"] == 2
     assert run(up, "prices", "show", "--at", "2025-12-31")["version"] == 1
