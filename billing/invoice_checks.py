@@ -10,24 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from billing.amounts import PICO, from_amount
+from billing.line_parts import from_units
 from billing.v1.invoice_pb2 import (
     ROUNDING_RULE_HALF_EVEN,
     ROUNDING_RULE_HALF_UP,
     Invoice,
     InvoiceLine,
     RoundingRule,
-    Units,
 )
 
-__all__ = ["credits_pico", "from_units", "invoice_problem", "invoice_problems", "rounded", "smallest_pico"]
+__all__ = ["credits_pico", "invoice_problem", "invoice_problems", "rounded", "smallest_pico"]
 
 _MILLIONTHS = 1_000_000
 _DECIMALS_MAX = 12
-
-
-def from_units(units: Units) -> int:
-    """The whole number that `units` stands for."""
-    return (units.high << 64) | units.low
 
 
 def smallest_pico(decimals: int) -> int:

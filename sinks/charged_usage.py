@@ -1,8 +1,9 @@
 """What usage cost as the ledger charged it, in parts, down to the request: what explains an invoice's lines and a cost export.
 
-Promise: each request is rated by the version of the price book that its record names, with the counters that the ledger had,
-by the ledger's own code; its parts sum to the cost that stands beside it, or ChargeDiffers names the request. Usage without
-a price and what was free by its outcome is left out: it is on no line. Memory: one page of requests, one period of one tenant.
+Promise: usage is rated by the version of the price book that its record names, by the ledger's own code: the totals of minutes
+where the price is flat, else each request, with the counters that the ledger had. Its parts sum to the cost that stands beside
+it, or ChargeDiffers names what does not. Usage without a price and what was free by its outcome is left out: it is on no line.
+Memory: one page of requests, one period of one tenant.
 
 An invoice takes the usage of its record and those before it; what comes later for the same period is the next invoice's. So
 usage is also told apart by cuts: the versions (positions in the ledger's order) of the records that drew the invoices.
@@ -11,7 +12,7 @@ usage is also told apart by cuts: the versions (positions in the ledger's order)
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +36,8 @@ __all__ = ["ChargeDiffers", "ChargeKey", "ChargedRequest", "UsageName", "charged
 DAY_MS = 86_400_000
 _PAGE_EVENTS = 100_000
 _TIMEOUT_S = 120.0
+# The version of the record that opened a window. An invoice lets go of its windows: each is wholly its, or the next one's.
+_OPENED = "bitOr(bitShiftLeft(bitShiftRight(version, 40), 40), opened_sequence)"
 _TOKEN_COLUMNS = ", ".join(TOKEN_FIELDS)
 _TOKEN_SUMS = ", ".join(f"sum(toUInt128({name}))" for name in TOKEN_FIELDS)
 _OF_TENANT = (
@@ -94,14 +97,16 @@ def charged_usage(
     lines: dict[ChargeKey, RatedLine] = {}
     with_terms: set[str] = set()
     # Version of a cut's own record: what that record or an earlier one accepted is the invoice's.
-    place = f"length(arrayFilter(cut -> cut < version, CAST([{', '.join(map(str, cuts))}], 'Array(UInt64)')))"
+    place = f"length(arrayFilter(cut -> cut < {_OPENED}, CAST([{', '.join(map(str, cuts))}], 'Array(UInt64)')))"
     rows = reader.query(
-        f"SELECT intDiv(toUnixTimestamp64Milli(ended), {DAY_MS}) AS day, {place} AS cut, project_id, model, operation, "  # noqa: S608 - names of ours
-        f"service_class, price_version, count(), sum(cost), {_TOKEN_SUMS}, sumMap(unit_names, unit_quantities) "
-        f"FROM usage_events FINAL WHERE {_OF_TENANT} "
+        f"SELECT intDiv(toUnixTimestamp(minute), {DAY_MS // 1_000}) AS day, {place} AS cut, project_id, model, operation, "  # noqa: S608 - names of ours
+        f"service_class, price_version, sum(events - refused_events), sum(cost), {_TOKEN_SUMS}, "
+        "sumMap(unit_names, unit_quantities) FROM usage_totals FINAL WHERE tenant_id = {tenant:String} "
+        "AND currency = {currency:String} AND price_version != 0 AND minute >= toDateTime({start:Int64}, 'UTC') "
+        "AND minute < toDateTime({end:Int64}, 'UTC') "
         "GROUP BY day, cut, project_id, model, operation, service_class, price_version "
         "ORDER BY day, cut, project_id, model, operation, service_class, price_version",
-        _asked(payer, start_ms, end_ms),
+        _asked(payer, start_ms // 1_000, end_ms // 1_000),
         timeout_s=_TIMEOUT_S,
     ).rows
     for row in rows:
@@ -126,36 +131,46 @@ def charged_usage(
 
 
 def charged_requests(
-    reader: Reader, payer: Payer, books: PriceBooks, period: Period, name: UsageName, after: int, until: int
+    reader: Reader,
+    payer: Payer,
+    books: PriceBooks,
+    period: Period,
+    is_wanted: Callable[[UsageName], bool],
+    after: int,
+    until: int,
 ) -> Iterator[ChargedRequest]:
-    """The requests of one name in one period whose records stand behind version `after`, up to `until`, in the ledger's order.
+    """The requests of one period whose names are wanted and whose records stand behind version `after`, up to `until`.
 
-    Raises ChargeDiffers.
+    In the ledger's order. Raises ChargeDiffers.
     """
-    rate = _rate(books, payer, name)
-    if rate.terms is not None:
-        found = _with_terms(reader, payer, books, period, _sharing(reader, payer, books, period, name, rate))
-    else:
-        found = _requests(reader, payer, books, period, [name.model])
-    for request in found:
-        if request.name == name and after < request.version <= until:
+    for request in _requests(reader, payer, books, period, _models(reader, payer, books, period, is_wanted)):
+        if after < request.version <= until and is_wanted(request.name):
             yield request
 
 
-def _sharing(reader: Reader, payer: Payer, books: PriceBooks, period: Period, name: UsageName, rate: Rate) -> set[str]:
-    """The models whose usage moves the counters of `name`'s price line."""
-    assert rate.terms is not None
-    models = {name.model}
+def _models(
+    reader: Reader, payer: Payer, books: PriceBooks, period: Period, is_wanted: Callable[[UsageName], bool]
+) -> set[str]:
+    """The models that are wanted, and those whose usage moves the counters that the wanted ones are rated by."""
     rows = reader.query(
-        f"SELECT DISTINCT model, operation, service_class FROM usage_events WHERE {_OF_TENANT} ORDER BY model",  # noqa: S608
+        f"SELECT DISTINCT project_id, model, operation, service_class, price_version FROM usage_events WHERE {_OF_TENANT} "  # noqa: S608
+        "ORDER BY project_id, model, operation, service_class, price_version",
         _asked(payer, period.start_ms, period.end_ms),
         timeout_s=_TIMEOUT_S,
     ).rows
-    for row in rows:
-        other = _rate(books, payer, name._replace(model=str(row[0]), operation=_numbers(row[1], row[2])[0]))
-        if other.terms is not None and other.terms.line == rate.terms.line:
-            models.add(str(row[0]))
-    return models
+    names = [UsageName(str(row[0]), str(row[1]), *_numbers(row[2], row[3]), cast("int", row[4])) for row in rows]
+    lines = {(name.price_version, _line(books, payer, name)) for name in names if is_wanted(name)}
+    return {
+        name.model
+        for name in names
+        if is_wanted(name) or (_line(books, payer, name) and (name.price_version, _line(books, payer, name)) in lines)
+    }
+
+
+def _line(books: PriceBooks, payer: Payer, name: UsageName) -> int | None:
+    """The line of the book whose counters a name's usage moves."""
+    terms = _rate(books, payer, name).terms
+    return terms.line if terms else None
 
 
 def _with_terms(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+from billing.invoices import AT_THE_CLOSE
 from billing.v1.invoice_pb2 import Invoice, InvoiceLine
 from billing.v1.ledger_pb2 import LedgerRecord
 from sinks.columns import version_of
@@ -35,7 +36,7 @@ def number_text(invoice: Invoice) -> str:
 
 def is_of_requests(line: InvoiceLine) -> bool:
     """Whether requests were charged this when they came; else it is a correction, or came with the period's close."""
-    return not line.key.adjustment_id and line.part.terms != "at the close" and line.part.quantity_of != "commitment"
+    return not line.key.adjustment_id and line.part.terms != AT_THE_CLOSE
 
 
 def invoices_of(reader: Reader, tenant_id: str) -> list[IssuedInvoice]:

@@ -9,6 +9,7 @@ from taximeter.commands import (
     demo,
     exporting,
     feeding,
+    invoices,
     leases,
     operations,
     parts,
@@ -34,6 +35,7 @@ credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
 lease_app = typer.Typer(no_args_is_help=True, help="What gateways hold of balances.")
 topics_app = typer.Typer(no_args_is_help=True, help="Kafka's topics.")
 prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
+invoice_app = typer.Typer(no_args_is_help=True, help="Invoices.")
 export_app = typer.Typer(no_args_is_help=True, help="Cost and usage for other tools.")
 
 app.command("demo")(demo.demo)
@@ -59,6 +61,7 @@ for group, name in (
     (credit_app, "credit"),
     (lease_app, "lease"),
     (prices_app, "prices"),
+    (invoice_app, "invoice"),
     (export_app, "export"),
     (topics_app, "topics"),
     (config_app, "config"),
@@ -69,6 +72,8 @@ key_app.command("create")(accounts.create_key)
 lease_app.command("key")(leases.key)
 lease_app.command("retire")(leases.retire)
 credit_app.command("grant")(accounts.grant_credit)
+invoice_app.command("export")(invoices.export_invoice)
+invoice_app.command("explain")(invoices.explain_invoice)
 export_app.command("focus")(exporting.export_focus)
 prices_app.command("check")(prices.check)
 prices_app.command("show")(prices.show)

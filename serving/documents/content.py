@@ -17,7 +17,8 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 
 from billing.amounts import PICO, decimal_text, from_amount
-from billing.invoice_checks import credits_pico, from_units, invoice_problem
+from billing.invoice_checks import credits_pico, invoice_problem
+from billing.line_parts import from_units
 from billing.periods import month_of, month_start_ms
 from billing.v1.invoice_pb2 import (
     ROUNDING_RULE_HALF_UP,

@@ -10,7 +10,7 @@ import csv
 import io
 
 from billing.amounts import decimal_text, from_amount
-from billing.invoice_checks import from_units
+from billing.line_parts import from_units
 from serving.documents.content import class_name, document_number, operation_name, read_invoice, utc
 
 __all__ = ["COLUMNS", "safe_cell", "to_csv"]

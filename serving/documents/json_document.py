@@ -9,7 +9,7 @@ import hashlib
 import json
 
 from billing.amounts import decimal_text, from_amount
-from billing.invoice_checks import from_units
+from billing.line_parts import from_units
 from billing.v1.invoice_pb2 import Invoice, InvoiceLine, RoundingRule
 from serving.documents.content import class_name, document_number, kind_name, operation_name, read_invoice, utc
 

@@ -1,0 +1,154 @@
+"""From a line of an invoice down to the requests that it is made of.
+
+Promise: units and amounts of the requests are added up and compared with the line, exactly; where they differ, the difference
+is told, never hidden. An invoice takes what its record and those before it accepted, so what came late is explained by the
+invoice that charged it. Memory: one page, whatever the line holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from billing.amounts import format_pico, from_amount
+from billing.line_parts import OTHER, from_units
+from billing.period_lines import OTHER_NAME
+from billing.periods import Period
+from billing.schedules import Part
+from billing.v1.invoice_pb2 import InvoiceLine, LinePart
+from sinks.charged_usage import ChargedRequest, UsageName, charged_requests
+from sinks.engine import Reader
+from sinks.errors import ParameterError
+from sinks.invoices import IssuedInvoice, invoices_of, is_of_requests
+from sinks.price_books import price_books
+from sinks.rated_usage import payers
+
+__all__ = ["ExplainedRequest", "Explanation", "explain_line"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRequest:
+    """A request, and what it has of the line."""
+
+    request_id: str
+    ended_ms: int
+    accepted_ms: int
+    units: int
+    amount_pico: int
+
+
+@dataclass(slots=True)
+class Explanation:
+    """A line and what it is made of."""
+
+    issued: IssuedInvoice
+    line: InvoiceLine
+    # Empty where it is made of requests; else why no request was charged it.
+    note: str = ""
+    requests: int = 0
+    units: int = 0
+    amount_pico: int = 0
+    page: list[ExplainedRequest] = field(default_factory=list)
+
+    @property
+    def difference(self) -> str:
+        """What the requests and the line do not agree on; empty where they agree."""
+        if self.note:
+            return ""
+        part, currency = self.line.part, self.issued.invoice.currency
+        found = []
+        if self.units != from_units(part.units):
+            found.append(f"the line has {from_units(part.units):,} units, its requests {self.units:,}")
+        if self.amount_pico != from_amount(part.amount):
+            line_amount, amount = (format_pico(pico, currency) for pico in (from_amount(part.amount), self.amount_pico))
+            found.append(f"the line has {line_amount}, its requests {amount}")
+        return "; ".join(found)
+
+
+def explain_line(
+    reader: Reader,
+    issued: IssuedInvoice,
+    number: int,
+    *,
+    offset: int = 0,
+    limit: int = 100,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Explanation:
+    """Line `number` of an invoice; `limit` of its requests from `offset` on, in the order in which the ledger took them."""
+    lines = issued.invoice.lines
+    if not 1 <= number <= len(lines):
+        raise ParameterError(f"line {number}: invoice {issued.number} has lines 1 to {len(lines)}")
+    line = lines[number - 1]
+    found = Explanation(issued, line, _note(line))
+    if found.note:
+        return found
+    key = line.key
+    [payer] = payers(reader, issued.invoice.tenant_id)
+    takers = [entry for entry in invoices_of(reader, payer.tenant_id) if entry.invoice.period_end_ms >= key.period_end_ms]
+    place = [entry.number for entry in takers].index(issued.number)
+    charged = charged_requests(
+        reader,
+        payer,
+        price_books(reader),
+        Period(key.period_start_ms, key.period_end_ms),
+        _names(issued, line),
+        after=takers[place - 1].version if place else 0,
+        until=issued.version,
+    )
+    for request in charged:
+        on_progress()
+        parts = [part for part in request.parts if _is_of(part, line.part)]
+        if not parts:
+            continue
+        units, amount_pico = sum(part.quantity for part in parts), sum(part.amount_pico for part in parts)
+        if offset <= found.requests < offset + limit:
+            found.page.append(_explained(request, units, amount_pico))
+        found.requests += 1
+        found.units += units
+        found.amount_pico += amount_pico
+    return found
+
+
+def _explained(request: ChargedRequest, units: int, amount_pico: int) -> ExplainedRequest:
+    return ExplainedRequest(request.request_id, request.ended_ms, request.accepted_ms, units, amount_pico)
+
+
+def _names(issued: IssuedInvoice, line: InvoiceLine) -> Callable[[UsageName], bool]:
+    """Whose requests the line sums; the line of all others takes what no line of its period names."""
+    key = line.key
+    own = UsageName(key.project_id, key.model, key.operation, key.service_class, key.price_version)
+    if key.model != OTHER_NAME:
+        return own.__eq__
+    named = {
+        UsageName(other.key.project_id, other.key.model, other.key.operation, other.key.service_class, other.key.price_version)
+        for other in issued.invoice.lines
+        if other.key.period_start_ms == key.period_start_ms
+    }
+
+    def is_other(name: UsageName) -> bool:
+        # An invoice that would be too large sums all operations and classes too.
+        return (
+            name not in named
+            and name.price_version == key.price_version
+            and key.operation in (0, name.operation)
+            and key.service_class in (0, name.service_class)
+        )
+
+    return is_other
+
+
+def _is_of(part: Part, stated: LinePart) -> bool:
+    """Whether a request's part was summed in the line's. What lifts requests to their least price has no price a unit."""
+    if (part.quantity_of, part.terms) != (stated.quantity_of, stated.terms):
+        return False
+    return stated.unit_pico in (0, part.price_pico)
+
+
+def _note(line: InvoiceLine) -> str:
+    if line.key.adjustment_id:
+        return f"a correction by command {line.key.adjustment_id}: no request was charged it"
+    if not is_of_requests(line):
+        return "it came with the close of the period: no request was charged it"
+    if line.part.quantity_of == OTHER.quantity_of:
+        return "it sums more prices than a line tells apart: its requests are those that no other part of this line has"
+    return ""
