@@ -11,7 +11,8 @@ from billing.limits import ID_CHARS_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
 from billing.state import LedgerState
-from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
+from billing.tenant_step import check_key, close_tenant, upsert_budget, upsert_project
+from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
 from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import (
     Command,
@@ -58,7 +59,15 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
         case "credit_grant":
             _grant(state, command, record, applied)
         case "tenant_upsert":
-            _upsert_tenant(state, command.tenant_upsert, record)
+            _upsert_tenant(state, command.tenant_upsert, record, applied)
+        case "project_upsert":
+            _own_tenant(state, command.project_upsert.tenant_id)
+            _known_account(state, command.project_upsert.tenant_id)
+            upsert_project(state, command.project_upsert, record)
+        case "budget_upsert":
+            _own_tenant(state, command.budget_upsert.tenant_id)
+            account = _known_account(state, command.budget_upsert.tenant_id)
+            applied.outcome = upsert_budget(state, account, command.budget_upsert, record)
         case "key_upsert":
             _upsert_key(state, command.key_upsert, record)
         case "price_book":
@@ -102,7 +111,7 @@ def _grant(state: LedgerState, command: Command, record: LedgerRecord, applied: 
     _state_account(state, account, record)
 
 
-def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecord) -> None:
+def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecord, applied: CommandApplied) -> None:
     _own_tenant(state, upsert.tenant_id)
     account = state.accounts.get(upsert.tenant_id)
     if problem := calendar_problem(upsert.calendar):
@@ -114,7 +123,7 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
         raise CommandRefused(f"plan: {upsert.plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
     if account is None:
         account = state.accounts[upsert.tenant_id] = AccountState(upsert.tenant_id, currency, plan=state.settings.default_plan)
-    elif currency != account.currency and (account.spend_pico or state.credits.knows(account.tenant_id)):
+    elif currency != account.currency and _has_amounts(state, account):
         raise CommandRefused(
             f"currency: {currency}; tenant {upsert.tenant_id} has amounts in {account.currency}, which stays its currency"
         )
@@ -122,12 +131,19 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
         _check_calendar(account, upsert.calendar, record.log_time_ms)
         account.calendar = upsert.calendar
     account.currency = currency
-    account.status = upsert.status or ACCOUNT_STATUS_ACTIVE
+    account.status = upsert.status or (ACCOUNT_STATUS_ACTIVE if account.status == ACCOUNT_STATUS_UNKNOWN else account.status)
     if upsert.display_name:
         account.display_name = upsert.display_name[:ID_CHARS_MAX]
     if upsert.HasField("plan"):
         account.plan = upsert.plan
+    if upsert.status == ACCOUNT_STATUS_CLOSED:
+        applied.outcome = close_tenant(state, account, record, expire_credit=upsert.expire_credit)
     _state_account(state, account, record)
+
+
+def _has_amounts(state: LedgerState, account: AccountState) -> bool:
+    tenant_id = account.tenant_id
+    return bool(account.spend_pico) or state.credits.knows(tenant_id) or tenant_id in state.budgets.tenants
 
 
 def _check_calendar(account: AccountState, calendar: Calendar, log_time_ms: int) -> None:
@@ -143,7 +159,7 @@ def _upsert_key(state: LedgerState, upsert: KeyUpsert, record: LedgerRecord) -> 
     key = ApiKey()
     key.CopyFrom(upsert.key)
     _own_tenant(state, key.tenant_id)
-    _known_account(state, key.tenant_id)
+    check_key(state, _known_account(state, key.tenant_id), key)
     if not 0 < len(key.key_id) <= ID_CHARS_MAX:
         raise CommandRefused(f"key_id: needs 1 to {ID_CHARS_MAX} characters")
     known = state.keys.get(key.key_id)

@@ -223,6 +223,12 @@ class _TenantCredit:
             if grant.expires_by(through_ms):
                 self._expire_grant(grant, account, now_ms)
 
+    def forfeit(self, account: Funds, now_ms: int, *, paid_too: bool) -> None:
+        """What is left of promotional credit, or of all, is credit no more."""
+        for grant in self.live():
+            if paid_too or grant.kind == CREDIT_KIND_PROMOTIONAL:
+                self._expire_grant(grant, account, now_ms)
+
     def _expire_grant(self, grant: Grant, account: Funds, now_ms: int) -> None:
         account.credit_pico -= grant.left_pico
         grant.expired_pico += grant.left_pico
@@ -400,6 +406,26 @@ class Credits:
             entry = applied.setdefault(part.grant_id, CreditApplied(grant_id=part.grant_id, kind=part.kind))
             entry.amount.CopyFrom(to_amount(from_amount(entry.amount) + part.pico))
         return list(applied.values())
+
+    def correct(self, tenant_id: str, account: Funds, record: LedgerRecord) -> None:
+        """A correction has changed the account's spend: what it gives back returns to the grants that paid, or expires."""
+        credit = self._tenants.get(tenant_id)
+        if credit is not None:
+            self._catch_up(credit, account, record)
+            credit.allocate(account, record.log_time_ms)
+            self._state(credit, record)
+
+    def forfeit(self, tenant_id: str, account: Funds, record: LedgerRecord, *, paid_too: bool) -> int:
+        """The tenant is closed: what is left of promotional credit, or of all, expires now. Returns how much that is."""
+        credit = self._tenants.get(tenant_id)
+        if credit is None:
+            return 0
+        before_pico = account.credit_pico
+        self._catch_up(credit, account, record)
+        credit.allocate(account, record.log_time_ms)
+        credit.forfeit(account, record.log_time_ms, paid_too=paid_too)
+        self._state(credit, record)
+        return before_pico - account.credit_pico
 
     def knows(self, tenant_id: str) -> bool:
         """Whether the tenant was ever granted anything, or invoiced."""

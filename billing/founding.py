@@ -130,5 +130,7 @@ def _founding_record(
         record.invoice_series.extend(
             InvoiceSeries(series=name, number=head.number, head_hash=head.hash) for name, head in sorted(carried.series.items())
         )
+        record.budgets.extend(carried.budgets.all(generation))
+        record.projects.extend(carried.all_projects())
         record.founding.price_books.extend(carried.books.all())
     return record, seal(record, seal_key)

@@ -6,8 +6,9 @@ BATCH_EVENTS_MAX = 1_000
 BATCH_BYTES_MAX = 1_000_000
 
 # A record holds its input (1 MB at most) and per event, at worst, one window (2 KB with its strings and units or parts), one
-# account (1.5 KB), one lease (0.7 KB), one dropped entry and a few numbers; and what it lets go: 1 MB of windows' names and,
-# beside so much usage, 0.3 MB of periods' lines. 2.3 MB and 1,000 times 5.7 KB are what this leaves room for.
+# account (1.5 KB), one lease (0.7 KB), three budgets (1.2 KB), or one dropped entry, and a few numbers; what it lets go: 1 MB
+# of windows' names and, beside so much usage, 0.3 MB of periods' lines; and 0.2 MB of credit. 2.5 MB and 1,000 times 5.5 KB are
+# what this leaves room for.
 RECORD_BYTES_MAX = 8_000_000
 
 # Of an identifier: tenant, project, user, key, model, request.
@@ -65,6 +66,15 @@ CREDIT_NAME_BYTES_MAX = 256
 GRANTS_LIVE_MAX = 100
 GRANTS_KEPT_MAX = 10_000
 UNINVOICED_PARTS_MAX = 200
+# Of one tenant; and of a budget's names in all, so that three budgets of each event of a batch are small.
+PROJECTS_MAX = 10_000
+BUDGETS_MAX = 10_000
+BUDGET_NAME_BYTES_MAX = 256
+BUDGET_THRESHOLDS_MAX = 8
+# Of one record; a threshold that could not warn warns with the budget's next usage.
+BUDGET_ALERTS_MAX = 64
+# Keys that are revoked at once when a tenant is closed; a repeat revokes more.
+CLOSED_KEYS_MAX = 1_000
 # What one record may state of expiries and of periods that end, and one tenant more; more wait for the next.
 CREDIT_BYTES_MAX = 100_000
 # An invoice beyond this tells projects and models apart no longer; and the texts that whoever finalises gives.

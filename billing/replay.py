@@ -67,6 +67,10 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
     state.lines.remove(map(line_key_of, record.invoiced))
     for series in record.invoice_series:
         state.series[series.series] = SeriesHead(series.number, series.head_hash)
+    for budget in record.budgets:
+        state.budgets.set(budget)
+    for project in record.projects:
+        state.projects.setdefault(project.tenant_id, {})[project.project_id] = project
     for key in record.keys:
         state.keys[key.key_id] = key
     for mark in record.producers:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from billing import credit
 from billing.accounts import AccountState
+from billing.budgets import Budgets
 from billing.leases import Leases
 from billing.limits import RELEASED_BYTES_MAX, RELEASED_WINDOWS_MAX
 from billing.period_lines import KEPT_MS as LINES_KEPT_MS
@@ -15,7 +16,7 @@ from billing.period_lines import PeriodLines
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
 from billing.sequences import ProducerSequences
-from billing.v1.account_pb2 import ApiKey
+from billing.v1.account_pb2 import ApiKey, Project
 from billing.v1.ledger_pb2 import Founding
 from billing.windows import MINUTE_MS, Key, Window
 
@@ -102,6 +103,9 @@ class LedgerState:
         self.lines = PeriodLines()
         # Of invoices, by its name.
         self.series: dict[str, SeriesHead] = {}
+        self.budgets = Budgets()
+        # By tenant and project.
+        self.projects: dict[str, dict[str, Project]] = {}
         # Command ID to the log time when it came: a repeat within the horizon is applied once.
         self.commands: dict[str, int] = {}
         self.expired_through_day = 0
@@ -111,6 +115,12 @@ class LedgerState:
     def founded(self) -> bool:
         """Whether a founding record has been applied."""
         return self.sequence >= 0
+
+    def all_projects(self) -> Iterator[Project]:
+        """Every project, in a stated order."""
+        for tenant_id in sorted(self.projects):
+            projects = self.projects[tenant_id]
+            yield from (projects[project_id] for project_id in sorted(projects))
 
     def touch_window(self, window: Window, log_time_ms: int) -> None:
         """Note that `window` changed at `log_time_ms`: it stays open until both its end and this are past the lateness."""
@@ -202,6 +212,10 @@ class LedgerState:
         for line in self.lines:
             add(line.to_line().SerializeToString(deterministic=True))
         add(sorted(self.series.items()))
+        for budget in self.budgets.all():
+            add(budget.SerializeToString(deterministic=True))
+        for project in self.all_projects():
+            add(project.SerializeToString(deterministic=True))
         add(sorted(self.commands.items()))
         if with_memory:
             h.update(self.seen.digest())

@@ -98,6 +98,8 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
         _advance(state, source.topic, source.offset)
     if state.credits.next_ms <= log_time_ms:
         state.credits.advance(state.accounts, record)
+    if state.budgets.next_ms <= log_time_ms:
+        state.budgets.advance(state.accounts, record)
     forwards: list[Forward] = []
     match source:
         case UsageInput():

@@ -15,6 +15,7 @@ from itertools import repeat
 from billing.abuse import Evidence, Rules
 from billing.accounts import AccountState
 from billing.amounts import to_amount
+from billing.budget_step import charge_budgets
 from billing.identity import identities, partition_of
 from billing.leases import Leases
 from billing.limits import BATCH_BYTES_MAX, RELEASED_LEASES_MAX, SCHEMA_VERSION, WINDOW_PARTS_HARD_MAX
@@ -426,6 +427,7 @@ def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, record: Led
         work.remember(admitted, record)
         work.state_costs(admitted, record)
         work.charge_leases(batch, admitted, record)
+        charge_budgets(state, work.columns, admitted, work.costs, record)
     record.usage.dropped.extend(work.dropped)
     record.usage.duplicates = work.duplicates
     record.usage.conflicts = work.conflicts

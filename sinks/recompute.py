@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from billing import credit
 from billing.amounts import from_amount
+from billing.budgets import Budgets, Charge
 from billing.commands import CommandRefused
 from billing.leases import LeaseState
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
 from billing.rating import FREE_OUTCOMES, event_cost_pico, token_quantities, unit_quantities
-from billing.v1.account_pb2 import Account, Calendar
+from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, Account, Calendar
 from billing.v1.command_pb2 import Command
 from billing.v1.ledger_pb2 import DROP_REASON_CONFLICT, DROP_REASON_DUPLICATE, LedgerRecord, UsageApplied, WindowTotal
 from billing.v1.usage_pb2 import UsageBatch, UsageEvent
@@ -133,6 +134,7 @@ class Recomputed:
         self._books = PriceBooks()
         self._quantities = Quantities()
         self._credits = credit.Credits()
+        self._budgets = Budgets()
         # What remains of each lease, by tenant, holder and epoch, and in all by tenant.
         self._leases: dict[tuple[str, str, int], int] = {}
         self._leased: Counter[str] = Counter()
@@ -143,9 +145,11 @@ class Recomputed:
         """Apply the next record; returns its accepted events."""
         expected: list[ExpectedEvent] = []
         # What it must state of credit.
-        stated = LedgerRecord(log_time_ms=record.log_time_ms, sequence=record.sequence)
+        stated = LedgerRecord(log_time_ms=record.log_time_ms, generation=record.generation, sequence=record.sequence)
         if self._credits.next_ms <= record.log_time_ms:
             self._credits.advance(self.accounts, stated)
+        if self._budgets.next_ms <= record.log_time_ms:
+            self._budgets.advance(self.accounts, stated)
         followed = {key_of(total.key) for total in record.totals if total.key.opened_sequence == record.sequence}
         self.closed.extend(self.open.pop(key) for key in followed & self.open.keys())
         match record.WhichOneof("source"):
@@ -154,6 +158,7 @@ class Recomputed:
             case "usage":
                 expected = list(self._usage(record))
                 self._compare_quantities(record)
+                self._charge_budgets(expected, stated)
             case "command":
                 self._command(record, stated)
             case "tick" if record.tick.expired_through_day > self._expired_through_day:
@@ -162,6 +167,8 @@ class Recomputed:
                 self._credits.forget(record.log_time_ms - credit.KEPT_MS)
         if list(stated.credits) != list(record.credits):
             self._differs("credits_differ", f"record {record.sequence}", str(list(stated.credits)), str(list(record.credits)))
+        if list(stated.budgets) != list(record.budgets):
+            self._differs("budgets_differ", f"record {record.sequence}", str(list(stated.budgets)), str(list(record.budgets)))
         self._compare_totals(record)
         for key in record.released:
             entry = self.open.get(key_of(key))
@@ -188,7 +195,10 @@ class Recomputed:
                     self._quantities.set(quantities)
                 for held in record.credits:
                     self._credits.set(held)
+                for budget in record.budgets:
+                    self._budgets.set(budget)
             stated.credits.extend(self._credits.all(record.log_time_ms))
+            stated.budgets.extend(self._budgets.all(record.generation))
             self._books = PriceBooks(founding.price_books)
 
     def _usage(self, record: LedgerRecord) -> Iterator[ExpectedEvent]:
@@ -266,14 +276,29 @@ class Recomputed:
                     self._credits.grant(grant.tenant_id, account, grant, command.command_id, stated)
                 except CommandRefused as refused:
                     self._differs("grant_differs", f"record {record.sequence}", str(refused), "applied")
+            case "budget_upsert":
+                try:
+                    self._budgets.upsert(command.budget_upsert, self._account(command.budget_upsert.tenant_id), stated)
+                except CommandRefused as refused:
+                    self._differs("budget_differs", f"record {record.sequence}", str(refused), "applied")
             case "tenant_upsert":
                 upsert = command.tenant_upsert
                 account = self._account(upsert.tenant_id)
                 account.currency = upsert.currency or account.currency
                 if upsert.HasField("calendar"):
                     account.calendar = upsert.calendar
+                if upsert.status == ACCOUNT_STATUS_CLOSED:
+                    self._credits.forfeit(upsert.tenant_id, account, stated, paid_too=upsert.expire_credit)
             case "price_book":
                 self._books.add(command.price_book)
+
+    def _charge_budgets(self, expected: list[ExpectedEvent], stated: LedgerRecord) -> None:
+        charges = [
+            Charge(event.tenant_id, event.project_id, event.user_id, event.ended_ms, each.cost_pico)
+            for each in expected
+            if (event := each.event).tenant_id in self._budgets.tenants
+        ]
+        self._budgets.charge(charges, self.accounts, stated)
 
     def _account(self, tenant_id: str) -> ExpectedAccount:
         account = self.accounts.get(tenant_id)

@@ -14,8 +14,8 @@ sink has not confirmed, so that the sink can be fed the missing tail from here.
 Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
 windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, q
 quantities of periods, i periods' lines that no invoice has, j series of invoices, g credit grants, e what else there is to a
-tenant's credit, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by
-sequence). `store_names` makes those of what a record states.
+tenant's credit, d budgets, r projects, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u
+unconfirmed records (by sequence). `store_names` makes those of what a record states.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS
 from billing.sequences import ProducerSequences
 from billing.state import LedgerState, SeriesHead
-from billing.v1.account_pb2 import Account, ApiKey, Lease, LedgerPosition, Progress
+from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, LedgerPosition, Progress, Project
 from billing.v1.command_pb2 import Command, PriceBook
 from billing.v1.invoice_pb2 import PeriodLine
 from billing.v1.ledger_pb2 import (
@@ -235,6 +235,11 @@ class LocalStore:
         for _, value in self._range(b"j"):
             series = InvoiceSeries.FromString(value)
             state.series[series.series] = SeriesHead(series.number, series.head_hash)
+        for _, value in self._range(b"d"):
+            state.budgets.set(BudgetState.FromString(value))
+        for _, value in self._range(b"r"):
+            project = Project.FromString(value)
+            state.projects.setdefault(project.tenant_id, {})[project.project_id] = project
         for name, value in self._range(b"c"):
             state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
         for _, value in self._range(b"w"):

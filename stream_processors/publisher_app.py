@@ -80,6 +80,12 @@ def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
             # What its holder looks for. That an earlier epoch of it has ended or is gone, the holder need not know.
             update = AccountUpdate(lease=lease)
             batch.states[topics.accounts, f"lease/{lease.tenant_id}/{lease.holder_id}"] = update.SerializeToString()
+    for budget in record.budgets:
+        place = f"budget/{budget.tenant_id}/{budget.project_id}/{budget.user_id}"
+        batch.states[topics.accounts, place] = AccountUpdate(budget=budget).SerializeToString()
+    for project in record.projects:
+        update = AccountUpdate(project=project)
+        batch.states[topics.accounts, f"project/{project.tenant_id}/{project.project_id}"] = update.SerializeToString()
     books = record.founding.price_books if record.HasField("founding") else ()
     for book in [*books, record.command.price_book] if record.command.HasField("price_book") else books:
         batch.states[topics.prices, f"{book.currency}/{book.version}"] = book.SerializeToString()

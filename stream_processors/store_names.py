@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from billing.v1.account_pb2 import Account, ApiKey, Lease
+from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, Project
 from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
 from billing.v1.ledger_pb2 import (
     CreditState,
@@ -20,7 +20,18 @@ from billing.v1.ledger_pb2 import (
 
 __all__ = ["Stated", "states_of", "window_name"]
 
-Stated = Account | ApiKey | CreditState | InvoiceSeries | Lease | PeriodLine | PeriodQuantities | ProducerMark
+Stated = (
+    Account
+    | ApiKey
+    | BudgetState
+    | CreditState
+    | InvoiceSeries
+    | Lease
+    | PeriodLine
+    | PeriodQuantities
+    | ProducerMark
+    | Project
+)
 _EPOCH = struct.Struct(">QI")
 
 
@@ -51,6 +62,11 @@ def states_of(record: LedgerRecord) -> Iterator[tuple[bytes, Stated | None]]:
         yield _line_name(line_key), None
     for series in record.invoice_series:
         yield b"j" + series.series.encode(), series
+    for budget in record.budgets:
+        yield _budget_name(budget), None if budget.gone else budget
+    for project in record.projects:
+        names = Project(tenant_id=project.tenant_id, project_id=project.project_id)
+        yield b"r" + names.SerializeToString(), project
     for mark in record.producers:
         yield b"n" + mark.producer_id.encode(), mark
 
@@ -74,6 +90,11 @@ def _alone(quantities: PeriodQuantities, units: PeriodUnits) -> PeriodQuantities
 
 def _quantity_name(stated: PeriodQuantities) -> bytes:
     return b"q" + _alone(stated, PeriodUnits(quantity=stated.units[0].quantity)).SerializeToString(deterministic=True)
+
+
+def _budget_name(budget: BudgetState) -> bytes:
+    names = BudgetState(tenant_id=budget.tenant_id, project_id=budget.project_id, user_id=budget.user_id)
+    return b"d" + names.SerializeToString()
 
 
 def _grant_name(tenant_id: str, grant: GrantState) -> bytes:

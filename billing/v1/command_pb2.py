@@ -26,7 +26,7 @@ from billing.v1 import account_pb2 as billing_dot_v1_dot_account__pb2
 from billing.v1 import invoice_pb2 as billing_dot_v1_dot_invoice__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62illing/v1/command.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\x1a\x18\x62illing/v1/invoice.proto\"3\n\rSignedCommand\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xf3\x04\n\x07\x43ommand\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x12\n\ncommand_id\x18\x02 \x01(\t\x12\x11\n\tissued_ms\x18\x03 \x01(\x03\x12\x0e\n\x06issuer\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12/\n\x0c\x63redit_grant\x18\n \x01(\x0b\x32\x17.billing.v1.CreditGrantH\x00\x12+\n\nprice_book\x18\x0b \x01(\x0b\x32\x15.billing.v1.PriceBookH\x00\x12\x31\n\rtenant_upsert\x18\x0c \x01(\x0b\x32\x18.billing.v1.TenantUpsertH\x00\x12+\n\nkey_upsert\x18\r \x01(\x0b\x32\x15.billing.v1.KeyUpsertH\x00\x12\x31\n\rlease_request\x18\x0e \x01(\x0b\x32\x18.billing.v1.LeaseRequestH\x00\x12\x37\n\x10lease_retirement\x18\x0f \x01(\x0b\x32\x1b.billing.v1.LeaseRetirementH\x00\x12?\n\x14invoice_finalization\x18\x10 \x01(\x0b\x32\x1f.billing.v1.InvoiceFinalizationH\x00\x12,\n\nadjustment\x18\x11 \x01(\x0b\x32\x16.billing.v1.AdjustmentH\x00\x12\x31\n\rbudget_upsert\x18\x12 \x01(\x0b\x32\x18.billing.v1.BudgetUpsertH\x00\x12\x33\n\x0eproject_upsert\x18\x13 \x01(\x0b\x32\x19.billing.v1.ProjectUpsertH\x00\x42\x08\n\x06\x61\x63tion\"\xc7\x01\n\x0b\x43reditGrant\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\"\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12\x10\n\x08grant_id\x18\x04 \x01(\t\x12$\n\x04kind\x18\x05 \x01(\x0e\x32\x16.billing.v1.CreditKind\x12\x12\n\nexpires_ms\x18\x06 \x01(\x03\x12\x10\n\x08priority\x18\x07 \x01(\r\x12\x11\n\treference\x18\x08 \x01(\t\"\xbc\x01\n\x0cTenantUpsert\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12)\n\x06status\x18\x04 \x01(\x0e\x32\x19.billing.v1.AccountStatus\x12\x1e\n\x04plan\x18\x05 \x01(\x0b\x32\x10.billing.v1.Plan\x12&\n\x08\x63\x61lendar\x18\x06 \x01(\x0b\x32\x14.billing.v1.Calendar\"\\\n\rProjectUpsert\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0e\n\x06\x63losed\x18\x04 \x01(\x08\"\x9b\x01\n\x0c\x42udgetUpsert\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\"\n\x06\x61mount\x18\x04 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x1c\n\x14threshold_millionths\x18\x05 \x03(\r\x12\x11\n\thard_stop\x18\x06 \x01(\x08\"\x84\x02\n\x13InvoiceFinalization\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x17\n\x0fperiod_start_ms\x18\x02 \x01(\x03\x12\r\n\x05\x64raft\x18\x03 \x01(\x08\x12\x15\n\rseries_prefix\x18\x04 \x01(\t\x12/\n\rrounding_rule\x18\x05 \x01(\x0e\x32\x18.billing.v1.RoundingRule\x12\x19\n\x11\x63urrency_decimals\x18\x06 \x01(\r\x12\"\n\x05taxes\x18\x07 \x03(\x0b\x32\x13.billing.v1.TaxRate\x12\x0e\n\x06seller\x18\x08 \x03(\t\x12\r\n\x05\x62uyer\x18\t \x03(\t\x12\x0c\n\x04note\x18\n \x01(\t\"\xab\x01\n\nAdjustment\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.billing.v1.AdjustmentKind\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12%\n\x05lines\x18\x04 \x03(\x0b\x32\x16.billing.v1.PeriodLine\x12\x16\n\x0e\x63orrected_keys\x18\x05 \x03(\x0c\x12\x0f\n\x07invoice\x18\x06 \x01(\t\",\n\tKeyUpsert\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.billing.v1.ApiKey\"\xaf\x01\n\x0cLeaseRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x11\n\tholder_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x16\n\x0erequest_number\x18\x04 \x01(\x04\x12\"\n\x06wanted\x18\x05 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x13\n\x0b\x64uration_ms\x18\x06 \x01(\x04\x12\x19\n\x11previous_sequence\x18\x07 \x01(\x04\"7\n\x0fLeaseRetirement\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x11\n\tunexpired\x18\x02 \x01(\x08\"\x94\x01\n\tPriceBook\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\x12\x14\n\x0c\x65\x66\x66\x65\x63tive_ms\x18\x03 \x01(\x03\x12!\n\x06prices\x18\x04 \x03(\x0b\x32\x11.billing.v1.Price\x12+\n\x0b\x63ommitments\x18\x05 \x03(\x0b\x32\x16.billing.v1.Commitment\"\xa3\x04\n\x05Price\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\x05\x12\x15\n\rservice_class\x18\x03 \x01(\x05\x12\x1b\n\x13uncached_input_pico\x18\x04 \x01(\x04\x12\x13\n\x0boutput_pico\x18\x05 \x01(\x04\x12\x17\n\x0f\x63\x61\x63he_read_pico\x18\x06 \x01(\x04\x12\x18\n\x10\x63\x61\x63he_write_pico\x18\x07 \x01(\x04\x12\x16\n\x0ereasoning_pico\x18\x08 \x01(\x04\x12\x18\n\x10image_input_pico\x18\t \x01(\x04\x12\x18\n\x10\x61udio_input_pico\x18\n \x01(\x04\x12\x19\n\x11\x61udio_output_pico\x18\x0b \x01(\x04\x12\x32\n\tunit_pico\x18\x0c \x03(\x0b\x32\x1f.billing.v1.Price.UnitPicoEntry\x12\x11\n\ttenant_id\x18\r \x01(\t\x12\x14\n\x0cminimum_pico\x18\x0e \x01(\x04\x12\'\n\tschedules\x18\x0f \x03(\x0b\x32\x14.billing.v1.Schedule\x12.\n\rcontext_bands\x18\x10 \x03(\x0b\x32\x17.billing.v1.ContextBand\x12.\n\rclass_factors\x18\x11 \x03(\x0b\x32\x17.billing.v1.ClassFactor\x1a/\n\rUnitPicoEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa6\x01\n\x08Schedule\x12\x10\n\x08quantity\x18\x01 \x01(\t\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.billing.v1.ScheduleMode\x12\x12\n\nfree_units\x18\x03 \x01(\x04\x12\x1f\n\x05tiers\x18\x04 \x03(\x0b\x32\x10.billing.v1.Tier\x12\x15\n\rpackage_units\x18\x05 \x01(\x04\x12\x14\n\x0cpackage_pico\x18\x06 \x01(\x04\".\n\x04Tier\x12\x13\n\x0bup_to_units\x18\x01 \x01(\x04\x12\x11\n\tunit_pico\x18\x02 \x01(\x04\"J\n\x0b\x43ontextBand\x12\x14\n\x0c\x61\x62ove_tokens\x18\x01 \x01(\x04\x12%\n\x06prices\x18\x02 \x03(\x0b\x32\x15.billing.v1.UnitPrice\"0\n\tUnitPrice\x12\x10\n\x08quantity\x18\x01 \x01(\t\x12\x11\n\tunit_pico\x18\x02 \x01(\x04\"?\n\x0b\x43lassFactor\x12\x15\n\rservice_class\x18\x01 \x01(\x05\x12\x19\n\x11\x66\x61\x63tor_millionths\x18\x02 \x01(\x04\"C\n\nCommitment\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\"\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x12.billing.v1.Amount*\xc5\x01\n\x0e\x41\x64justmentKind\x12\x1f\n\x1b\x41\x44JUSTMENT_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44JUSTMENT_KIND_VOID\x10\x01\x12\x19\n\x15\x41\x44JUSTMENT_KIND_AMEND\x10\x02\x12\x1f\n\x1b\x41\x44JUSTMENT_KIND_CREDIT_NOTE\x10\x03\x12\x1a\n\x16\x41\x44JUSTMENT_KIND_RERATE\x10\x04\x12 \n\x1c\x41\x44JUSTMENT_KIND_RATE_UNRATED\x10\x05*\x7f\n\x0cScheduleMode\x12\x1d\n\x19SCHEDULE_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SCHEDULE_MODE_GRADUATED\x10\x01\x12\x18\n\x14SCHEDULE_MODE_VOLUME\x10\x02\x12\x19\n\x15SCHEDULE_MODE_PACKAGE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62illing/v1/command.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\x1a\x18\x62illing/v1/invoice.proto\"3\n\rSignedCommand\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xf3\x04\n\x07\x43ommand\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x12\n\ncommand_id\x18\x02 \x01(\t\x12\x11\n\tissued_ms\x18\x03 \x01(\x03\x12\x0e\n\x06issuer\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12/\n\x0c\x63redit_grant\x18\n \x01(\x0b\x32\x17.billing.v1.CreditGrantH\x00\x12+\n\nprice_book\x18\x0b \x01(\x0b\x32\x15.billing.v1.PriceBookH\x00\x12\x31\n\rtenant_upsert\x18\x0c \x01(\x0b\x32\x18.billing.v1.TenantUpsertH\x00\x12+\n\nkey_upsert\x18\r \x01(\x0b\x32\x15.billing.v1.KeyUpsertH\x00\x12\x31\n\rlease_request\x18\x0e \x01(\x0b\x32\x18.billing.v1.LeaseRequestH\x00\x12\x37\n\x10lease_retirement\x18\x0f \x01(\x0b\x32\x1b.billing.v1.LeaseRetirementH\x00\x12?\n\x14invoice_finalization\x18\x10 \x01(\x0b\x32\x1f.billing.v1.InvoiceFinalizationH\x00\x12,\n\nadjustment\x18\x11 \x01(\x0b\x32\x16.billing.v1.AdjustmentH\x00\x12\x31\n\rbudget_upsert\x18\x12 \x01(\x0b\x32\x18.billing.v1.BudgetUpsertH\x00\x12\x33\n\x0eproject_upsert\x18\x13 \x01(\x0b\x32\x19.billing.v1.ProjectUpsertH\x00\x42\x08\n\x06\x61\x63tion\"\xc7\x01\n\x0b\x43reditGrant\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\"\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12\x10\n\x08grant_id\x18\x04 \x01(\t\x12$\n\x04kind\x18\x05 \x01(\x0e\x32\x16.billing.v1.CreditKind\x12\x12\n\nexpires_ms\x18\x06 \x01(\x03\x12\x10\n\x08priority\x18\x07 \x01(\r\x12\x11\n\treference\x18\x08 \x01(\t\"\xd3\x01\n\x0cTenantUpsert\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12)\n\x06status\x18\x04 \x01(\x0e\x32\x19.billing.v1.AccountStatus\x12\x1e\n\x04plan\x18\x05 \x01(\x0b\x32\x10.billing.v1.Plan\x12&\n\x08\x63\x61lendar\x18\x06 \x01(\x0b\x32\x14.billing.v1.Calendar\x12\x15\n\rexpire_credit\x18\x07 \x01(\x08\"\\\n\rProjectUpsert\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0e\n\x06\x63losed\x18\x04 \x01(\x08\"\x9b\x01\n\x0c\x42udgetUpsert\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\"\n\x06\x61mount\x18\x04 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x1c\n\x14threshold_millionths\x18\x05 \x03(\r\x12\x11\n\thard_stop\x18\x06 \x01(\x08\"\x84\x02\n\x13InvoiceFinalization\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x17\n\x0fperiod_start_ms\x18\x02 \x01(\x03\x12\r\n\x05\x64raft\x18\x03 \x01(\x08\x12\x15\n\rseries_prefix\x18\x04 \x01(\t\x12/\n\rrounding_rule\x18\x05 \x01(\x0e\x32\x18.billing.v1.RoundingRule\x12\x19\n\x11\x63urrency_decimals\x18\x06 \x01(\r\x12\"\n\x05taxes\x18\x07 \x03(\x0b\x32\x13.billing.v1.TaxRate\x12\x0e\n\x06seller\x18\x08 \x03(\t\x12\r\n\x05\x62uyer\x18\t \x03(\t\x12\x0c\n\x04note\x18\n \x01(\t\"\xab\x01\n\nAdjustment\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.billing.v1.AdjustmentKind\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12%\n\x05lines\x18\x04 \x03(\x0b\x32\x16.billing.v1.PeriodLine\x12\x16\n\x0e\x63orrected_keys\x18\x05 \x03(\x0c\x12\x0f\n\x07invoice\x18\x06 \x01(\t\",\n\tKeyUpsert\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.billing.v1.ApiKey\"\xaf\x01\n\x0cLeaseRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x11\n\tholder_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x16\n\x0erequest_number\x18\x04 \x01(\x04\x12\"\n\x06wanted\x18\x05 \x01(\x0b\x32\x12.billing.v1.Amount\x12\x13\n\x0b\x64uration_ms\x18\x06 \x01(\x04\x12\x19\n\x11previous_sequence\x18\x07 \x01(\x04\"7\n\x0fLeaseRetirement\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x11\n\tunexpired\x18\x02 \x01(\x08\"\x94\x01\n\tPriceBook\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\x12\x14\n\x0c\x65\x66\x66\x65\x63tive_ms\x18\x03 \x01(\x03\x12!\n\x06prices\x18\x04 \x03(\x0b\x32\x11.billing.v1.Price\x12+\n\x0b\x63ommitments\x18\x05 \x03(\x0b\x32\x16.billing.v1.Commitment\"\xa3\x04\n\x05Price\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\x05\x12\x15\n\rservice_class\x18\x03 \x01(\x05\x12\x1b\n\x13uncached_input_pico\x18\x04 \x01(\x04\x12\x13\n\x0boutput_pico\x18\x05 \x01(\x04\x12\x17\n\x0f\x63\x61\x63he_read_pico\x18\x06 \x01(\x04\x12\x18\n\x10\x63\x61\x63he_write_pico\x18\x07 \x01(\x04\x12\x16\n\x0ereasoning_pico\x18\x08 \x01(\x04\x12\x18\n\x10image_input_pico\x18\t \x01(\x04\x12\x18\n\x10\x61udio_input_pico\x18\n \x01(\x04\x12\x19\n\x11\x61udio_output_pico\x18\x0b \x01(\x04\x12\x32\n\tunit_pico\x18\x0c \x03(\x0b\x32\x1f.billing.v1.Price.UnitPicoEntry\x12\x11\n\ttenant_id\x18\r \x01(\t\x12\x14\n\x0cminimum_pico\x18\x0e \x01(\x04\x12\'\n\tschedules\x18\x0f \x03(\x0b\x32\x14.billing.v1.Schedule\x12.\n\rcontext_bands\x18\x10 \x03(\x0b\x32\x17.billing.v1.ContextBand\x12.\n\rclass_factors\x18\x11 \x03(\x0b\x32\x17.billing.v1.ClassFactor\x1a/\n\rUnitPicoEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa6\x01\n\x08Schedule\x12\x10\n\x08quantity\x18\x01 \x01(\t\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.billing.v1.ScheduleMode\x12\x12\n\nfree_units\x18\x03 \x01(\x04\x12\x1f\n\x05tiers\x18\x04 \x03(\x0b\x32\x10.billing.v1.Tier\x12\x15\n\rpackage_units\x18\x05 \x01(\x04\x12\x14\n\x0cpackage_pico\x18\x06 \x01(\x04\".\n\x04Tier\x12\x13\n\x0bup_to_units\x18\x01 \x01(\x04\x12\x11\n\tunit_pico\x18\x02 \x01(\x04\"J\n\x0b\x43ontextBand\x12\x14\n\x0c\x61\x62ove_tokens\x18\x01 \x01(\x04\x12%\n\x06prices\x18\x02 \x03(\x0b\x32\x15.billing.v1.UnitPrice\"0\n\tUnitPrice\x12\x10\n\x08quantity\x18\x01 \x01(\t\x12\x11\n\tunit_pico\x18\x02 \x01(\x04\"?\n\x0b\x43lassFactor\x12\x15\n\rservice_class\x18\x01 \x01(\x05\x12\x19\n\x11\x66\x61\x63tor_millionths\x18\x02 \x01(\x04\"C\n\nCommitment\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\"\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x12.billing.v1.Amount*\xc5\x01\n\x0e\x41\x64justmentKind\x12\x1f\n\x1b\x41\x44JUSTMENT_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44JUSTMENT_KIND_VOID\x10\x01\x12\x19\n\x15\x41\x44JUSTMENT_KIND_AMEND\x10\x02\x12\x1f\n\x1b\x41\x44JUSTMENT_KIND_CREDIT_NOTE\x10\x03\x12\x1a\n\x16\x41\x44JUSTMENT_KIND_RERATE\x10\x04\x12 \n\x1c\x41\x44JUSTMENT_KIND_RATE_UNRATED\x10\x05*\x7f\n\x0cScheduleMode\x12\x1d\n\x19SCHEDULE_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SCHEDULE_MODE_GRADUATED\x10\x01\x12\x18\n\x14SCHEDULE_MODE_VOLUME\x10\x02\x12\x19\n\x15SCHEDULE_MODE_PACKAGE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PRICE_UNITPICOENTRY']._loaded_options = None
   _globals['_PRICE_UNITPICOENTRY']._serialized_options = b'8\001'
-  _globals['_ADJUSTMENTKIND']._serialized_start=3317
-  _globals['_ADJUSTMENTKIND']._serialized_end=3514
-  _globals['_SCHEDULEMODE']._serialized_start=3516
-  _globals['_SCHEDULEMODE']._serialized_end=3643
+  _globals['_ADJUSTMENTKIND']._serialized_start=3340
+  _globals['_ADJUSTMENTKIND']._serialized_end=3537
+  _globals['_SCHEDULEMODE']._serialized_start=3539
+  _globals['_SCHEDULEMODE']._serialized_end=3666
   _globals['_SIGNEDCOMMAND']._serialized_start=92
   _globals['_SIGNEDCOMMAND']._serialized_end=143
   _globals['_COMMAND']._serialized_start=146
@@ -46,37 +46,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREDITGRANT']._serialized_start=776
   _globals['_CREDITGRANT']._serialized_end=975
   _globals['_TENANTUPSERT']._serialized_start=978
-  _globals['_TENANTUPSERT']._serialized_end=1166
-  _globals['_PROJECTUPSERT']._serialized_start=1168
-  _globals['_PROJECTUPSERT']._serialized_end=1260
-  _globals['_BUDGETUPSERT']._serialized_start=1263
-  _globals['_BUDGETUPSERT']._serialized_end=1418
-  _globals['_INVOICEFINALIZATION']._serialized_start=1421
-  _globals['_INVOICEFINALIZATION']._serialized_end=1681
-  _globals['_ADJUSTMENT']._serialized_start=1684
-  _globals['_ADJUSTMENT']._serialized_end=1855
-  _globals['_KEYUPSERT']._serialized_start=1857
-  _globals['_KEYUPSERT']._serialized_end=1901
-  _globals['_LEASEREQUEST']._serialized_start=1904
-  _globals['_LEASEREQUEST']._serialized_end=2079
-  _globals['_LEASERETIREMENT']._serialized_start=2081
-  _globals['_LEASERETIREMENT']._serialized_end=2136
-  _globals['_PRICEBOOK']._serialized_start=2139
-  _globals['_PRICEBOOK']._serialized_end=2287
-  _globals['_PRICE']._serialized_start=2290
-  _globals['_PRICE']._serialized_end=2837
-  _globals['_PRICE_UNITPICOENTRY']._serialized_start=2790
-  _globals['_PRICE_UNITPICOENTRY']._serialized_end=2837
-  _globals['_SCHEDULE']._serialized_start=2840
-  _globals['_SCHEDULE']._serialized_end=3006
-  _globals['_TIER']._serialized_start=3008
-  _globals['_TIER']._serialized_end=3054
-  _globals['_CONTEXTBAND']._serialized_start=3056
-  _globals['_CONTEXTBAND']._serialized_end=3130
-  _globals['_UNITPRICE']._serialized_start=3132
-  _globals['_UNITPRICE']._serialized_end=3180
-  _globals['_CLASSFACTOR']._serialized_start=3182
-  _globals['_CLASSFACTOR']._serialized_end=3245
-  _globals['_COMMITMENT']._serialized_start=3247
-  _globals['_COMMITMENT']._serialized_end=3314
+  _globals['_TENANTUPSERT']._serialized_end=1189
+  _globals['_PROJECTUPSERT']._serialized_start=1191
+  _globals['_PROJECTUPSERT']._serialized_end=1283
+  _globals['_BUDGETUPSERT']._serialized_start=1286
+  _globals['_BUDGETUPSERT']._serialized_end=1441
+  _globals['_INVOICEFINALIZATION']._serialized_start=1444
+  _globals['_INVOICEFINALIZATION']._serialized_end=1704
+  _globals['_ADJUSTMENT']._serialized_start=1707
+  _globals['_ADJUSTMENT']._serialized_end=1878
+  _globals['_KEYUPSERT']._serialized_start=1880
+  _globals['_KEYUPSERT']._serialized_end=1924
+  _globals['_LEASEREQUEST']._serialized_start=1927
+  _globals['_LEASEREQUEST']._serialized_end=2102
+  _globals['_LEASERETIREMENT']._serialized_start=2104
+  _globals['_LEASERETIREMENT']._serialized_end=2159
+  _globals['_PRICEBOOK']._serialized_start=2162
+  _globals['_PRICEBOOK']._serialized_end=2310
+  _globals['_PRICE']._serialized_start=2313
+  _globals['_PRICE']._serialized_end=2860
+  _globals['_PRICE_UNITPICOENTRY']._serialized_start=2813
+  _globals['_PRICE_UNITPICOENTRY']._serialized_end=2860
+  _globals['_SCHEDULE']._serialized_start=2863
+  _globals['_SCHEDULE']._serialized_end=3029
+  _globals['_TIER']._serialized_start=3031
+  _globals['_TIER']._serialized_end=3077
+  _globals['_CONTEXTBAND']._serialized_start=3079
+  _globals['_CONTEXTBAND']._serialized_end=3153
+  _globals['_UNITPRICE']._serialized_start=3155
+  _globals['_UNITPRICE']._serialized_end=3203
+  _globals['_CLASSFACTOR']._serialized_start=3205
+  _globals['_CLASSFACTOR']._serialized_end=3268
+  _globals['_COMMITMENT']._serialized_start=3270
+  _globals['_COMMITMENT']._serialized_end=3337
 # @@protoc_insertion_point(module_scope)

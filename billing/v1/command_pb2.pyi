@@ -240,10 +240,13 @@ class TenantUpsert(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     CALENDAR_FIELD_NUMBER: _builtins.int
+    EXPIRE_CREDIT_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     display_name: _builtins.str
     currency: _builtins.str
     status: _account_pb2.AccountStatus.ValueType
+    expire_credit: _builtins.bool
+    """With ACCOUNT_STATUS_CLOSED: what is left of credit that was paid for expires too. Promotional credit does so anyway."""
     @_builtins.property
     def plan(self) -> _account_pb2.Plan: ...
     @_builtins.property
@@ -259,10 +262,11 @@ class TenantUpsert(_message.Message):
         status: _account_pb2.AccountStatus.ValueType = ...,
         plan: _account_pb2.Plan | None = ...,
         calendar: _account_pb2.Calendar | None = ...,
+        expire_credit: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calendar", b"calendar", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calendar", b"calendar", "currency", b"currency", "display_name", b"display_name", "plan", b"plan", "status", b"status", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calendar", b"calendar", "currency", b"currency", "display_name", b"display_name", "expire_credit", b"expire_credit", "plan", b"plan", "status", b"status", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

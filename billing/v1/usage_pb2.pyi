@@ -142,6 +142,7 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_BALANCE: _RefusalReason.ValueType  # 4
     REFUSAL_REASON_MODEL: _RefusalReason.ValueType  # 5
     REFUSAL_REASON_SUSPENDED: _RefusalReason.ValueType  # 6
+    REFUSAL_REASON_BUDGET: _RefusalReason.ValueType  # 7
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper): ...
 
@@ -152,6 +153,7 @@ REFUSAL_REASON_RATE: RefusalReason.ValueType  # 3
 REFUSAL_REASON_BALANCE: RefusalReason.ValueType  # 4
 REFUSAL_REASON_MODEL: RefusalReason.ValueType  # 5
 REFUSAL_REASON_SUSPENDED: RefusalReason.ValueType  # 6
+REFUSAL_REASON_BUDGET: RefusalReason.ValueType  # 7
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final

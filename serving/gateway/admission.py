@@ -7,6 +7,7 @@ has no tenant (a key that nobody knows) or that is our own fault (stale state) i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import grpc
@@ -20,6 +21,7 @@ from billing.v1.account_pb2 import (
 )
 from billing.v1.usage_pb2 import (
     REFUSAL_REASON_BALANCE,
+    REFUSAL_REASON_BUDGET,
     REFUSAL_REASON_KEY,
     REFUSAL_REASON_MODEL,
     REFUSAL_REASON_PROMPT_TOO_LARGE,
@@ -31,17 +33,19 @@ from billing.v1.usage_pb2 import (
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
-    from serving.gateway.directory import AccountView, KeyView
+    from serving.gateway.directory import AccountView, BudgetView, KeyView
     from serving.gateway.settings import AdmissionSettings
 
 __all__ = [
     "Refusal",
     "account_refusal",
+    "budget_refusal",
     "concurrency_refusal",
     "is_stale",
     "key_refusal",
     "model_refusal",
     "money_refusal",
+    "project_refusal",
     "prompt_limit",
     "prompt_refusal",
 ]
@@ -144,6 +148,29 @@ def money_refusal(account: AccountView) -> Refusal:
         REFUSAL_REASON_BALANCE,
         f"balance: {balance}, of which {leased} is set aside for requests that run: not enough for this request's longest "
         "answer: allow fewer output tokens, wait, or add credit",
+        True,
+    )
+
+
+def budget_refusal(stop: BudgetView, currency: str) -> Refusal:
+    """For a request of someone whose budget is used up."""
+    whose = f"project {stop.project_id}" if stop.project_id else f"user {stop.user_id}" if stop.user_id else "the account"
+    until = datetime.fromtimestamp(stop.period_end_ms / 1_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        REFUSAL_REASON_BUDGET,
+        f"budget of {whose}: {format_pico(stop.amount_pico, currency)} is used up until {until}: wait for the next period, or "
+        "ask whoever set it to raise it",
+        True,
+    )
+
+
+def project_refusal(project_id: str) -> Refusal:
+    """For a key of a project that is closed."""
+    return Refusal(
+        grpc.StatusCode.PERMISSION_DENIED,
+        REFUSAL_REASON_SUSPENDED,
+        f"project {project_id}: is closed: use a key of another project",
         True,
     )
 

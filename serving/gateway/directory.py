@@ -1,4 +1,4 @@
-"""Keys and accounts in memory: key → tenant → account, as the ledger last said it, followed from two compacted topics.
+"""Keys, accounts, budgets and projects in memory, as the ledger last said it, followed from two compacted topics.
 
 Writes come from the followers' threads, reads from the event loop. Each view is immutable and is replaced as a whole, so a
 reader sees the old or the new one, never a mix. A version that is lower than the known one of the same generation is
@@ -15,9 +15,18 @@ from google.protobuf.message import DecodeError
 
 from billing.amounts import from_amount
 from billing.identity import partition_of
-from billing.v1.account_pb2 import BILLING_MODE_POSTPAID, Account, AccountUpdate, ApiKey, Lease, LedgerPosition
+from billing.v1.account_pb2 import (
+    BILLING_MODE_POSTPAID,
+    Account,
+    AccountUpdate,
+    ApiKey,
+    BudgetState,
+    Lease,
+    LedgerPosition,
+    Project,
+)
 
-__all__ = ["AccountView", "Directory", "KeyView"]
+__all__ = ["AccountView", "BudgetView", "Directory", "KeyView"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,16 @@ class AccountView:
         if self.billing_mode != BILLING_MODE_POSTPAID:
             return self.balance_pico - self.leased_pico
         return self.balance_pico + self.credit_limit_pico - self.leased_pico if self.credit_limit_pico else None
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetView:
+    """A budget that is used up and stops what comes."""
+
+    project_id: str
+    user_id: str
+    amount_pico: int
+    period_end_ms: int
 
 
 def _nobody(_: object) -> None:
@@ -103,6 +122,10 @@ class Directory:
         self._keys: dict[str, tuple[_Version, bytes, KeyView]] = {}
         self._by_hash: dict[bytes, str] = {}
         self._accounts: dict[str, tuple[_Version, AccountView]] = {}
+        # Project and user, "" for all of them, to the budget; and projects that are closed. By tenant: few have any.
+        self._stops: dict[str, dict[tuple[str, str], BudgetView]] = {}
+        self._closed: dict[str, set[str]] = {}
+        self._versions: dict[tuple[str, str, str], LedgerPosition] = {}
         self._log_times_ms: dict[int, int] = {}
         self.unreadable = 0
 
@@ -149,6 +172,12 @@ class Directory:
         if update.HasField("lease"):
             self.on_lease(update.lease)
             return
+        if update.HasField("budget"):
+            self._on_budget(update.budget)
+            return
+        if update.HasField("project"):
+            self._on_project(update.project)
+            return
         if not update.HasField("account"):
             return
         account = update.account
@@ -160,6 +189,38 @@ class Directory:
         self._accounts[account.tenant_id] = (version, view)
         self.on_changed_account(view)
         self._see(partition_of(account.tenant_id, self._partitions), account.log_time_ms)
+
+    def _on_budget(self, budget: BudgetState) -> None:
+        if self._is_older(("budget", budget.tenant_id, f"{budget.project_id}/{budget.user_id}"), budget.version):
+            return
+        stops = dict(self._stops.get(budget.tenant_id, {}))
+        stops.pop((budget.project_id, budget.user_id), None)
+        if budget.hard_stop and budget.used_up and not budget.gone:
+            view = BudgetView(budget.project_id, budget.user_id, from_amount(budget.amount), budget.period_end_ms)
+            stops[budget.project_id, budget.user_id] = view
+        if stops:
+            self._stops[budget.tenant_id] = stops
+        else:
+            self._stops.pop(budget.tenant_id, None)
+
+    def _on_project(self, project: Project) -> None:
+        if self._is_older(("project", project.tenant_id, project.project_id), project.version):
+            return
+        closed = self._closed.get(project.tenant_id, set()) - {project.project_id}
+        if project.closed:
+            closed.add(project.project_id)
+        if closed:
+            self._closed[project.tenant_id] = closed
+        else:
+            self._closed.pop(project.tenant_id, None)
+
+    def _is_older(self, name: tuple[str, str, str], version: LedgerPosition) -> bool:
+        """Whether something newer of the same generation is known; else `version` is what is known."""
+        known = self._versions.get(name)
+        if known is not None and known.generation == version.generation and version.sequence < known.sequence:
+            return True
+        self._versions[name] = version
+        return False
 
     def _see(self, partition: int, log_time_ms: int) -> None:
         if log_time_ms > self._log_times_ms.get(partition, 0):
@@ -177,6 +238,22 @@ class Directory:
         """The tenant's account."""
         known = self._accounts.get(tenant_id)
         return None if known is None else known[1]
+
+    def find_stop(self, key: KeyView, now_ms: int) -> BudgetView | None:
+        """The budget that stops what comes with this key, if one does."""
+        stops = self._stops.get(key.tenant_id)
+        if stops is None:
+            return None
+        for place in (("", ""), (key.project_id, ""), ("", key.user_id)):
+            stop = stops.get(place)
+            # When the period is over, it stops nothing, though the ledger has not begun the next one yet.
+            if stop is not None and now_ms < stop.period_end_ms:
+                return stop
+        return None
+
+    def is_closed(self, tenant_id: str, project_id: str) -> bool:
+        """Whether the tenant's project is closed."""
+        return project_id in self._closed.get(tenant_id, ())
 
     def log_time_ms(self, tenant_id: str) -> int:
         """When the ledger partition of the tenant last said something; 0: never."""

@@ -212,6 +212,8 @@ class Gateway:
         refusal = admission.account_refusal(
             account, self._directory.log_time_ms(key.tenant_id), now_ms(), self.settings.admission
         )
+        if refusal is None:
+            refusal = self._stopped(key, account)
         if refusal is not None:
             await self._refuse(refusal, event)
         if profile is None:
@@ -240,6 +242,12 @@ class Gateway:
             raise
         self.metrics["requests_admitted"] += 1
         return Admitted(request, profile, prepared, meter, key.tenant_id)
+
+    def _stopped(self, key: KeyView, account: AccountView | None) -> Refusal | None:
+        if self._directory.is_closed(key.tenant_id, key.project_id):
+            return admission.project_refusal(key.project_id)
+        stop = self._directory.find_stop(key, now_ms())
+        return None if stop is None else admission.budget_refusal(stop, "" if account is None else account.currency)
 
     def _not_opened(self, error: ProducerError) -> CallError:
         if isinstance(error, JournalFull):

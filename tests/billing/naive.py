@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
 
-from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_UNKNOWN
+from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN
 from billing.v1.ledger_pb2 import (
     DROP_REASON_CONFLICT,
     DROP_REASON_DUPLICATE,
@@ -181,12 +181,16 @@ class NaiveLedger:
         if applied := self.once(command_id, now_ms, tenant_id in self.here and not (moves and has_amounts)):
             account = self.account(tenant_id)
             account.currency = currency or account.currency
-            account.status = status or ACCOUNT_STATUS_ACTIVE
+            account.status = status or (ACCOUNT_STATUS_ACTIVE if account.status == ACCOUNT_STATUS_UNKNOWN else account.status)
+            if status == ACCOUNT_STATUS_CLOSED:
+                account.keys = {name: (secret_hash, True) for name, (secret_hash, _) in account.keys.items()}
         return applied
 
     def key(self, command_id: str, now_ms: int, tenant_id: str, key_id: str, secret_hash: bytes, revoked: bool) -> bool:
         others = any(key_id in account.keys for name, account in self.accounts.items() if name != tenant_id)
-        if applied := self.once(command_id, now_ms, self.knows(tenant_id) and not others and len(secret_hash) == 32):
+        allowed = self.knows(tenant_id) and not others and len(secret_hash) == 32
+        opens_closed = not revoked and self.account_status(tenant_id) == ACCOUNT_STATUS_CLOSED
+        if applied := self.once(command_id, now_ms, allowed and not opens_closed):
             self.accounts[tenant_id].keys[key_id] = secret_hash, revoked
         return applied
 

@@ -13,22 +13,19 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from billing import credit, replay
+from billing import credit
 from billing.amounts import PICO, from_amount, to_amount
-from billing.chain import Chain
 from billing.commands import CommandRefused
 from billing.credit import Credits
-from billing.founding import found_again
 from billing.limits import GRANTS_LIVE_MAX, RECORD_BYTES_MAX, UNINVOICED_PARTS_MAX
 from billing.periods import month_of, month_start_ms
-from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.account_pb2 import Calendar
 from billing.v1.command_pb2 import CreditGrant, TenantUpsert
 from billing.v1.invoice_pb2 import CREDIT_KIND_CORRECTION, CREDIT_KIND_PAID, CREDIT_KIND_PROMOTIONAL, CreditKind
 from billing.v1.ledger_pb2 import CreditState, LedgerRecord
 from sinks.recompute import Recomputed
-from stream_processors.local_store import Acknowledged, LocalStore
-from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
+from tests.billing.agreement import agreed
+from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
 from tests.billing.naive_credit import CoinGrant, Coins
 
 if TYPE_CHECKING:
@@ -117,8 +114,10 @@ class CreditMachine(RuleBasedStateMachine):
 
     @rule(coins=st.integers(1, 12))
     def correct(self, coins: int) -> None:
-        self.end(self.begin())
+        record = self.begin()
         self.purse.spend_pico -= coins
+        self.credits.correct(A, self.purse, record)
+        self.end(record)
         self.coins.take_back(coins, self.now_ms)
 
     @rule(net=st.integers(-5, 15), drafts=st.booleans())
@@ -133,6 +132,16 @@ class CreditMachine(RuleBasedStateMachine):
         paid = self.coins.invoice(net, name, len(self.coins.grants))
         assert Counter({each.grant_id: from_amount(each.amount) for each in applied}) == paid
         assert draft is None or draft == applied
+
+    @rule(paid_too=st.booleans())
+    def close(self, paid_too: bool) -> None:
+        record = self.begin()
+        expired = self.credits.forfeit(A, self.purse, record, paid_too=paid_too)
+        self.end(record)
+        gone = [grant for grant in self.coins.grants.values() if paid_too or not grant.order[1]]
+        assert expired == sum(grant.left for grant in gone)
+        for grant in gone:
+            grant.expired += grant.left
 
     def settled(self) -> Coins:
         """What the ledger would state now, as coins: a draft of nothing sets all spend against grants."""
@@ -228,34 +237,6 @@ def grant(made: Ledger, name: str, pico: int, at_ms: int = NOW_MS, **fields: Any
 
 def left(state: CreditState) -> dict[str, int]:
     return {g.grant_id: from_amount(g.amount) - from_amount(g.used) - from_amount(g.expired) for g in state.grants}
-
-
-def agreed(made: Ledger, folder: Path) -> None:
-    """A replay, a local store, a ledger that is founded again and the audit have what the step has."""
-    assert made.replayed().digest() == made.state.digest()
-    recomputed = Recomputed(1)
-    for record in made.records():
-        recomputed.take(record)
-    assert recomputed.findings == []
-    records = [
-        Acknowledged(record, stored, i) for i, (record, stored) in enumerate(zip(made.records(), made.stored, strict=True))
-    ]
-    store = LocalStore(folder, 1)
-    for start in range(0, len(records), 3):
-        store.apply(records[start : start + 3])
-    store.close()
-    store = LocalStore(folder, 1)
-    loaded = store.load()
-    assert loaded is not None
-    assert loaded.digest(with_memory=False) == made.state.digest(with_memory=False)
-    store.close()
-    record, stored = found_again(made.state, b"h" * 16, made.state.log_time_ms, KEYS.seal_key, "test")
-    carried = LedgerState(MemorySeenKeys())
-    assert Chain(1, KEYS.seal_key).accept(stored) is not None
-    replay.apply(carried, record, stored)
-    assert list(carried.credits.all()) == list(made.state.credits.all())
-    recomputed.take(record)
-    assert recomputed.findings == []
 
 
 def test_a_grant_that_comes_again_is_harmless_and_another_of_its_name_is_refused(tmp_path: Path) -> None:

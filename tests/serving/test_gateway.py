@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, KeyScope
+from billing.amounts import PICO, to_amount
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, AccountUpdate, BudgetState, KeyScope, Project
 from billing.v1.usage_pb2 import (
     COUNT_SOURCE_BACKEND,
     COUNT_SOURCE_ESTIMATE,
@@ -28,6 +29,7 @@ from billing.v1.usage_pb2 import (
     OUTCOME_DEADLINE_EXCEEDED,
     OUTCOME_REJECTED,
     REFUSAL_REASON_BALANCE,
+    REFUSAL_REASON_BUDGET,
     REFUSAL_REASON_MODEL,
     REFUSAL_REASON_PROMPT_TOO_LARGE,
     REFUSAL_REASON_RATE,
@@ -278,6 +280,32 @@ async def test_no_balance_or_no_account_is_refused_and_recorded(
     directory.on_account(b"tenant-a", b"", 0)
     assert await refusal("PERMISSION_DENIED.*does not exist") == REFUSAL_REASON_SUSPENDED
     put_account(directory, account(sequence=4))
+    await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+
+
+async def test_a_budget_that_is_used_up_and_a_closed_project_are_refused_by_name_and_recorded(
+    server: GatewayServer, client: Any, directory: Directory
+) -> None:
+    async def refusal(update: AccountUpdate, match: str) -> int:
+        directory.on_account(b"update", update.SerializeToString(), 0)
+        with pytest.raises(InferenceServerException, match=match):
+            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+        event = journalled(server.meter)[-1]
+        assert event.outcome == OUTCOME_REJECTED
+        return event.refusal_reason
+
+    budget = BudgetState(tenant_id="tenant-a", project_id="project", amount=to_amount(25 * PICO), used_up=True, hard_stop=True)
+    budget.period_end_ms = 4_102_444_800_000
+    told = "RESOURCE_EXHAUSTED.*budget of project project: 25.00 USD is used up until 2100-01-01T00:00:00Z"
+    assert await refusal(AccountUpdate(budget=budget), told) == REFUSAL_REASON_BUDGET
+    budget.gone = True
+    directory.on_account(b"update", AccountUpdate(budget=budget).SerializeToString(), 0)
+    project = Project(tenant_id="tenant-a", project_id="project", closed=True)
+    assert await refusal(AccountUpdate(project=project), "PERMISSION_DENIED.*project project: is closed") == (
+        REFUSAL_REASON_SUSPENDED
+    )
+    project.closed = False
+    directory.on_account(b"update", AccountUpdate(project=project).SerializeToString(), 0)
     await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from billing.amounts import PICO
+from typing import Any
+
+import pytest
+
+from billing.amounts import PICO, to_amount
 from billing.identity import partition_of
-from billing.v1.account_pb2 import LedgerPosition
+from billing.v1.account_pb2 import AccountUpdate, BudgetState, LedgerPosition, Project
 from serving.gateway import hash_secret
 from serving.gateway.directory import Directory
 from tests.serving.gateway_support import (
@@ -97,6 +101,61 @@ def test_freshness_is_that_of_the_tenants_partition() -> None:
     directory.on_account(b"tick", tick(partition, 800).SerializeToString(), 0)
     directory.on_account(b"tick", tick(partition, 700).SerializeToString(), 0)
     assert directory.log_time_ms("tenant-a") == 800
+
+
+def budget(sequence: int = 1, **fields: Any) -> AccountUpdate:
+    said: dict[str, Any] = {
+        "tenant_id": "tenant-a",
+        "amount": to_amount(PICO),
+        "hard_stop": True,
+        "used_up": True,
+        "period_end_ms": 1_000,
+    }
+    state = BudgetState(**(said | fields))
+    state.version.CopyFrom(LedgerPosition(generation=b"g", sequence=sequence))
+    return AccountUpdate(budget=state)
+
+
+@pytest.mark.parametrize("whose", [{}, {"project_id": "project"}, {"user_id": "user"}])
+def test_a_budget_that_is_used_up_stops_whom_it_is_of_until_its_period_ends(whose: dict[str, str]) -> None:
+    directory = known_directory()
+    key = directory.find_key(HASH)
+    assert key is not None
+
+    def stops(sequence: int, **fields: Any) -> bool:
+        directory.on_account(b"budget", budget(sequence, **(whose | fields)).SerializeToString(), 0)
+        stop = directory.find_stop(key, 999)
+        assert directory.find_stop(key, 1_000) is None
+        names = whose.get("project_id", ""), whose.get("user_id", ""), PICO
+        assert stop is None or (stop.project_id, stop.user_id, stop.amount_pico) == names
+        return stop is not None
+
+    assert stops(2)
+    assert stops(1, used_up=False), "what is older says nothing"
+    assert not stops(3, used_up=False)
+    assert stops(3)
+    assert not stops(4, hard_stop=False)
+    assert stops(5)
+    assert not stops(6, gone=True)
+
+
+@pytest.mark.parametrize("whose", [{"project_id": "other"}, {"user_id": "other"}, {"tenant_id": "tenant-b"}])
+def test_a_budget_of_others_stops_nobody(whose: dict[str, str]) -> None:
+    directory = known_directory()
+    key = directory.find_key(HASH)
+    assert key is not None
+    directory.on_account(b"budget", budget(1, **whose).SerializeToString(), 0)
+    assert directory.find_stop(key, 999) is None
+
+
+def test_a_project_is_closed_and_opened_again() -> None:
+    directory = known_directory()
+    for sequence, closed in ((2, True), (1, False), (3, False)):
+        project = Project(tenant_id="tenant-a", project_id="project", closed=closed)
+        project.version.CopyFrom(LedgerPosition(generation=b"g", sequence=sequence))
+        directory.on_account(b"project", AccountUpdate(project=project).SerializeToString(), 0)
+        assert directory.is_closed("tenant-a", "project") == (sequence < 3)
+    assert not directory.is_closed("tenant-a", "other")
 
 
 def test_balances_are_exact_beyond_64_bits() -> None:
