@@ -78,7 +78,10 @@ chaos: venv ## Real processes killed: TRIALS=5 of each fault, FAULT=name alone, 
 	$(if $(FAULT)$(TRIALS)$(SEED),,$(PYTEST) -m chaos $(PYTEST_ARGS))
 	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),5) --seed $(or $(SEED),1) $(foreach name,$(FAULT),--fault $(name)) $(CHAOS_ARGS)
 
-nightly: venv ## As many trials of each fault as the table asks for; SOAK=hours: all of them in turn for so long
+nightly: venv ## What the table of faults asks for: seeds, models, fuzzing, trials; FAULT=name alone; SOAK=hours of all in turn
+	$(if $(FAULT)$(SOAK),,$(MAKE) simulate SEEDS=500)
+	$(if $(FAULT)$(SOAK),,$(MAKE) models EXAMPLES=500)
+	$(if $(FAULT)$(SOAK),,$(MAKE) fuzz SECONDS=300)
 	$(BIN)/python -m tests.chaos --nightly --seed $(or $(SEED),1) $(if $(SOAK),--soak-hours $(SOAK)) \
 		$(foreach name,$(FAULT),--fault $(name)) $(CHAOS_ARGS)
 

@@ -1,7 +1,8 @@
 """Many trials: which come when, on which installation, and the table of what came of them.
 
-Promise: faults take turns, so that each meets what the others left; an installation serves `renew_after` trials and is then
-made anew, and at once after a trial that was not good. The order and every choice follow from the seed.
+Promise: faults take turns, so that each meets what the others left, and those of different places share runs; an installation
+serves `renew_after` runs and is then made anew, and at once after a run that was not good. The order and every choice follow
+from the seed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
-from tests.chaos.faults import Fault
+from tests.chaos.faults import PLACES, Fault
 from tests.chaos.installation import Installation
 from tests.chaos.world import Trial, World
 
@@ -36,8 +38,8 @@ class Plan:
     soak_hours: float | None = None
     renew_after: int = 25
 
-    def turns(self) -> Iterator[tuple[type[Fault], int]]:
-        """Faults in rounds, shuffled, installations one after the other within a round of each."""
+    def turns(self) -> Iterator[tuple[list[type[Fault]], int]]:
+        """The faults of each run, in rounds, shuffled, installations one after the other within a round of each."""
         number = 0
         until_s = None if self.soak_hours is None else time.monotonic() + self.soak_hours * 3_600
         setups = list(dict.fromkeys(kind.setup for kind in self.faults))
@@ -52,10 +54,10 @@ class Plan:
                         if kind.setup is setup and (until_s is not None or each < self.counts[kind.name])
                     ]
                     random.Random(f"{self.seed}/{setup.name}/{each}").shuffle(turn)
-                    for kind in turn:
+                    for kinds in _together(turn):
                         if until_s is not None and time.monotonic() > until_s:
                             return
-                        yield kind, each
+                        yield kinds, each
             number += len(block)
 
 
@@ -81,9 +83,9 @@ class Campaign:
         done = {(trial.fault, trial.number) for trial in self.trials}
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
-            for kind, number in self.plan.turns():
-                if (kind.name, number) not in done:
-                    self._one(kind, number)
+            for kinds, number in self.plan.turns():
+                if left := [kind for kind in kinds if (kind.name, number) not in done]:
+                    self._one(left, number)
 
     def passed(self) -> bool:
         """Whether every trial was good, and every fault hit its window at least once."""
@@ -92,21 +94,22 @@ class Campaign:
             kind.name in hit for kind in self.plan.faults if any(trial.fault == kind.name for trial in self.trials)
         )
 
-    def _one(self, kind: type[Fault], number: int) -> None:
-        trial = Trial(kind.name, self.plan.seed, number)
+    def _one(self, kinds: list[type[Fault]], number: int) -> None:
         try:
-            world = self._world_for(kind.setup)
+            world = self._world_for(kinds[0].setup)
         except Exception:  # noqa: BLE001  a failure of the harness is told as one
-            trial.error = traceback.format_exc(limit=6)
-            self._close()
+            error = traceback.format_exc(limit=6)
+            trials = [Trial(kind.name, self.plan.seed, number, f"{kinds[0].name}-{number}", error=error) for kind in kinds]
+            self._close(keep=True)
         else:
-            trial = world.trial(kind, self.plan.seed, number)
+            trials = world.run(kinds, self.plan.seed, number)
         self._served += 1
-        self.trials.append(trial)
         with self.path.open("a") as file:
-            file.write(trial.line() + "\n")
-        self._say(trial)
-        if not trial.good:
+            file.write("".join(trial.line() + "\n" for trial in trials))
+        for trial in trials:
+            self.trials.append(trial)
+            self._say(trial)
+        if not all(trial.good for trial in trials):
             self._close(keep=True)
 
     def _world_for(self, setup: type[Installation]) -> World:
@@ -127,7 +130,7 @@ class Campaign:
             return
         world.close()
         folder = world.installation.folder
-        if keep:
+        if keep and (folder / "logs").exists():
             # What its parts said, for whoever looks for the cause.
             shutil.copytree(folder / "logs", self.directory / f"logs-{folder.name}", dirs_exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -147,27 +150,39 @@ class Campaign:
             self.tell(table(self.plan, self.trials))
 
 
+def _together(kinds: Sequence[type[Fault]]) -> Iterator[list[type[Fault]]]:
+    """One of each place in a run, as long as there are some; whoever breaks everything is alone."""
+    places = [[kind for kind in kinds if kind.place == place] for place in PLACES]
+    yield from ([kind for kind in run if kind is not None] for run in zip_longest(*places))
+    yield from ([kind] for kind in kinds if not kind.place)
+
+
 def table(plan: Plan, trials: Sequence[Trial]) -> str:
     """As it stands in docs/guarantees.md."""
     rows = [["fault", "checks", *_COLUMNS]]
-    total = [0] * len(_COLUMNS)
-    for kind in plan.faults:
-        own = [trial for trial in trials if trial.fault == kind.name]
-        figures = [
-            len(own),
-            sum(bool(trial.evidence) for trial in own),
-            sum(trial.attempts for trial in own),
-            sum(trial.unknown for trial in own),
-            sum(trial.lost for trial in own),
-            sum(trial.doubled for trial in own),
-            sum(trial.wrong + trial.unsettled for trial in own),
-            sum(bool(trial.error) or (bool(trial.findings) and not _counted(trial)) for trial in own),
-        ]
-        total = [a + b for a, b in zip(total, figures, strict=True)]
-        rows.append([kind.name, kind.checks, *map(str, figures)])
-    rows.append(["all", "", *map(str, total)])
+    rows += [
+        [kind.name, kind.checks, *_figures([trial for trial in trials if trial.fault == kind.name])] for kind in plan.faults
+    ]
+    rows.append(["all", "", *_figures(trials)])
     rows.insert(1, ["---"] * len(rows[0]))
-    return f"seed {plan.seed}\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    runs = len({(trial.run, trial.number) for trial in trials})
+    return f"seed {plan.seed}, {runs} runs\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _figures(trials: Sequence[Trial]) -> list[str]:
+    """What a run's trials share counts once."""
+    runs = list({(trial.run, trial.number): trial for trial in trials}.values())
+    figures = [
+        len(trials),
+        sum(bool(trial.evidence) for trial in trials),
+        sum(run.attempts for run in runs),
+        sum(run.unknown for run in runs),
+        sum(run.lost for run in runs),
+        sum(run.doubled for run in runs),
+        sum(run.wrong + run.unsettled for run in runs),
+        sum(bool(trial.error) or (bool(trial.findings) and not _counted(trial)) for trial in trials),
+    ]
+    return list(map(str, figures))
 
 
 def _counted(trial: Trial) -> bool:

@@ -20,7 +20,7 @@ __all__ = ["ProxiedInstallation"]
 
 _CLIENTS: Final = ("producer", "worker", "sink")
 _DATABASE: Final = "clickhouse"
-_MET_TIMEOUT_S: Final = 20.0
+_MET_TIMEOUT_S: Final = 60.0
 # Counts of a proxy that say that its fault met something.
 _MARKS: Final = ("broken", "pieces_held", "pieces_slowed")
 

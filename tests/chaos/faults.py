@@ -12,10 +12,14 @@ To add a fault, write a small class in a module of this folder and name that mod
         def heal(self) -> None: ...         # mend it; start again what is dead
         def evidence(self) -> str: ...      # what shows that the vulnerable window was hit; "" when it was not
 
-A trial makes one object, and calls `inject` while the load runs, waits `hold_s`, calls `heal`, lets the load run on for a
-moment, stops it, and waits until the ledger and the database have caught up with everything acknowledged. Then the checker
-compares attempts, receipts, ledger and rows; `violations` may add what this fault must show beyond that. An installation is
-started once and kept for many trials of all faults that name it: whatever `inject` did, `heal` must undo.
+A run makes one object of each fault in it, calls `inject` while the load runs, waits `hold_s`, calls `heal`, starts again what
+is still dead, lets the load run on for a moment, stops it, and waits until the ledger and the database have caught up with all
+that was acknowledged. Then the checker compares attempts, receipts, ledger and rows; `violations` may add what this fault must
+show beyond that. An installation is started once and kept for many runs of all faults that name it: whatever `inject` did,
+`heal` must undo.
+
+Faults of different places (`place`) on one installation share runs: a sink dies, then a worker, then the producer, and one
+load, one healing and one comparison serve them all. Each is a trial of its own, which is good only if the whole run was.
 
 A fault draws every choice from `self.draw`, so a seed repeats it. It raises nothing for the product's failures: they are the
 checker's to find. Whatever it raises is a failure of the harness, which is shown as one, never as a passed trial.
@@ -33,7 +37,10 @@ if TYPE_CHECKING:
     from tests.chaos.installation import Installation
     from tests.chaos.world import World
 
-__all__ = ["MODULES", "Fault", "all_faults"]
+__all__ = ["MODULES", "PLACES", "Fault", "all_faults"]
+
+# Whoever is later needs what comes before to have worked until then: no usage reaches a sink when no worker lives.
+PLACES = ("input", "sink", "worker", "producer")
 
 # Where faults are found, in the order of the table.
 MODULES = (
@@ -42,6 +49,8 @@ MODULES = (
     "tests.chaos.more_kills",
     "tests.chaos.disks",
     "tests.chaos.connections",
+    "tests.chaos.refusals",
+    "tests.chaos.clocks",
     "tests.chaos.brokers",
 )
 
@@ -55,6 +64,8 @@ class Fault(ABC):
     setup: ClassVar[type[Installation]]
     # "events": usage through a meter and a publisher in a process of their own; "gateway": tritonclient through the gateway.
     loads: ClassVar[frozenset[str]] = frozenset({"events"})
+    # What it breaks, of PLACES: a run has one fault of each place at most, and they are injected in that order. "": alone.
+    place: ClassVar[str] = ""
     # The load runs on for so long, drawn between these, before it is healed.
     hold_s: ClassVar[tuple[float, float]] = (0.2, 1.0)
     # After healing, how long the ledger and the database may take to have everything.
@@ -70,7 +81,7 @@ class Fault(ABC):
 
     @abstractmethod
     def heal(self) -> None:
-        """Mend it, and return when what was dead is ready again."""
+        """Mend it. What died of it may be left to the run, which starts everything again once all faults are healed."""
 
     @abstractmethod
     def evidence(self) -> str:

@@ -43,7 +43,7 @@ PRICES_PICO: Final = {
     "reasoning_tokens": 2_300_000,
 }
 PRICE_BOOK: Final = Path(__file__).with_name("prices.toml")
-_READY_TIMEOUT_S: Final = 90.0
+_READY_TIMEOUT_S: Final = 180.0
 _STOP_GRACE_S: Final = 15.0
 _START_ATTEMPTS: Final = 4
 

@@ -10,7 +10,10 @@ from tests.chaos.history import Outcome
 from tests.chaos.installation import KafkaInstallation, Part
 from tests.chaos.part import SINK_POINTS, WORKER_POINTS
 
-_ARMED_TIMEOUT_S: Final = 20.0
+_ARMED_TIMEOUT_S: Final = 60.0
+# What a paused producer had answered is heard within so long.
+_ANSWER_S: Final = 0.02
+_PAUSES_MAX: Final = 50
 
 
 class _Kafka(Fault):
@@ -59,11 +62,15 @@ class _AtAPoint(_Kafka):
 
 
 class _Worker(_AtAPoint):
+    place = "worker"
+
     def victims(self) -> list[str]:
         return [name for name in self.world.installation.parts if name.startswith("worker-")]
 
 
 class _Sink(_AtAPoint):
+    place = "sink"
+
     def victims(self) -> list[str]:
         return ["sink"]
 
@@ -130,6 +137,7 @@ class _AtRandom(_Kafka):
 
 class KillWorker(_AtRandom):
     name = "kill-worker"
+    place = "worker"
 
     def victim(self) -> str:
         """One that owns a partition: the last to have written there."""
@@ -148,13 +156,22 @@ class KillWorker(_AtRandom):
 
 class KillProducer(_AtRandom):
     name = "kill-producer"
+    place = "producer"
 
     def victim(self) -> str:
         return "producer"
 
     def await_window(self) -> None:
-        # Asked, and no answer: in memory, in the journal or on its way to Kafka.
-        self.world.wait(lambda: self.world.installation.load.outstanding, 10.0, "a request without an answer")
+        # Asked, and no answer: in memory, in the journal or on its way to Kafka. Paused meanwhile, it cannot answer after all.
+        load, producer = self.world.installation.load, self.part("producer")
+        for _ in range(_PAUSES_MAX):
+            self.world.wait(lambda: load.outstanding, _ARMED_TIMEOUT_S, "a request without an answer")
+            producer.pause()
+            asked = load.outstanding
+            time.sleep(_ANSWER_S)
+            if asked & load.outstanding:
+                return
+            producer.resume()
 
     def evidence(self) -> str:
         assert self.world.history is not None
@@ -164,6 +181,7 @@ class KillProducer(_AtRandom):
 
 class KillSink(_AtRandom):
     name = "kill-sink"
+    place = "sink"
 
     def victim(self) -> str:
         return "sink"
@@ -199,12 +217,14 @@ class _Service(_Kafka):
 
 class KillKafka(_Service):
     name = "kill-kafka"
+    place = "worker"
     service = "kafka"
     heal_timeout_s = 90.0
 
 
 class KillClickHouse(_Service):
     name = "kill-clickhouse"
+    place = "sink"
     service = "clickhouse"
     heal_timeout_s = 90.0
 
@@ -213,6 +233,7 @@ class KillClickHouseBetweenInserts(_Service):
     """The server dies when some tables of a batch are inserted and others are not; the sink lives."""
 
     name = "kill-clickhouse-between-inserts"
+    place = "sink"
     service = "clickhouse"
     heal_timeout_s = 90.0
 

@@ -68,9 +68,10 @@ class EventLoad:
         return self._connection is not None
 
     @property
-    def outstanding(self) -> int:
+    def outstanding(self) -> set[str]:
         """Sent and not answered."""
-        return len(self._outstanding)
+        with self._lock:
+            return set(self._outstanding)
 
     def begin(
         self, history: History, prefix: str, tenants: Sequence[str], prices_pico: dict[str, int], draw: random.Random

@@ -1,14 +1,16 @@
-"""What the ledger and the database say, read from where the last look ended.
+"""What the ledger, usage.rejected and the database say, read from where the last look ended.
 
-`LedgerReader` reads usage.ledger itself, with a consumer of its own and the chain's rule, so what it knows is what any reader
-accepts; what it ignores (a zombie's, a repeat) it keeps for those who want to show that there was one. `DatabaseReader` asks
-for the rows beyond the positions that it has seen, and for sums.
+`TopicReader` reads a topic from offsets that it keeps itself: nothing is committed, nothing is reset. `LedgerReader` reads
+usage.ledger with one, and with the chain's rule, so what it knows is what any reader accepts; what it ignores (a zombie's, a
+repeat) it keeps for those who want to show that there was one. `DatabaseReader` asks for the rows beyond the positions that it
+has seen, and for sums.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final
@@ -26,7 +28,7 @@ from tests.chaos.checker import Charge, Sums
 # Where a refused input lies: topic, partition, offset, and the event's index in its batch; -1: the whole message.
 Place = tuple[str, int, int, int]
 
-__all__ = ["DatabaseReader", "LedgerReader", "NotReadableError"]
+__all__ = ["DatabaseReader", "LedgerReader", "NotReadableError", "TopicReader"]
 
 TOKENS: Final = (
     "uncached_input_tokens",
@@ -68,27 +70,19 @@ class Seen:
     rejected: set[Place] = field(default_factory=set)
 
 
-class LedgerReader:
-    """Every partition of the ledger. `forgets`: the broker may begin its logs anew; then each look begins at offset 0."""
+class TopicReader:
+    """Every partition of a topic, from where it has read to."""
 
-    def __init__(self, config: Config, archive: Reader | None = None) -> None:
-        self._bootstrap = config.kafka.bootstrap
-        self._topic = compose.topic_names(config).ledger
-        self._archive = archive
-        seal_key = compose.ledger_keys(config).seal_key
-        self.chains = [Chain(partition, seal_key) for partition in range(config.ledger.partitions)]
-        self.seen = [Seen() for _ in self.chains]
-        self.charged: Counter[str] = Counter()
-        # The log time of the record that charged it.
-        self.charged_ms: dict[str, int] = {}
-        self.commands: Counter[str] = Counter()
-        self.refusals: list[str] = []
-        # producer -> by partition, the number up to which the ledger has everything.
-        self.covered: dict[str, list[int]] = {}
-        self._offsets = [0] * len(self.chains)
+    def __init__(self, bootstrap: str, topic: str, partitions: int) -> None:
+        self._bootstrap = bootstrap
+        self._topic = topic
+        self._offsets = [0] * partitions
 
-    def look(self) -> None:
-        """Read to the end of every partition. Raises NotReadableError when Kafka does not let us."""
+    def read(self, take: Callable[[int, bytes], None], *, from_beginning: bool = False) -> None:
+        """Hand each message, its partition and value, to `take`, to the end of every partition as it is now.
+
+        Raises NotReadableError when Kafka does not let us; what was taken is not taken again.
+        """
         consumer = Consumer(
             {
                 "bootstrap.servers": self._bootstrap,
@@ -104,19 +98,19 @@ class LedgerReader:
         )
         try:
             known = consumer.list_topics(self._topic, timeout=_METADATA_TIMEOUT_S).topics[self._topic]
-            if known.error is not None or len(known.partitions) != len(self.chains):
+            if known.error is not None or len(known.partitions) != len(self._offsets):
                 raise NotReadableError(f"{self._topic}: {known.error or len(known.partitions)}")
-            self._read(consumer)
+            if from_beginning:
+                self._offsets = [0] * len(self._offsets)
+            self._read(consumer, take)
         except KafkaException as error:
             raise NotReadableError(str(error)) from error
         finally:
             consumer.close()
 
-    def _read(self, consumer: Consumer) -> None:
-        if self._archive is not None:
-            self._offsets = [0] * len(self.chains)
+    def _read(self, consumer: Consumer, take: Callable[[int, bytes], None]) -> None:
         consumer.assign([TopicPartition(self._topic, p, offset or OFFSET_BEGINNING) for p, offset in enumerate(self._offsets)])
-        left = set(range(len(self.chains)))
+        left = set(range(len(self._offsets)))
         deadline = time.monotonic() + _READ_TIMEOUT_S
         while left:
             messages = consumer.consume(500, 0.05)
@@ -125,12 +119,34 @@ class LedgerReader:
             for message in messages:
                 partition, error = message.partition() or 0, message.error()
                 if error is None:
-                    self._take_record(partition, bytes(message.value() or b""))
+                    take(partition, bytes(message.value() or b""))
                     self._offsets[partition] = (message.offset() or 0) + 1
                 elif error.code() == KafkaError._PARTITION_EOF:
                     left.discard(partition)
                 else:
                     raise KafkaException(error)
+
+
+class LedgerReader:
+    """Every partition of the ledger. `forgets`: the broker may begin its logs anew; then each look begins at offset 0."""
+
+    def __init__(self, config: Config, archive: Reader | None = None) -> None:
+        self._topic = TopicReader(config.kafka.bootstrap, compose.topic_names(config).ledger, config.ledger.partitions)
+        self._archive = archive
+        seal_key = compose.ledger_keys(config).seal_key
+        self.chains = [Chain(partition, seal_key) for partition in range(config.ledger.partitions)]
+        self.seen = [Seen() for _ in self.chains]
+        self.charged: Counter[str] = Counter()
+        # The log time of the record that charged it.
+        self.charged_ms: dict[str, int] = {}
+        self.commands: Counter[str] = Counter()
+        self.refusals: list[str] = []
+        # producer -> by partition, the number up to which the ledger has everything.
+        self.covered: dict[str, list[int]] = {}
+
+    def look(self) -> None:
+        """Read to the end of every partition. Raises NotReadableError when Kafka does not let us."""
+        self._topic.read(self._take_record, from_beginning=self._archive is not None)
 
     def take(self) -> list[Seen]:
         """What was seen since the last call."""

@@ -1,4 +1,4 @@
-"""A small round of trials with real processes: several faults, one after the other, on one running installation.
+"""A small round of trials with real processes: several faults, in two runs, on one running installation.
 
 Five trials a fault are `make chaos`, the table's counts `make nightly`; this shows that the driver, the faults and the judge
 work together, and it turns red when a rule of the product is broken.
@@ -17,7 +17,7 @@ from tests.services.clickhouse import MISSING_MESSAGE, server_command
 
 pytestmark = [pytest.mark.chaos, pytest.mark.apache_kafka, pytest.mark.clickhouse_server, pytest.mark.timeout(300)]
 
-ROUND = ("kill-worker-after-produce", "kill-sink-between-inserts", "kill-producer", "zombie-writes")
+ROUND = ("kill-worker-after-produce", "kill-sink-between-inserts", "kill-producer", "zombie-writes", "poisoned-input")
 
 
 @pytest.mark.usefixtures("apache_kafka_libs")
@@ -27,6 +27,7 @@ def test_a_round_of_faults_loses_nothing_and_doubles_nothing(tmp_path: Path) -> 
     campaign = Campaign(Plan(faults, dict.fromkeys(ROUND, 1), seed=20_261_123), tmp_path, tell=print)
     campaign.run()
     assert len(campaign.trials) == len(ROUND)
+    assert len({trial.run for trial in campaign.trials}) == 2
     assert campaign.passed(), table(campaign.plan, campaign.trials)
     # It goes on where it was: nothing is left to do.
     again = Campaign(campaign.plan, tmp_path, tell=print)

@@ -1,7 +1,7 @@
-"""One trial: an installation under load, a fault in it, healing, and what the judge says.
+"""One run: an installation under load, one fault or several in it, healing, and what the judge says.
 
-Promise: `World.trial` returns a `Trial` whatever the product did. A harness that failed (a part that did not start, a fault
-that raised) is told in `error`, and counts as a failed trial. Every trial's history stays on disk when it was not good.
+Promise: `World.run` returns a `Trial` of each fault whatever the product did. A harness that failed (a part that did not start,
+a fault that raised) is told in `error`, and counts as a failed trial. A run's history stays on disk when it was not good.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -25,12 +26,13 @@ from tests.chaos.gateway_load import GatewayLoad
 from tests.chaos.history import History, Outcome
 from tests.chaos.installation import PARTITIONS, PRICES_PICO, Installation
 from tests.chaos.load import EventLoad
-from tests.chaos.reading import DatabaseReader, LedgerReader, NotReadableError, Seen
+from tests.chaos.reading import DatabaseReader, LedgerReader, NotReadableError, Seen, TopicReader
 
 __all__ = ["Trial", "World"]
 
 _LOOK_S: Final = 0.1
-_START_TIMEOUT_S: Final = 60.0
+# Of a machine that has more to do than this.
+_START_TIMEOUT_S: Final = 180.0
 _TENANTS: Final = 8
 # Acknowledged before a fault is injected, so that there is something to lose.
 _WARM_EVENTS: Final = 60
@@ -43,6 +45,8 @@ class Trial:
     fault: str
     seed: int
     number: int
+    # Trials of one run share it, and with it everything below but `evidence` and what the fault itself found.
+    run: str = ""
     seconds: float = 0.0
     healed_in_s: float = 0.0
     attempts: int = 0
@@ -78,6 +82,8 @@ class World:
         self.history: History | None = None
         # The ledger's records of this trial, by partition; complete once everything has healed.
         self.records: list[Seen] = []
+        # Of other topics, by whatever name a fault gives: they keep their places from trial to trial.
+        self.readers: dict[str, TopicReader] = {}
         self._reader: Reader | None = None
         self._loads: dict[str, EventLoad | GatewayLoad] = {}
         self.tenants = _spread(_TENANTS)
@@ -137,7 +143,7 @@ class World:
             time.sleep(0.02)
         return time.monotonic() - began
 
-    # --- the trial ---
+    # --- the run ---
 
     def start(self) -> None:
         """Start the installation; return when its ledger takes and prices usage, and the database shows it."""
@@ -157,34 +163,48 @@ class World:
             self._reader.close()
         self.installation.close()
 
-    def trial(self, kind: type[Fault], seed: int, number: int) -> Trial:
-        """One, whatever happens in it."""
-        trial = Trial(kind.name, seed, number)
+    def run(self, kinds: Sequence[type[Fault]], seed: int, number: int) -> list[Trial]:
+        """One run with these faults, whatever happens in it: a trial of each."""
+        name = f"{kinds[0].name}-{number}"
+        trials = [Trial(kind.name, seed, number, name) for kind in kinds]
+        shared = trials[0]
         began = time.monotonic()
-        history = self.history = History(self.folder / f"{kind.name}-{number}.jsonl")
+        history = self.history = History(self.folder / f"{name}.jsonl")
+        evidence: list[str] = []
+        own: list[list[str]] = []
         try:
-            self._run(trial, kind, history)
+            for fault in self._run(shared, kinds, history):
+                evidence.append(fault.evidence())
+                own.append(fault.violations())
         except Exception:  # noqa: BLE001  a failure of the harness is a failed trial, told as what it is
-            trial.error = traceback.format_exc(limit=6)
+            shared.error = traceback.format_exc(limit=6)
             with contextlib.suppress(Exception):
                 self._end()
-        trial.seconds = round(time.monotonic() - began, 2)
+        shared.seconds = round(time.monotonic() - began, 2)
         history.close()
-        if trial.good:
+        told = zip_longest(trials, evidence, own)
+        found = [
+            replace(shared, fault=trial.fault, evidence=shown or "", findings=shared.findings + (findings or []))
+            for trial, shown, findings in told
+        ]
+        if all(trial.good for trial in found):
             history.path.unlink()
-        return trial
+        return found
 
-    def _run(self, trial: Trial, kind: type[Fault], history: History) -> None:
-        draw = random.Random(f"{trial.seed}/{kind.name}/{trial.number}")
-        prefix = f"{kind.name}-{trial.number}-"
-        fault = kind(self, draw)
-        load = self._begin(kind, history, prefix, draw)
+    def _run(self, trial: Trial, kinds: Sequence[type[Fault]], history: History) -> list[Fault]:
+        faults = [kind(self, random.Random(f"{trial.seed}/{kind.name}/{trial.number}")) for kind in kinds]
+        load = self._begin(kinds, history, f"{trial.run}-", random.Random(f"{trial.seed}/{trial.run}/load"))
         self.wait(lambda: load.acknowledged >= _WARM_EVENTS, _START_TIMEOUT_S, "usage before the fault")
+        begun: list[Fault] = []
         try:
-            fault.inject()
-            time.sleep(draw.uniform(*kind.hold_s))
+            for fault in faults:
+                begun.append(fault)
+                fault.inject()
+            time.sleep(max(fault.draw.uniform(*fault.hold_s) for fault in faults))
         finally:
-            fault.heal()
+            for fault in begun:
+                fault.heal()
+            self.installation.restart_dead()
         acknowledged = load.acknowledged
         self.wait(
             lambda: self._supervised(trial) and load.acknowledged > acknowledged + _WARM_EVENTS // 2,
@@ -193,7 +213,7 @@ class World:
         )
         healing = time.monotonic()
         self._end()
-        settled = self._settle(trial, history, kind.heal_timeout_s)
+        settled = self._settle(trial, history, max(kind.heal_timeout_s for kind in kinds))
         trial.healed_in_s = round(time.monotonic() - healing, 2)
         self.records = self.ledger.take()
         charges = [charge for seen in self.records for charge in seen.charges]
@@ -206,18 +226,20 @@ class World:
             totals,
             accounts,
             settled,
-            refused=fault.refused(),
+            refused=set().union(*(fault.refused() for fault in faults)),
         )
         _fill(trial, verdict)
-        trial.evidence = fault.evidence()
-        trial.findings += fault.violations()
+        return faults
 
-    def _begin(self, kind: type[Fault], history: History, prefix: str, draw: random.Random) -> EventLoad | GatewayLoad:
-        """Start the fault's loads; the one that says when there was enough of it."""
+    def _begin(
+        self, kinds: Sequence[type[Fault]], history: History, prefix: str, draw: random.Random
+    ) -> EventLoad | GatewayLoad:
+        """Start the faults' loads; the one that says when there was enough of it."""
+        wanted = frozenset().union(*(kind.loads for kind in kinds))
         gateway_load = self.installation.gateway_load
-        self._loads = {"events": self.installation.load} if "events" in kind.loads else {}
-        if "gateway" in kind.loads:
-            assert gateway_load is not None, f"{kind.name}: {kind.setup.name} has no gateway"
+        self._loads = {"events": self.installation.load} if "events" in wanted else {}
+        if "gateway" in wanted:
+            assert gateway_load is not None, f"{self.installation.name} has no gateway"
             self._loads["gateway"] = gateway_load
         for name, load in self._loads.items():
             load.begin(history, f"{prefix}{name[0]}", self.tenants, PRICES_PICO, draw)

@@ -9,8 +9,8 @@ from typing import ClassVar, Final
 from tests.chaos.faults import Fault
 from tests.chaos.installation import KafkaInstallation, Part
 
-_ARMED_TIMEOUT_S: Final = 20.0
-_TAKEOVER_TIMEOUT_S: Final = 30.0
+_ARMED_TIMEOUT_S: Final = 60.0
+_TAKEOVER_TIMEOUT_S: Final = 90.0
 _AWAKE_S: Final = 1.0
 
 
@@ -18,6 +18,7 @@ class _Zombie(Fault):
     """A worker stops itself at a point, another takes its partition over and writes, the first wakes up and goes on."""
 
     setup = KafkaInstallation
+    place = "worker"
     checks = "I1-I3, I5"
     nightly = 10
     hold_s = (_AWAKE_S, 2 * _AWAKE_S)
@@ -42,7 +43,7 @@ class _Zombie(Fault):
             part = workers[each]
             part.arm(point, after=self.draw.randrange(6), action="stop")
             try:
-                self.world.wait(lambda part=part: part.stopped_by_itself, _ARMED_TIMEOUT_S / 2, f"a stop at {point}")  # type: ignore[misc]
+                self.world.wait(lambda part=part: part.stopped_by_itself, _ARMED_TIMEOUT_S / 4, f"a stop at {point}")  # type: ignore[misc]
             except TimeoutError:
                 part.disarm()
                 continue
@@ -102,6 +103,7 @@ class RebalanceStorm(Fault):
     """Workers come and go, some politely, some not."""
 
     name = "rebalance-storm"
+    place = "worker"
     setup = KafkaInstallation
     checks = "I1-I3, I5, I9"
     nightly = 10

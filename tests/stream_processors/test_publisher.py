@@ -40,7 +40,9 @@ class Bench:
     def __init__(self, logs: MemoryLogs, folder: Path) -> None:
         self.logs = logs
         self.failure = Failure()
-        settings = WorkerSettings(KafkaSettings("127.0.0.1:1"), folder, KEYS, TOPICS)
+        # Nobody is there, and the client need not say so.
+        kafka = KafkaSettings("127.0.0.1:1", {"log_level": "0"})
+        settings = WorkerSettings(kafka, folder, KEYS, TOPICS)
         self.app = PublisherApp(settings, self.failure, KEYS.seal_key)
         self.app._reader = logs  # type: ignore[assignment]
         self.event = SimpleNamespace(ack=lambda: None)
