@@ -7,7 +7,7 @@ from billing.amounts import format_pico
 from billing.commands import CommandRefused, remembered_id, verify
 from billing.identity import partition_of
 from billing.invoice_step import finalize
-from billing.limits import ID_CHARS_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
+from billing.limits import ID_CHARS_MAX, KEY_BYTES_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
 from billing.state import LedgerState
@@ -165,6 +165,8 @@ def _upsert_key(state: LedgerState, upsert: KeyUpsert, record: LedgerRecord) -> 
     known = state.keys.get(key.key_id)
     if known is not None and known.tenant_id != key.tenant_id:
         raise CommandRefused(f"key_id: {key.key_id} belongs to another tenant; choose another")
+    if key.ByteSize() > KEY_BYTES_MAX:
+        raise CommandRefused(f"key: {key.ByteSize()} bytes; the record and every gateway hold it, send at most {KEY_BYTES_MAX}")
     if len(key.secret_hash) != 32:
         raise CommandRefused(f"secret_hash: {len(key.secret_hash)} bytes; give an HMAC-SHA256, never the secret")
     key.version.generation = state.generation

@@ -36,6 +36,8 @@ WINDOW_PARTS_HARD_MAX = 32
 # What a minute counts for in the burst rule at most: its baseline, in 1/256, fits in 64 bits.
 MINUTE_TOKENS_MAX = 2**55
 PLAN_BYTES_MAX = 2_048
+# Four names in the longest encoding, a hash, scopes and limits.
+KEY_BYTES_MAX = 8_192
 # Windows let go by one record, and the bytes of their names (no fewer than one record can open); more wait for the next.
 RELEASED_WINDOWS_MAX = 2_000
 RELEASED_BYTES_MAX = BATCH_BYTES_MAX

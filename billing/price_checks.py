@@ -14,6 +14,7 @@ from billing.v1.command_pb2 import (
     PriceBook,
     Schedule,
 )
+from billing.v1.usage_pb2 import SERVICE_CLASS_TEST
 from billing.validation import TOKEN_FIELDS
 
 # 10^15 pico = 1,000 currency units per token: beyond it, a price is a unit mistake.
@@ -66,6 +67,8 @@ def book_problems(book: PriceBook) -> list[str]:
 
 
 def _price_problems(price: Price) -> Iterator[str]:
+    if SERVICE_CLASS_TEST in (price.service_class, *(factor.service_class for factor in price.class_factors)):
+        yield ".service_class: test usage is free whatever a book says; leave the class out"
     if not price.model or len(price.model) > ID_CHARS_MAX or "*" in price.model[:-1]:
         yield f".model: {price.model[:64]!r}; write a name, or a prefix that ends in *"
     if len(price.tenant_id) > ID_CHARS_MAX:

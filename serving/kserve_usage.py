@@ -1,8 +1,8 @@
 """KServe v2 for a server that meters itself: the readers with which `producers`' gRPC interceptors bill what a gateway would.
 
-The same code reads requests and responses here and in the gateway, so the same request is billed the same. A model needs a
-profile with counts, because the interceptor has no tokenizer. One client stream is one bill, of one model; a gateway bills each
-of its requests.
+The same code reads requests and responses here and in the gateway, so the same request is billed the same. The interceptor
+has no tokenizer: a model whose profile counts by one alone is refused. One client stream is one bill, of one model; a gateway
+bills each of its requests.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _STREAM_INFER: Final = f"/{SERVICE_NAME}/ModelStreamInfer"
 def kserve_readers(profiles: Mapping[str, ModelProfile]) -> dict[str, Callable[[], UsageReader]]:
     """For `GrpcMetering.readers`: the two methods that cost tokens."""
     for profile in profiles.values():
-        if profile.counts is None:
-            raise ValueError(f"model {profile.model!r}: its back end reports no counts: put a gateway before it")
+        if profile.counts is None and profile.tokenizer is not None:
+            raise ValueError(f"model {profile.model!r}: its tokens are counted by a tokenizer: put a gateway before it")
     return {
         _INFER: lambda: _KServeReader(profiles, stream=False),
         _STREAM_INFER: lambda: _KServeReader(profiles, stream=True),
@@ -90,7 +90,11 @@ class _KServeReader:
     def used(self) -> Used:
         """Of all requests of the RPC."""
         total = Used()
+        names = [rule.unit for rule in self._profiles[self.model].units] if self.model else []
         for _, counter in self._asked.values():
             counted = counter.counted()
-            total += Used(uncached_input_tokens=counted.input_tokens or 0, output_tokens=counted.output_tokens or 0)
+            units = {unit: quantity for unit, quantity in zip(names, counted.units, strict=True) if quantity}
+            total += Used(
+                uncached_input_tokens=counted.input_tokens or 0, output_tokens=counted.output_tokens or 0, units=units
+            )
         return total

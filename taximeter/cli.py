@@ -10,6 +10,7 @@ from taximeter.commands import (
     exporting,
     feeding,
     invoices,
+    keys,
     leases,
     operations,
     parts,
@@ -68,7 +69,10 @@ for group, name in (
 ):
     app.add_typer(group, name=name)
 tenant_app.command("create")(accounts.create_tenant)
-key_app.command("create")(accounts.create_key)
+key_app.command("create")(keys.create)
+key_app.command("list")(keys.list_)
+key_app.command("revoke")(keys.revoke)
+key_app.command("rotate")(keys.rotate)
 lease_app.command("key")(leases.key)
 lease_app.command("retire")(leases.retire)
 credit_app.command("grant")(accounts.grant_credit)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 from billing.amounts import to_amount
 from billing.limits import SCHEMA_VERSION
@@ -20,6 +20,8 @@ from billing.v1.account_pb2 import (
     KEY_SCOPE_METER,
     ApiKey,
     KeyScope,
+    Limits,
+    ModelLimits,
     Plan,
 )
 from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, LeaseRetirement, PriceBook, TenantUpsert
@@ -57,6 +59,10 @@ class PlanTerms:
     burst_factor: int = 10
     duplicate_flood_events: int = 1_000
     credit_limit_pico: int = 0
+    limits: Limits | None = None
+    model_limits: Mapping[str, Limits] = field(default_factory=dict)
+    tell_price: bool = False
+    shadow: bool = False
 
     def to_plan(self) -> Plan:
         return Plan(
@@ -68,6 +74,10 @@ class PlanTerms:
             burst_factor=self.burst_factor,
             duplicate_flood_events=self.duplicate_flood_events,
             credit_limit=to_amount(self.credit_limit_pico),
+            limits=self.limits,
+            model_limits=[ModelLimits(model=model, limits=limits) for model, limits in sorted(self.model_limits.items())],
+            tell_price=self.tell_price,
+            shadow=self.shadow,
         )
 
 
@@ -119,6 +129,9 @@ class Commander:
         user_id: str = "",
         scopes: Sequence[KeyScope.ValueType] = (KEY_SCOPE_METER,),
         expires_ms: int = 0,
+        *,
+        test: bool = False,
+        limits: Limits | None = None,
     ) -> NewKey:
         """A new key; its secret is in the answer and nowhere else."""
         from serving.gateway.credentials import hash_secret
@@ -135,8 +148,19 @@ class Commander:
             scopes=scopes,
             created_ms=now_ms(),
             expires_ms=expires_ms,
+            test=test,
+            limits=limits,
         )
         return NewKey(key_id, secret, self._command("", "", key_upsert=KeyUpsert(key=key)))
+
+    def changed_key(self, known: ApiKey, reason: str = "", **changes: Any) -> Command:
+        """The key as it is, with some of its fields set."""
+        key = ApiKey()
+        key.CopyFrom(known)
+        key.ClearField("version")
+        for name, value in changes.items():
+            setattr(key, name, value)
+        return self._command("", reason, key_upsert=KeyUpsert(key=key))
 
     def prices(self, book: PriceBook, *, command_id: str = "") -> Command:
         """A version of the price book, for every partition."""

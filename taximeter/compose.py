@@ -320,6 +320,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
         limits=LimitSettings(
             requests_max=gateway.requests_max,
             tenant_requests_max=gateway.tenant_requests_max,
+            replicas=gateway.replicas,
             prompt_tokens_max=gateway.prompt_tokens_max,
             durable_timeout_s=config.producer.durable_timeout_s,
         ),

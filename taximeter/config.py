@@ -151,6 +151,8 @@ class GatewayConfig(_Section):
     key_pepper_file: Path | None = None
     requests_max: Annotated[int, Field(ge=1)] = 1_000
     tenant_requests_max: Annotated[int, Field(ge=1)] = 250
+    # Gateways that share the limits of keys, tenants and models: each lets its part through.
+    replicas: Annotated[int, Field(ge=1)] = 1
     # For models and plans that state none; 0: no limit.
     prompt_tokens_max: Annotated[int, Field(ge=0)] = 0
     # What is known of accounts is stale when their partition of the ledger has been silent for so long.

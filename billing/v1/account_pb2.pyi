@@ -137,6 +137,67 @@ class LedgerPosition(_message.Message):
 Global___LedgerPosition: _TypeAlias = LedgerPosition  # noqa: Y015
 
 @_typing.final
+class Limits(_message.Message):
+    """What a gateway lets through of somebody. Zero means: no limit. Each gateway counts what goes through it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    CONCURRENT_REQUESTS_MAX_FIELD_NUMBER: _builtins.int
+    prompt_tokens_max: _builtins.int
+    """Of one request: its prompt, and the longest answer that it may ask for."""
+    output_tokens_max: _builtins.int
+    requests_per_minute: _builtins.int
+    """In any minute; tokens are those of prompts and answers."""
+    tokens_per_minute: _builtins.int
+    concurrent_requests_max: _builtins.int
+    """At the same time, streams or not."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens_max: _builtins.int = ...,
+        output_tokens_max: _builtins.int = ...,
+        requests_per_minute: _builtins.int = ...,
+        tokens_per_minute: _builtins.int = ...,
+        concurrent_requests_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent_requests_max", b"concurrent_requests_max", "output_tokens_max", b"output_tokens_max", "prompt_tokens_max", b"prompt_tokens_max", "requests_per_minute", b"requests_per_minute", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class ModelLimits(_message.Message):
+    """Limits of a tenant's use of one model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        limits: Global___Limits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelLimits: _TypeAlias = ModelLimits  # noqa: Y015
+
+@_typing.final
 class Plan(_message.Message):
     """The limits and rules that a gateway and the ledger apply to a tenant. Zero means: no limit."""
 
@@ -150,6 +211,10 @@ class Plan(_message.Message):
     BURST_FACTOR_FIELD_NUMBER: _builtins.int
     DUPLICATE_FLOOD_EVENTS_FIELD_NUMBER: _builtins.int
     CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    MODEL_LIMITS_FIELD_NUMBER: _builtins.int
+    TELL_PRICE_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
     plan_id: _builtins.str
     billing_mode: Global___BillingMode.ValueType
     prompt_tokens_max: _builtins.int
@@ -160,8 +225,18 @@ class Plan(_message.Message):
     burst_factor: _builtins.int
     duplicate_flood_events: _builtins.int
     """Duplicate flood: duplicates of one tenant in one minute."""
+    tell_price: _builtins.bool
+    """Say the request's price and the remaining balance with each answer."""
+    shadow: _builtins.bool
+    """Meter, and refuse nothing: for traffic that ran before there were limits. A key, and an account that is open, are needed."""
     @_builtins.property
     def credit_limit(self) -> Global___Amount: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """Numbers from 20: what only gateways look at."""
+
+    @_builtins.property
+    def model_limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelLimits]: ...
     def __init__(
         self,
         *,
@@ -173,10 +248,14 @@ class Plan(_message.Message):
         burst_factor: _builtins.int = ...,
         duplicate_flood_events: _builtins.int = ...,
         credit_limit: Global___Amount | None = ...,
+        limits: Global___Limits | None = ...,
+        model_limits: _abc.Iterable[Global___ModelLimits] | None = ...,
+        tell_price: _builtins.bool = ...,
+        shadow: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing_mode", b"billing_mode", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "credit_limit", b"credit_limit", "duplicate_flood_events", b"duplicate_flood_events", "output_tokens_default", b"output_tokens_default", "plan_id", b"plan_id", "prompt_tokens_max", b"prompt_tokens_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing_mode", b"billing_mode", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "credit_limit", b"credit_limit", "duplicate_flood_events", b"duplicate_flood_events", "limits", b"limits", "model_limits", b"model_limits", "output_tokens_default", b"output_tokens_default", "plan_id", b"plan_id", "prompt_tokens_max", b"prompt_tokens_max", "shadow", b"shadow", "tell_price", b"tell_price"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -618,6 +697,8 @@ class ApiKey(_message.Message):
     EXPIRES_MS_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    TEST_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
     tenant_id: _builtins.str
     project_id: _builtins.str
@@ -628,10 +709,16 @@ class ApiKey(_message.Message):
     expires_ms: _builtins.int
     """Zero: does not expire."""
     revoked: _builtins.bool
+    test: _builtins.bool
+    """Its usage is metered and costs nothing: SERVICE_CLASS_TEST."""
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[Global___KeyScope.ValueType]: ...
     @_builtins.property
     def version(self) -> Global___LedgerPosition: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """Beside those of its tenant."""
+
     def __init__(
         self,
         *,
@@ -645,10 +732,12 @@ class ApiKey(_message.Message):
         expires_ms: _builtins.int = ...,
         revoked: _builtins.bool = ...,
         version: Global___LedgerPosition | None = ...,
+        test: _builtins.bool = ...,
+        limits: Global___Limits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_ms", b"created_ms", "expires_ms", b"expires_ms", "key_id", b"key_id", "project_id", b"project_id", "revoked", b"revoked", "scopes", b"scopes", "secret_hash", b"secret_hash", "tenant_id", b"tenant_id", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_ms", b"created_ms", "expires_ms", b"expires_ms", "key_id", b"key_id", "limits", b"limits", "project_id", b"project_id", "revoked", b"revoked", "scopes", b"scopes", "secret_hash", b"secret_hash", "tenant_id", b"tenant_id", "test", b"test", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,8 @@ class _ServiceClassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ServiceC
     SERVICE_CLASS_STANDARD: _ServiceClass.ValueType  # 1
     SERVICE_CLASS_PRIORITY: _ServiceClass.ValueType  # 2
     SERVICE_CLASS_BATCH: _ServiceClass.ValueType  # 3
+    SERVICE_CLASS_TEST: _ServiceClass.ValueType  # 4
+    """Of a test key: metered, and free whatever the prices say."""
 
 class ServiceClass(_ServiceClass, metaclass=_ServiceClassEnumTypeWrapper): ...
 
@@ -67,6 +69,8 @@ SERVICE_CLASS_UNSPECIFIED: ServiceClass.ValueType  # 0
 SERVICE_CLASS_STANDARD: ServiceClass.ValueType  # 1
 SERVICE_CLASS_PRIORITY: ServiceClass.ValueType  # 2
 SERVICE_CLASS_BATCH: ServiceClass.ValueType  # 3
+SERVICE_CLASS_TEST: ServiceClass.ValueType  # 4
+"""Of a test key: metered, and free whatever the prices say."""
 Global___ServiceClass: _TypeAlias = ServiceClass  # noqa: Y015
 
 class _Outcome:
@@ -143,6 +147,8 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_MODEL: _RefusalReason.ValueType  # 5
     REFUSAL_REASON_SUSPENDED: _RefusalReason.ValueType  # 6
     REFUSAL_REASON_BUDGET: _RefusalReason.ValueType  # 7
+    REFUSAL_REASON_OUTPUT_TOO_LARGE: _RefusalReason.ValueType  # 8
+    """The answer that the request asks for is longer than allowed."""
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper): ...
 
@@ -154,6 +160,8 @@ REFUSAL_REASON_BALANCE: RefusalReason.ValueType  # 4
 REFUSAL_REASON_MODEL: RefusalReason.ValueType  # 5
 REFUSAL_REASON_SUSPENDED: RefusalReason.ValueType  # 6
 REFUSAL_REASON_BUDGET: RefusalReason.ValueType  # 7
+REFUSAL_REASON_OUTPUT_TOO_LARGE: RefusalReason.ValueType  # 8
+"""The answer that the request asks for is longer than allowed."""
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final

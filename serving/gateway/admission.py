@@ -24,16 +24,19 @@ from billing.v1.usage_pb2 import (
     REFUSAL_REASON_BUDGET,
     REFUSAL_REASON_KEY,
     REFUSAL_REASON_MODEL,
+    REFUSAL_REASON_OUTPUT_TOO_LARGE,
     REFUSAL_REASON_PROMPT_TOO_LARGE,
     REFUSAL_REASON_RATE,
     REFUSAL_REASON_SUSPENDED,
     REFUSAL_REASON_UNSPECIFIED,
+    RefusalReason,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from serving.gateway.directory import AccountView, BudgetView, KeyView
+    from serving.gateway.limits import Breach
     from serving.gateway.settings import AdmissionSettings
 
 __all__ = [
@@ -41,13 +44,17 @@ __all__ = [
     "account_refusal",
     "budget_refusal",
     "concurrency_refusal",
+    "is_shadowed",
     "is_stale",
     "key_refusal",
     "model_refusal",
     "money_refusal",
+    "output_refusal",
     "project_refusal",
     "prompt_limit",
     "prompt_refusal",
+    "rate_refusal",
+    "reason_name",
 ]
 
 
@@ -61,6 +68,8 @@ class Refusal:
     message: str
     recorded: bool
     """Whether it becomes a usage event at price 0."""
+    retry_after_s: int = 0
+    """When the same request may be let through; 0: time alone changes nothing."""
 
 
 def _scope_name(scope: int) -> str:
@@ -94,8 +103,11 @@ def is_stale(log_time_ms: int, now_ms: int, settings: AdmissionSettings) -> bool
     return now_ms - log_time_ms > settings.state_age_max_ms
 
 
-def account_refusal(account: AccountView | None, log_time_ms: int, now_ms: int, settings: AdmissionSettings) -> Refusal | None:
-    """Whether the tenant may start an inference; `log_time_ms` is the last sign of life of its ledger partition."""
+def account_refusal(
+    account: AccountView | None, log_time_ms: int, now_ms: int, settings: AdmissionSettings, *, free: bool = False
+) -> Refusal | None:
+    """Whether the tenant may start an inference; `log_time_ms` is the last sign of life of its ledger partition. What is `free`
+    needs no balance."""
     if is_stale(log_time_ms, now_ms, settings) and not settings.fail_open:
         return Refusal(
             grpc.StatusCode.UNAVAILABLE,
@@ -118,6 +130,8 @@ def account_refusal(account: AccountView | None, log_time_ms: int, now_ms: int, 
             f"account: is {state}: ask the operator to activate it",
             True,
         )
+    if free:
+        return None
     if account.billing_mode == BILLING_MODE_POSTPAID:
         limit_pico = account.credit_limit_pico
         if 0 < limit_pico <= -account.balance_pico:
@@ -185,9 +199,9 @@ def model_refusal(model: str) -> Refusal:
     )
 
 
-def prompt_limit(plan_max: int, profile_max: int, gateway_max: int) -> int:
-    """The limit that holds: the plan's, else the model's, else the gateway's; 0 is none."""
-    return plan_max or profile_max or gateway_max
+def prompt_limit(plan_max: int, profile_max: int, gateway_max: int, *tighter: int) -> int:
+    """The limit that holds: the plan's, else the model's, else the gateway's, never over a `tighter` one; 0 is none."""
+    return min((limit for limit in (plan_max or profile_max or gateway_max, *tighter) if limit), default=0)
 
 
 def prompt_refusal(tokens: int, limit: int, *, exact: bool) -> Refusal:
@@ -201,6 +215,50 @@ def prompt_refusal(tokens: int, limit: int, *, exact: bool) -> Refusal:
     )
 
 
+def output_refusal(tokens: int, limit: int) -> Refusal:
+    """For a request whose answer may be longer than allowed."""
+    return Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        REFUSAL_REASON_OUTPUT_TOO_LARGE,
+        f"max_tokens: {tokens}: at most {limit} are allowed: ask for a shorter answer",
+        True,
+    )
+
+
+def rate_refusal(breach: Breach) -> Refusal:
+    """For one request, or its tokens, too many in this minute or at the same time."""
+    return Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        REFUSAL_REASON_RATE,
+        f"{breach.what}: {breach.limit} of {breach.whose} are used: try again in {breach.retry_after_s} s",
+        True,
+        breach.retry_after_s,
+    )
+
+
+def reason_name(refusal: Refusal) -> str:
+    """As metrics call it."""
+    return RefusalReason.Name(refusal.reason).removeprefix("REFUSAL_REASON_").lower()  # type: ignore[arg-type]
+
+
+def is_shadowed(refusal: Refusal) -> bool:
+    """Whether it is one that a tenant in shadow mode is spared."""
+    return refusal.reason in _SHADOWED
+
+
+_SHADOWED = frozenset(
+    {
+        # State too old to know the balance by.
+        REFUSAL_REASON_UNSPECIFIED,
+        REFUSAL_REASON_PROMPT_TOO_LARGE,
+        REFUSAL_REASON_OUTPUT_TOO_LARGE,
+        REFUSAL_REASON_RATE,
+        REFUSAL_REASON_BALANCE,
+        REFUSAL_REASON_BUDGET,
+    }
+)
+
+
 def concurrency_refusal(whose: str, limit: int) -> Refusal:
     """For one inference too many at the same time."""
     return Refusal(
@@ -208,4 +266,5 @@ def concurrency_refusal(whose: str, limit: int) -> Refusal:
         REFUSAL_REASON_RATE,
         f"concurrent requests: {limit} of {whose} are running: wait until one has ended",
         True,
+        1,
     )

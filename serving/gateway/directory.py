@@ -8,8 +8,10 @@ ignored. A message that cannot be read changes nothing and is counted: one bad r
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -25,8 +27,11 @@ from billing.v1.account_pb2 import (
     LedgerPosition,
     Project,
 )
+from serving.gateway.limits import NO_LIMITS, LimitsView, Scope, limits_view
 
-__all__ = ["AccountView", "BudgetView", "Directory", "KeyView"]
+__all__ = ["AccountView", "BudgetView", "Directory", "KeyView", "scopes_of"]
+
+_NO_MODEL_LIMITS: Final[Mapping[str, LimitsView]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,8 @@ class KeyView:
     scopes: frozenset[int]
     expires_ms: int
     revoked: bool
+    test: bool = False
+    limits: LimitsView = NO_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,11 @@ class AccountView:
     leased_pico: int = 0
     prompt_tokens_max: int = 0
     output_tokens_default: int = 0
+    limits: LimitsView = NO_LIMITS
+    model_limits: Mapping[str, LimitsView] = field(default_factory=lambda: _NO_MODEL_LIMITS)
+    tell_price: bool = False
+    shadow: bool = False
+    """Nothing is refused for its sake; what would be is counted."""
 
     @property
     def free_pico(self) -> int | None:
@@ -93,7 +105,17 @@ class _Version:
 
 
 def _key_view(key: ApiKey) -> KeyView:
-    return KeyView(key.key_id, key.tenant_id, key.project_id, key.user_id, frozenset(key.scopes), key.expires_ms, key.revoked)
+    return KeyView(
+        key.key_id,
+        key.tenant_id,
+        key.project_id,
+        key.user_id,
+        frozenset(key.scopes),
+        key.expires_ms,
+        key.revoked,
+        key.test,
+        limits_view(key.limits),
+    )
 
 
 def _account_view(account: Account) -> AccountView:
@@ -108,7 +130,24 @@ def _account_view(account: Account) -> AccountView:
         leased_pico=from_amount(account.leased),
         prompt_tokens_max=plan.prompt_tokens_max,
         output_tokens_default=plan.output_tokens_default,
+        limits=limits_view(plan.limits),
+        model_limits={entry.model: limits_view(entry.limits) for entry in plan.model_limits},
+        tell_price=plan.tell_price,
+        shadow=plan.shadow,
     )
+
+
+def scopes_of(key: KeyView, account: AccountView | None, model: str) -> list[Scope]:
+    """Whose limits hold for a request, those that there are."""
+    found = []
+    if key.limits != NO_LIMITS:
+        found.append(Scope("key", key.key_id, key.limits))
+    if account is not None:
+        if account.limits != NO_LIMITS:
+            found.append(Scope("tenant", account.tenant_id, account.limits))
+        if (limits := account.model_limits.get(model)) is not None:
+            found.append(Scope("model", f"{model} of tenant {account.tenant_id}", limits))
+    return found
 
 
 class Directory:

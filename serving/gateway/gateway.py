@@ -10,12 +10,12 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
 
 import grpc
 
+from billing.amounts import format_pico
 from billing.v1.usage_pb2 import (
     COUNT_SOURCE_BACKEND,
     COUNT_SOURCE_ESTIMATE,
@@ -24,20 +24,23 @@ from billing.v1.usage_pb2 import (
     OUTCOME_DEADLINE_EXCEEDED,
     OUTCOME_INTERRUPTED,
     OUTCOME_REJECTED,
-    RefusalReason,
 )
 from producers.errors import JournalFull, ProducerError
 from serving.gateway import admission
+from serving.gateway.calls import Admitted, Caller, Metadata
 from serving.gateway.counting import AnswerCounter, PreparedRequest, prepare, reserved_units
 from serving.gateway.credentials import CREDENTIAL_METADATA, SecretHasher, find_secret
+from serving.gateway.directory import scopes_of
 from serving.gateway.errors import CallError
-from serving.gateway.metering import MeterParts, RequestMeter, new_event, now_ms
+from serving.gateway.limits import Breach, RateLimits, RequestSlot, Scope
+from serving.gateway.metering import MeterParts, Price, RequestMeter, new_event, now_ms
+from serving.gateway.output_limits import read_output_limit, read_texts_asked
 from serving.gateway.scoping import SequenceScope
 from serving.gateway.tokens import TextCount
 from serving.kserve import TensorError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from billing.v1.usage_pb2 import UsageEvent
     from producers.meter import Receipt
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
     from serving.gateway.upstream import Upstream
     from serving.kserve import ModelInferRequest
 
-__all__ = ["Admitted", "Caller", "Gateway"]
+__all__ = ["Gateway"]
 
 _LOG = logging.getLogger(__name__)
 # No vocabulary has longer tokens, so a text of more bytes than this a token is over the limit without counting: what one
@@ -59,42 +62,8 @@ _TOKEN_BYTES_MAX = 512
 # gRPC's own, the client's credentials, and what describes the one connection: none of it is the back end's.
 _NOT_FORWARDED = CREDENTIAL_METADATA | {"user-agent", "te", "content-type", "host", "connection"}
 
-_LATE_S = 0.005
 # Between two attempts to write a bill on a full disk.
 _FULL_RETRY_S = 1.0
-
-Metadata = tuple[tuple[str, str | bytes], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """One call's client: the hash of its secret, what is passed on of its metadata, and when it stops waiting."""
-
-    secret_hash: bytes | None
-    metadata: Metadata
-    deadline: float | None
-    """On the monotonic clock."""
-    wants_status: bool
-    """`triton_grpc_error: true`: errors of a stream are to end it with their status."""
-
-    def time_left_s(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
-
-    def is_late(self) -> bool:
-        """Whether the client has stopped waiting. gRPC's timers, here and at the back end, may be a moment ahead of ours."""
-        left_s = self.time_left_s()
-        return left_s is not None and left_s < _LATE_S
-
-
-@dataclass(slots=True)
-class Admitted:
-    """A request that may be forwarded: rewritten, open in the journal, and counted among those that run."""
-
-    request: ModelInferRequest
-    profile: ModelProfile
-    prepared: PreparedRequest
-    meter: RequestMeter
-    tenant_id: str
 
 
 def _size_bytes(texts: Iterable[str]) -> int:
@@ -126,6 +95,7 @@ class Gateway:
         self._parts = parts
         self._running = 0
         self._tenant_running: Counter[str] = Counter()
+        self._rates = RateLimits(settings.limits.replicas)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- who calls -----------------------------------------------------------------------------------------------------
@@ -184,6 +154,7 @@ class Gateway:
         """The request is over, however it ended: it makes room for another, and a bill that nobody has written by now, because
         the client is gone or the journal failed, is written apart from the call."""
         self._free_slot(admitted.tenant_id)
+        admitted.slot.end(admitted.meter.tokens, time.monotonic())
         if not admitted.meter.is_closed:
             self._settle(admitted.meter, self._cut_off_outcome(caller))
 
@@ -210,14 +181,39 @@ class Gateway:
         event = new_event(self._parts, key, request_id, model or "-", operation, client_id)
         account = self._directory.find_account(key.tenant_id)
         refusal = admission.account_refusal(
-            account, self._directory.log_time_ms(key.tenant_id), now_ms(), self.settings.admission
+            account, self._directory.log_time_ms(key.tenant_id), now_ms(), self.settings.admission, free=key.test
         )
         if refusal is None:
             refusal = self._stopped(key, account)
         if refusal is not None:
-            await self._refuse(refusal, event)
+            await self._enforce(refusal, event, account)
         if profile is None:
             await self._refuse(admission.model_refusal(model), event)
+        scopes = scopes_of(key, account, model)
+        slot = self._rates.admit(scopes, time.monotonic())
+        if isinstance(slot, Breach):
+            await self._enforce(admission.rate_refusal(slot), event, account)
+            slot = RequestSlot(())
+        try:
+            return await self._open(request, key, account, event, profile, scopes, slot, stream=stream)
+        except BaseException:
+            slot.end(0, time.monotonic())
+            raise
+
+    async def _open(
+        self,
+        request: ModelInferRequest,
+        key: KeyView,
+        account: AccountView | None,
+        event: UsageEvent,
+        profile: ModelProfile,
+        scopes: Sequence[Scope],
+        slot: RequestSlot,
+        *,
+        stream: bool,
+    ) -> Admitted:
+        """The part of it that looks into the request."""
+        request_id = event.request_id
         try:
             prepared = prepare(request, profile, request_id, stream=stream)
             self._sequences.apply(request, key.tenant_id)
@@ -225,12 +221,30 @@ class Gateway:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error
         plan_max = 0 if account is None else account.prompt_tokens_max
-        limit = admission.prompt_limit(plan_max, profile.prompt_tokens_max, self.settings.limits.prompt_tokens_max)
-        prompt_count = await self._check_prompt(prepared, profile, limit, event)
+        limit = admission.prompt_limit(
+            plan_max,
+            profile.prompt_tokens_max,
+            self.settings.limits.prompt_tokens_max,
+            *(scope.limits.prompt_tokens_max for scope in scopes),
+        )
+        prompt_count = await self._check_prompt(prepared, profile, limit, event, account)
+        if scopes:
+            await self._check_scopes(request, event, account, profile, prepared, prompt_count, scopes, slot)
         money = None
-        if self.spending is not None and account is not None and account.free_pico is not None:
+        # What is free needs no money, and who is only watched need not have it.
+        is_paid = account is not None and account.free_pico is not None and not (key.test or account.shadow)
+        if self.spending is not None and account is not None and is_paid:
             money = await self._set_aside(self.spending, request, event, account, profile, prepared, prompt_count)
-        meter = RequestMeter(self._parts, event, profile, prepared, AnswerCounter(profile, prepared), prompt_count, money)
+        meter = RequestMeter(
+            self._parts,
+            event,
+            profile,
+            prepared,
+            AnswerCounter(profile, prepared),
+            prompt_count,
+            money,
+            self._pricer(account),
+        )
         try:
             await meter.open()
         except ProducerError as error:
@@ -241,7 +255,61 @@ class Gateway:
             self._settle(meter, OUTCOME_CANCELLED)
             raise
         self.metrics["requests_admitted"] += 1
-        return Admitted(request, profile, prepared, meter, key.tenant_id)
+        return Admitted(request, profile, prepared, meter, key.tenant_id, slot)
+
+    def _pricer(self, account: AccountView | None) -> Callable[[UsageEvent], Price] | None:
+        """What tells a client the price, where its plan says so and prices are known."""
+        if account is None or not account.tell_price or self.spending is None:
+            return None
+        worth, currency = self.spending.worth, account.currency
+
+        def price(event: UsageEvent) -> Price:
+            cost_pico = worth.cost_pico(event, currency)
+            latest = self._directory.find_account(event.tenant_id) or account
+            return Price(format_pico(cost_pico, currency), format_pico(latest.balance_pico - cost_pico, currency))
+
+        return price
+
+    async def _check_scopes(
+        self,
+        request: ModelInferRequest,
+        event: UsageEvent,
+        account: AccountView | None,
+        profile: ModelProfile,
+        prepared: PreparedRequest,
+        prompt_count: TextCount | None,
+        scopes: Sequence[Scope],
+        slot: RequestSlot,
+    ) -> None:
+        """Refuse an answer longer than key, tenant or model may have, and tokens beyond this minute's."""
+        try:
+            stated = read_output_limit(request, profile.output_limit, profile.output_limit_input)
+            texts = read_texts_asked(request, profile.output_limit)
+        except TensorError as error:
+            self.metrics["requests_invalid"] += 1
+            raise CallError.invalid(error) from error
+        limit = admission.prompt_limit(0, 0, 0, *(scope.limits.output_tokens_max for scope in scopes))
+        if stated is not None and 0 < limit < stated:
+            await self._enforce(admission.output_refusal(stated, limit), event, account)
+        longest = stated or (0 if account is None else account.output_tokens_default)
+        tokens = self._prompt_tokens(profile, prepared, prompt_count) + longest * texts
+        breach = slot.reserve(tokens, time.monotonic())
+        if breach is not None:
+            await self._enforce(admission.rate_refusal(breach), event, account)
+
+    def _prompt_tokens(self, profile: ModelProfile, prepared: PreparedRequest, prompt_count: TextCount | None) -> int:
+        """The prompt's tokens, or a bound of them."""
+        if prompt_count is not None:
+            return prompt_count.tokens
+        bound = self._parts.tokens.bound_all(profile.tokenizer, prepared.prompts, prepared.framing)
+        return _size_bytes(prepared.prompts) if bound is None else bound
+
+    async def _enforce(self, refusal: Refusal, event: UsageEvent, account: AccountView | None) -> None:
+        """Refuse, unless the tenant is only watched."""
+        if account is None or not account.shadow or not admission.is_shadowed(refusal):
+            await self._refuse(refusal, event)
+        self.metrics[f"shadow_{admission.reason_name(refusal)}"] += 1
+        _LOG.info("tenant %s is in shadow mode; a request would have been refused: %s", event.tenant_id, refusal.message)
 
     def _stopped(self, key: KeyView, account: AccountView | None) -> Refusal | None:
         if self._directory.is_closed(key.tenant_id, key.project_id):
@@ -267,11 +335,7 @@ class Gateway:
     ) -> RequestMoney | None:
         """The money for the request's worst case. Refuses where there is not enough; None where that may not be known and the
         gateway fails open."""
-        if prompt_count is not None:
-            prompt_tokens = prompt_count.tokens
-        else:
-            bound = self._parts.tokens.bound_all(profile.tokenizer, prepared.prompts, prepared.framing)
-            prompt_tokens = _size_bytes(prepared.prompts) if bound is None else bound
+        prompt_tokens = self._prompt_tokens(profile, prepared, prompt_count)
         until_ms = event.started_ms + int(self.settings.limits.upstream_timeout_s * 1_000)
         units = reserved_units(profile, prepared)
         try:
@@ -290,7 +354,7 @@ class Gateway:
         return money
 
     async def _check_prompt(
-        self, prepared: PreparedRequest, profile: ModelProfile, limit: int, event: UsageEvent
+        self, prepared: PreparedRequest, profile: ModelProfile, limit: int, event: UsageEvent, account: AccountView | None
     ) -> TextCount | None:
         """Refuse a prompt over the limit, by its bytes where they settle it, else by its tokens."""
         count = None if prepared.input_tokens is None else TextCount(prepared.input_tokens, exact=True)
@@ -314,7 +378,8 @@ class Gateway:
             event.count_source = COUNT_SOURCE_BACKEND
         elif exact and profile.tokenizer is not None:
             event.tokenizer = tokens.fingerprint(profile.tokenizer)
-        return await self._refuse(admission.prompt_refusal(bound, limit, exact=exact), event)
+        await self._enforce(admission.prompt_refusal(bound, limit, exact=exact), event, account)
+        return count
 
     async def _refuse(self, refusal: Refusal, event: UsageEvent) -> NoReturn:
         """Put the refusal on record where it has to be, then raise it."""
@@ -345,8 +410,7 @@ class Gateway:
         _LOG.warning("a refusal of tenant %s could not be recorded", event.tenant_id, exc_info=True)
 
     def _count_refusal(self, refusal: Refusal) -> None:
-        reason = RefusalReason.Name(refusal.reason).removeprefix("REFUSAL_REASON_").lower()  # type: ignore[arg-type]
-        self.metrics[f"refused_{reason}"] += 1
+        self.metrics[f"refused_{admission.reason_name(refusal)}"] += 1
 
     # -- how it ends ---------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from billing.v1.usage_pb2 import (
     OUTCOME_INTERRUPTED,
     OUTCOME_TRUNCATED,
     SERVICE_CLASS_STANDARD,
+    SERVICE_CLASS_TEST,
     CountSource,
     UsageEvent,
 )
@@ -31,7 +32,7 @@ from serving.gateway.tokens import TextCount
 from serving.tokenizers import Framing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from producers.meter import OpenRequest, UsageMeter
     from serving.gateway.counting import AnswerCounter, Counted, PreparedRequest
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from serving.gateway.tokens import TokenCounts
     from serving.kserve import ModelInferResponse
 
-__all__ = ["MeterParts", "RequestMeter", "Usage", "new_event", "now_ms", "tell_usage"]
+__all__ = ["MeterParts", "Price", "RequestMeter", "Usage", "new_event", "now_ms", "tell_usage"]
 
 # Text that may still change how it splits into tokens; what lies before it is counted once.
 _WINDOW_CHARS = 2_048
@@ -75,6 +76,24 @@ class Usage:
     output_tokens: int
     count_source: int
     units: tuple[tuple[str, int], ...] = ()
+    price: Price | None = None
+    """Where the plan says that the client is told."""
+
+    @property
+    def trailers(self) -> tuple[tuple[str, str], ...]:
+        """The same for a call's end."""
+        if self.price is None:
+            return ()
+        return ("taximeter-price", self.price.cost), ("taximeter-balance", self.price.balance)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a request cost, and what its tenant has left, as amounts with their currency. Where the cost depends on what the
+    month has seen, it is the most that it can be; the balance is the ledger's last word, less this request."""
+
+    cost: str
+    balance: str
 
 
 def tell_usage(response: ModelInferResponse, usage: Usage) -> None:
@@ -86,6 +105,9 @@ def tell_usage(response: ModelInferResponse, usage: Usage) -> None:
     parameters["taximeter_count_source"].string_param = _SOURCES[usage.count_source]
     for unit, quantity in usage.units:
         parameters[f"taximeter_{unit}"].int64_param = quantity
+    if usage.price is not None:
+        parameters["taximeter_price"].string_param = usage.price.cost
+        parameters["taximeter_balance"].string_param = usage.price.balance
 
 
 def new_event(parts: MeterParts, key: KeyView, request_id: str, model: str, operation: int, client_id: str) -> UsageEvent:
@@ -100,7 +122,7 @@ def new_event(parts: MeterParts, key: KeyView, request_id: str, model: str, oper
         model=model[:ID_CHARS_MAX],
         operation=operation,  # type: ignore[arg-type]
         # The protocol has no word for another class.
-        service_class=SERVICE_CLASS_STANDARD,
+        service_class=SERVICE_CLASS_TEST if key.test else SERVICE_CLASS_STANDARD,
         started_ms=started_ms,
         ended_ms=started_ms,
         server_id=parts.server_id,
@@ -121,9 +143,11 @@ class RequestMeter:
         counter: AnswerCounter,
         prompt_count: TextCount | None,
         money: RequestMoney | None = None,
+        price_of: Callable[[UsageEvent], Price] | None = None,
     ) -> None:
         self.counter = counter
         self._money = money
+        self._price_of = price_of
         self._parts = parts
         self._event = event
         self._profile = profile
@@ -149,6 +173,11 @@ class RequestMeter:
     def is_closed(self) -> bool:
         """Whether the bill is written, or being written."""
         return self._closed
+
+    @property
+    def tokens(self) -> int:
+        """Of prompt and answer, as far as they are known."""
+        return self._event.uncached_input_tokens + self._event.output_tokens
 
     def forwarded(self) -> None:
         """From here on the request costs."""
@@ -252,7 +281,8 @@ class RequestMeter:
             if self._money is not None:
                 self._money.settle(event)
         told = tuple((entry.unit, entry.quantity) for entry in event.units)
-        return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told)
+        price = None if self._price_of is None else self._price_of(event)
+        return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told, price)
 
 
 def _weaker(source: int, count: TextCount) -> int:

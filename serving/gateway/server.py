@@ -108,8 +108,7 @@ def _make_proxied(gateway: Gateway, policy: Policy, service: str, method: str) -
             response: bytes = await forward(request, timeout=timeout_s, metadata=caller.metadata)
             return response
         except CallError as error:
-            await context.abort(error.status, error.message)
-            raise AssertionError("abort raises") from error
+            await error.abort(context)
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details() or "the back end gave no reason")
             raise AssertionError("abort raises") from error

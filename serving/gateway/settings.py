@@ -103,6 +103,8 @@ class LimitSettings:
     durable_timeout_s: float = 30.0
     """How long a request waits for the journal before it fails."""
     shutdown_grace_s: float = 10.0
+    replicas: int = 1
+    """Gateways that share the limits of keys, tenants and models: each lets its part through."""
     keepalive_ms: int = 60_000
 
     def __post_init__(self) -> None:
@@ -113,6 +115,7 @@ class LimitSettings:
             "request_chunks_max",
             "message_bytes_max",
             "keepalive_ms",
+            "replicas",
         ):
             _at_least(name, getattr(self, name), 1)
         _at_least("prompt_tokens_max", self.prompt_tokens_max, 0)

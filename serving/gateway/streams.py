@@ -30,8 +30,9 @@ from serving.kserve import FINAL_PARAMETER, SERVICE_NAME, TensorError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from serving.gateway.calls import Admitted, Caller
     from serving.gateway.counting import Counted
-    from serving.gateway.gateway import Admitted, Caller, Gateway
+    from serving.gateway.gateway import Gateway
     from serving.gateway.policy import Policy
     from serving.kserve import ModelInferRequest
 
@@ -244,7 +245,7 @@ class _ClientStream:
                 raise
             self._main.uncancel()
         if self._failure is not None:
-            await self._context.abort(self._failure.status, self._failure.message)
+            await self._failure.abort(self._context)
 
     def _start(self, request: ModelInferRequest) -> None:
         profile = self._gateway.settings.models.get(request.model_name)
@@ -314,6 +315,8 @@ class _ClientStream:
             response = service_pb2.ModelStreamInferResponse(error_message=error.message)
             response.infer_response.id = client_id
         kserve.set_parameter(response.infer_response, "taximeter_status", error.status.name)
+        if error.retry_after_s:
+            kserve.set_parameter(response.infer_response, "taximeter_retry_after_s", error.retry_after_s)
         await write([response])
 
 
@@ -337,7 +340,7 @@ def make_model_stream_infer(gateway: Gateway, policy: Policy) -> Callable[[Any, 
             # Also before each request: a key may be revoked while the stream is open.
             gateway.authenticate(caller, policy)
         except CallError as error:
-            await context.abort(error.status, error.message)
+            await error.abort(context)
         await _ClientStream(gateway, caller, policy, context).run()
 
     return model_stream_infer

@@ -15,7 +15,8 @@ from serving.kserve import SERVICE_NAME, TensorError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from serving.gateway.gateway import Admitted, Caller, Gateway
+    from serving.gateway.calls import Admitted, Caller
+    from serving.gateway.gateway import Gateway
     from serving.gateway.policy import Policy
     from serving.kserve import ModelInferRequest, ModelInferResponse
 
@@ -24,7 +25,7 @@ __all__ = ["METHOD", "make_model_infer"]
 METHOD = (SERVICE_NAME, "ModelInfer")
 
 
-async def _answer(gateway: Gateway, admitted: Admitted, caller: Caller) -> ModelInferResponse:
+async def _answer(gateway: Gateway, admitted: Admitted, caller: Caller, context: Any) -> ModelInferResponse:
     """Forward the request, bill it, and return what the client gets. Raises CallError."""
     meter = admitted.meter
     meter.forwarded()
@@ -46,6 +47,8 @@ async def _answer(gateway: Gateway, admitted: Admitted, caller: Caller) -> Model
         raise CallError(grpc.StatusCode.INTERNAL, f"the back end's answer cannot be metered: {error}") from error
     usage = await meter.close(OUTCOME_COMPLETED)
     gateway.metrics["requests_completed"] += 1
+    if usage.trailers:
+        context.set_trailing_metadata(usage.trailers)
     response.id = admitted.prepared.client_id
     tell_usage(response, usage)
     return response
@@ -59,13 +62,12 @@ def make_model_infer(gateway: Gateway, policy: Policy) -> Callable[[ModelInferRe
         try:
             admitted = await gateway.begin(request, caller, policy, stream=False)
             try:
-                return await _answer(gateway, admitted, caller)
+                return await _answer(gateway, admitted, caller, context)
             except ProducerError as error:
                 raise gateway.unrecorded(error) from error
             finally:
                 gateway.end(admitted, caller)
         except CallError as error:
-            await context.abort(error.status, error.message)
-            raise AssertionError("abort raises") from error
+            await error.abort(context)
 
     return model_infer

@@ -3,7 +3,8 @@
 It stands behind the gateway when a recorded trace is replayed: no text is generated, so tens of thousands of requests
 cost little, and what is billed can be compared with the trace to the token. A text of one byte a token comes with the
 counts. `sampling_parameters` (a JSON object) names `context_tokens`, `output_tokens`, `chunk_tokens` (a response each),
-and, for tests that interrupt, `chunk_delay_ms` before each chunk; `empty_final` overrides the server's setting.
+`max_tokens` (the answer is no longer), and, for tests that interrupt, `chunk_delay_ms` before each chunk; `empty_final`
+overrides the server's setting.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class TraceModel:
 
     def _read(self, request: ModelInferRequest) -> _Script:
         parameters = read_sampling_parameters(request)
-        known = {"context_tokens", "output_tokens", "chunk_tokens", "chunk_delay_ms", "empty_final"}
+        known = {"context_tokens", "output_tokens", "max_tokens", "chunk_tokens", "chunk_delay_ms", "empty_final"}
         unknown = sorted(set(parameters) - known)
         if unknown:
             names = ", ".join(sorted(known))
@@ -71,9 +72,10 @@ class TraceModel:
         empty_final = parameters.get("empty_final", self._empty_final)
         if not isinstance(empty_final, bool):
             raise RequestError.invalid(f"sampling_parameters.empty_final: {empty_final!r}: must be true or false")
+        tokens_max = to_integer("max_tokens", parameters.get("max_tokens", _MAX_OUTPUT_TOKENS), 0, _MAX_OUTPUT_TOKENS)
         return _Script(
             context_tokens=to_integer("context_tokens", parameters["context_tokens"], 0, _MAX_CONTEXT_TOKENS),
-            output_tokens=to_integer("output_tokens", parameters["output_tokens"], 0, _MAX_OUTPUT_TOKENS),
+            output_tokens=min(tokens_max, to_integer("output_tokens", parameters["output_tokens"], 0, _MAX_OUTPUT_TOKENS)),
             chunk_tokens=to_integer(
                 "chunk_tokens", parameters.get("chunk_tokens", _DEFAULT_CHUNK_TOKENS), 1, _MAX_OUTPUT_TOKENS
             ),

@@ -1,4 +1,4 @@
-"""Commands to the ledger: tenants, keys, credit. Each waits until the ledger says what became of it."""
+"""Commands to the ledger: tenants and credit. Each waits until the ledger says what became of it."""
 
 import getpass
 import re
@@ -9,18 +9,16 @@ import typer
 
 from billing.amounts import AmountError, format_pico, parse_decimal_to_pico
 from billing.limits import ID_CHARS_MAX
-from billing.v1.account_pb2 import KeyScope
 from sinks import queries
 from taximeter.commanding import Commander, PlanTerms
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import open_reader
 from taximeter.errors import MisuseError, TaximeterError
-from taximeter.times import now_ms, parse_time_ms, show_time
+from taximeter.limit_options import LimitOption, parse_limits, parse_model_limits
 
-__all__ = ["create_key", "create_tenant", "grant_credit", "issuer"]
+__all__ = ["TenantArgument", "check_id", "create_tenant", "grant_credit", "issuer", "tell"]
 
 _ID: Final = re.compile(r"[^\s/\x00-\x1f][^\x00-\x1f]*")
-_SCOPES: Final = {name.removeprefix("KEY_SCOPE_").lower(): number for name, number in KeyScope.items() if number}
 TenantArgument = Annotated[str, typer.Argument(help="The tenant.")]
 
 
@@ -35,47 +33,32 @@ def create_tenant(
     ] = False,
     credit_limit: Annotated[str, typer.Option(help="Postpaid: refused beyond; 0: no limit.")] = "0",
     prompt_tokens_max: Annotated[int, typer.Option(min=0, help="Larger prompts are refused; 0: no limit.")] = 0,
+    limit: LimitOption = None,
+    model_limit: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL:NAME=NUMBER", help="The same for one model; may be repeated.")
+    ] = None,
+    tell_price: Annotated[
+        bool, typer.Option("--tell-price", help="Answers say their price and the remaining balance.")
+    ] = False,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Meter, and refuse nothing for limits or balance.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Create a tenant, or change its plan."""
-    _check_id("TENANT", tenant)
+    check_id("TENANT", tenant)
     terms = PlanTerms(
         prepaid=not postpaid,
         prompt_tokens_max=prompt_tokens_max,
         credit_limit_pico=_amount("--credit-limit", credit_limit),
+        limits=parse_limits("--limit", limit or ()),
+        model_limits=parse_model_limits("--model-limit", model_limit or ()),
+        tell_price=tell_price,
+        shadow=shadow,
     )
     config = context.config()
     commander = Commander(config, issuer())
     with open_reader(config) as reader:
         commander.give([commander.tenant(tenant, name, currency, terms)], reader)
-    _tell(context, {"tenant_id": tenant, "plan": "postpaid" if postpaid else "prepaid", "currency": currency}, json=json)
-
-
-@command
-def create_key(
-    context: Context,
-    tenant: TenantArgument,
-    project: Annotated[str, typer.Option(help="What it is for; stands on every request.")] = "",
-    user: Annotated[str, typer.Option(help="Who holds it; stands on every request.")] = "",
-    scope: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(_SCOPES)} (default: meter).")] = None,
-    expires: Annotated[str, typer.Option(help="When it ends: 2026-12-31T00:00:00Z.")] = "",
-    json: JsonOption = False,
-) -> None:
-    """Make an API key. Its secret is shown once, here, and kept nowhere."""
-    _check_id("TENANT", tenant)
-    scopes = [_scope(name) for name in scope or ["meter"]]
-    now = now_ms()
-    expires_ms = parse_time_ms("--expires", expires, now=now) if expires else 0
-    if expires_ms and expires_ms <= now:
-        raise MisuseError(f"--expires {expires!r} is over already: name a time to come")
-    config = context.config()
-    commander = Commander(config, issuer())
-    key = commander.key(tenant, project, user, scopes, expires_ms)
-    with open_reader(config) as reader:
-        commander.give([key.command], reader)
-    _tell(
-        context, {"tenant_id": tenant, "key_id": key.key_id, "secret": key.secret, "expires": show_time(expires_ms)}, json=json
-    )
+    tell(context, {"tenant_id": tenant, "plan": "postpaid" if postpaid else "prepaid", "currency": currency}, json=json)
 
 
 @command
@@ -109,7 +92,7 @@ def grant_credit(
         "granted": "nothing: this ID was granted before" if repeated else format_pico(amount_pico, account.currency),
         "balance": format_pico(after.balance_pico, after.currency),
     }
-    _tell(context, values, json=json)
+    tell(context, values, json=json)
 
 
 def issuer() -> str:
@@ -121,22 +104,18 @@ def issuer() -> str:
     return f"{user}@{socket.gethostname()}"[:ID_CHARS_MAX]
 
 
-def _tell(context: Context, values: dict[str, object], *, json: bool) -> None:
+def tell(context: Context, values: dict[str, object], *, json: bool) -> None:
+    """What a command did, for people or for programs."""
     if json:
         context.output.json(values)
     else:
         context.output.pairs("", {name.replace("_", " "): value for name, value in values.items()})
 
 
-def _check_id(argument: str, value: str) -> None:
+def check_id(argument: str, value: str) -> None:
+    """Raises MisuseError for what cannot be an identifier."""
     if len(value) > ID_CHARS_MAX or not _ID.fullmatch(value):
         raise MisuseError(f"{argument} {value[:40]!r}: write 1 to {ID_CHARS_MAX} printable characters without a leading slash")
-
-
-def _scope(name: str) -> KeyScope.ValueType:
-    if name not in _SCOPES:
-        raise MisuseError(f"--scope {name!r} is not known: write one of {', '.join(_SCOPES)}")
-    return _SCOPES[name]
 
 
 def _amount(argument: str, text: str) -> int:

@@ -6,7 +6,9 @@ import pytest
 
 from billing.price_checks import book_problems
 from billing.prices import PriceBookRefused, PriceBooks
-from billing.v1.command_pb2 import Price, PriceBook
+from billing.rating import event_cost_pico
+from billing.v1.command_pb2 import ClassFactor, Price, PriceBook
+from billing.v1.usage_pb2 import SERVICE_CLASS_STANDARD, SERVICE_CLASS_TEST, UsageEvent
 
 
 def book(*prices: Price, version: int = 1, effective_ms: int = 0, currency: str = "USD") -> PriceBook:
@@ -75,3 +77,18 @@ def test_a_wrong_book_is_refused_whole(wrong: PriceBook, names: str) -> None:
 
 def test_all_problems_are_named_at_once() -> None:
     assert len(book_problems(PriceBook(version=0, currency="", prices=[Price(model="")]))) == 3
+
+
+def test_test_usage_is_free_whatever_a_book_says() -> None:
+    line = Price(model="m", output_pico=7, minimum_pico=5)
+    books = PriceBooks([PriceBook(version=1, currency="USD", prices=[line])])
+    rate = books.rate("USD", 1, "m", 0, SERVICE_CLASS_TEST, "t")
+    event = UsageEvent(output_tokens=1_000, service_class=SERVICE_CLASS_TEST)
+    assert rate is not None, "it is rated, at nothing"
+    assert event_cost_pico(event, rate, {}) == 0
+    assert books.rate("USD", 1, "m", 0, SERVICE_CLASS_STANDARD, "t") != rate
+    named = Price(model="m", service_class=SERVICE_CLASS_TEST, output_pico=1)
+    factored = Price(model="m", class_factors=[ClassFactor(service_class=SERVICE_CLASS_TEST, factor_millionths=500_000)])
+    for price in (named, factored):
+        with pytest.raises(PriceBookRefused, match="test usage is free"):
+            PriceBooks([PriceBook(version=1, currency="USD", prices=[price])])

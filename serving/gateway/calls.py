@@ -1,0 +1,52 @@
+"""One call as the gateway holds it: who calls, and the request that was let through."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from serving.gateway.counting import PreparedRequest
+    from serving.gateway.limits import RequestSlot
+    from serving.gateway.metering import RequestMeter
+    from serving.gateway.profiles import ModelProfile
+    from serving.kserve import ModelInferRequest
+
+__all__ = ["Admitted", "Caller", "Metadata"]
+
+_LATE_S: Final = 0.005
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """One call's client: the hash of its secret, what is passed on of its metadata, and when it stops waiting."""
+
+    secret_hash: bytes | None
+    metadata: Metadata
+    deadline: float | None
+    """On the monotonic clock."""
+    wants_status: bool
+    """`triton_grpc_error: true`: errors of a stream are to end it with their status."""
+
+    def time_left_s(self) -> float | None:
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def is_late(self) -> bool:
+        """Whether the client has stopped waiting. gRPC's timers, here and at the back end, may be a moment ahead of ours."""
+        left_s = self.time_left_s()
+        return left_s is not None and left_s < _LATE_S
+
+
+@dataclass(slots=True)
+class Admitted:
+    """A request that may be forwarded: rewritten, open in the journal, and counted among those that run."""
+
+    request: ModelInferRequest
+    profile: ModelProfile
+    prepared: PreparedRequest
+    meter: RequestMeter
+    tenant_id: str
+    slot: RequestSlot
