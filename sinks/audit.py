@@ -9,6 +9,7 @@ sink does: rows that are newer are left for the next audit. Memory: one page of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -16,6 +17,7 @@ from typing import cast
 
 from billing.chain import Chain, UnreadableRecord, record_hash
 from billing.v1.usage_pb2 import UsageEvent
+from sinks.audit_invoices import InvoiceRows
 from sinks.columns import version_of
 from sinks.engine import Reader, decimal_to_pico
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES
@@ -42,6 +44,7 @@ class AuditReport:
     events: int = 0
     windows: int = 0
     accounts: int = 0
+    invoices: int = 0
 
     @property
     def clean(self) -> bool:
@@ -92,12 +95,14 @@ class _PartitionAudit:
             self._take_findings()
             self._compare_windows(self.recomputed.closed)
             self.recomputed.closed = []
+            self._compare_invoices()
             yield
         if self._last_hash != self._position.record_hash:
             self._differs("position_differs", "sink_positions", self._position.record_hash, self._last_hash or "no record")
         self._compare_windows(list(self.recomputed.open.values()))
         self._compare_accounts()
         self._compare_counts()
+        self._compare_bills()
         yield
 
     # -- the chain ------------------------------------------------------------------------------------------------------
@@ -237,9 +242,9 @@ class _PartitionAudit:
             "units": dict(zip(names, quantities, strict=True)),
             "cost_pico": _pico(row[22]),
         }
-        for name, value in window.values().items():
-            if actual[name] != value:
-                self._differs("window_differs", f"{window_id}: {name}", str(value), str(actual[name]))
+        for name, have in actual.items():
+            if (value := window.values()[name]) != have:
+                self._differs("window_differs", f"{window_id}: {name}", str(value), str(have))
 
     def _compare_accounts(self) -> None:
         rows = self._query(
@@ -248,7 +253,7 @@ class _PartitionAudit:
             {},
         )
         found = {str(row[0]): row for row in rows}
-        end = version_of(self._ordinal, max(self._chain.sequence, 0)) if self._ordinal else 0
+        end = self._end()
         for tenant_id, account in sorted(self.recomputed.accounts.items()):
             row = found.pop(tenant_id, None)
             self._report.accounts += 1
@@ -268,7 +273,7 @@ class _PartitionAudit:
 
     def _compare_counts(self) -> None:
         """Rows that no record accounts for."""
-        end = version_of(self._ordinal, max(self._chain.sequence, 0)) if self._ordinal else 0
+        end = self._end()
         expected_events = {
             tenant_id: count - self._repeated.get(tenant_id, 0) for tenant_id, count in self.recomputed.events_by_tenant.items()
         }
@@ -292,6 +297,31 @@ class _PartitionAudit:
         for tenant_id, count in rows:
             if cast("int", count) > expected.get(str(tenant_id), 0):
                 self._differs(kind, f"{table} of tenant {tenant_id}", f"{expected.get(str(tenant_id), 0)} rows", f"{count}")
+
+    # -- invoices -----------------------------------------------------------------------------------------------------------
+
+    def _compare_invoices(self) -> None:
+        """What invoices of the last page took, and their bytes."""
+        lines = self.recomputed.lines
+        if lines.invoices:
+            rows = InvoiceRows(self._query, self._partition)
+            self._report.findings += rows.compare_lines(lines.invoiced, self._end())
+            self._report.findings += rows.compare_invoices(lines.invoices)
+            self._report.invoices += len(lines.invoices)
+            lines.invoices, lines.invoiced = [], []
+
+    def _compare_bills(self) -> None:
+        """Lines that no invoice has; and of each tenant: what invoices have and what they have not is what was charged."""
+        rows = InvoiceRows(self._query, self._partition)
+        open_pico: Counter[str] = Counter()
+        for window_id, window in self.recomputed.open.values():
+            open_pico[window_id.key.tenant_id] += window.cost_pico
+        spend_pico = {tenant_id: account.spend_pico for tenant_id, account in self.recomputed.accounts.items()}
+        self._report.findings += rows.compare_lines([line.to_line() for line in self.recomputed.lines.lines], self._end())
+        self._report.findings += rows.compare_sums(spend_pico, open_pico, self._end())
+
+    def _end(self) -> int:
+        return version_of(self._ordinal, max(self._chain.sequence, 0)) if self._ordinal else 0
 
     # -- small things ---------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from sinks import tables
 from sinks.coded import Coded
 from sinks.engine import Columns, Table, whole
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames, EventColumns
+from sinks.invoice_columns import invoice_rows, line_rows
 from sinks.price_books import books_of, commitment_rows, price_rows
 
 __all__ = ["NO_OFFSET", "SEQUENCE_BITS", "Accepted", "build_accounts", "build_columns", "version_of"]
@@ -89,6 +90,8 @@ def build_columns(batch: Sequence[Accepted], usage_topic: str) -> list[tuple[Tab
         tables.API_KEYS: _api_keys(batch),
         tables.PRODUCER_MARKS: _producer_marks(batch),
         tables.ACCOUNTS: build_accounts(batch),
+        tables.PERIOD_LINES: _from_rows(tables.PERIOD_LINES, line_rows(batch)),
+        **{table: _from_rows(table, rows) for table, rows in invoice_rows(batch).items()},
     }
     return [(table, built[table]) for table in tables.ALL_TABLES if table in built and any(map(len, built[table].values()))]
 
@@ -402,6 +405,8 @@ def _command(accepted: Accepted) -> tuple[object, ...]:
             amount = from_amount(command.credit_grant.amount)
         case "tenant_upsert":
             tenant_id = command.tenant_upsert.tenant_id
+        case "invoice_finalization":
+            tenant_id = command.invoice_finalization.tenant_id
         case "key_upsert":
             tenant_id = command.key_upsert.key.tenant_id
     if not applied.applied:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import NamedTuple
 
 from billing import credit
@@ -16,14 +17,19 @@ from billing.amounts import from_amount
 from billing.budgets import Budgets, Charge
 from billing.commands import CommandRefused
 from billing.leases import LeaseState
+from billing.limits import ID_CHARS_MAX, WINDOW_PARTS_HARD_MAX
+from billing.line_parts import Parts, add_rated, from_line_parts
+from billing.periods import period_at
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
 from billing.rating import FREE_OUTCOMES, event_cost_pico, token_quantities, unit_quantities
+from billing.schedules import Part
 from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, Account, Calendar
-from billing.v1.command_pb2 import Command
+from billing.v1.command_pb2 import Command, InvoiceFinalization
 from billing.v1.ledger_pb2 import DROP_REASON_CONFLICT, DROP_REASON_DUPLICATE, LedgerRecord, UsageApplied, WindowTotal
 from billing.v1.usage_pb2 import UsageBatch, UsageEvent
 from billing.windows import MINUTE_MS, Key, key_of
+from sinks.recompute_lines import RecomputedLines
 
 __all__ = ["ExpectedAccount", "ExpectedEvent", "ExpectedWindow", "Finding", "Recomputed", "WindowId"]
 
@@ -69,6 +75,8 @@ class ExpectedWindow:
     tokens: list[int] = field(default_factory=lambda: [0] * 8)
     units: Counter[str] = field(default_factory=Counter)
     cost_pico: int = 0
+    # Where its price has terms.
+    parts: Parts = field(default_factory=dict)
 
     def values(self) -> dict[str, object]:
         """By name, to compare and to show."""
@@ -79,6 +87,7 @@ class ExpectedWindow:
             "tokens": tuple(self.tokens),
             "units": {unit: quantity for unit, quantity in sorted(self.units.items()) if quantity},
             "cost_pico": self.cost_pico,
+            "parts": self.parts,
         }
 
 
@@ -94,6 +103,7 @@ class ExpectedAccount:
     conflicts: int = 0
     unrated_events: int = 0
     calendar: Calendar = field(default_factory=Calendar)
+    display_name: str = ""
 
     def values(self) -> dict[str, object]:
         """By name, to compare and to show."""
@@ -135,6 +145,7 @@ class Recomputed:
         self._quantities = Quantities()
         self._credits = credit.Credits()
         self._budgets = Budgets()
+        self.lines = RecomputedLines(partition)
         # What remains of each lease, by tenant, holder and epoch, and in all by tenant.
         self._leases: dict[tuple[str, str, int], int] = {}
         self._leased: Counter[str] = Counter()
@@ -150,8 +161,8 @@ class Recomputed:
             self._credits.advance(self.accounts, stated)
         if self._budgets.next_ms <= record.log_time_ms:
             self._budgets.advance(self.accounts, stated)
-        followed = {key_of(total.key) for total in record.totals if total.key.opened_sequence == record.sequence}
-        self.closed.extend(self.open.pop(key) for key in followed & self.open.keys())
+        opened = {key_of(total.key) for total in record.totals if total.key.opened_sequence == record.sequence}
+        followed = {key: self.open.pop(key) for key in opened & self.open.keys()}
         match record.WhichOneof("source"):
             case "founding":
                 self._found(record, stated)
@@ -165,15 +176,14 @@ class Recomputed:
                 self._expired_through_day = record.tick.expired_through_day
                 self._quantities.forget(record.log_time_ms - KEPT_MS)
                 self._credits.forget(record.log_time_ms - credit.KEPT_MS)
+                self.lines.forget(record.log_time_ms)
         if list(stated.credits) != list(record.credits):
             self._differs("credits_differ", f"record {record.sequence}", str(list(stated.credits)), str(list(record.credits)))
         if list(stated.budgets) != list(record.budgets):
             self._differs("budgets_differ", f"record {record.sequence}", str(list(stated.budgets)), str(list(record.budgets)))
         self._compare_totals(record)
-        for key in record.released:
-            entry = self.open.get(key_of(key))
-            if entry is not None and entry[0].opened_sequence == key.opened_sequence:
-                self.closed.append(self.open.pop(key_of(key)))
+        self._release(record, followed)
+        self._compare_lines(record)
         for lease in map(LeaseState.from_lease, record.leases):
             place = lease.tenant_id, lease.holder_id, lease.epoch
             self._leased[lease.tenant_id] += lease.remaining_pico - self._leases.pop(place, 0)
@@ -187,7 +197,8 @@ class Recomputed:
         self._default_currency = founding.default_currency
         if founding.HasField("predecessor"):
             # Windows were let go with the generation; accounts and price books are carried on.
-            self.closed.extend(self.open.values())
+            for window_id, window in sorted(self.open.values(), key=itemgetter(0)):
+                self._close(window_id, window, record)
             self.open.clear()
             if not self.accounts:
                 self.accounts = {account.tenant_id: _stated(account) for account in record.accounts}
@@ -197,6 +208,7 @@ class Recomputed:
                     self._credits.set(held)
                 for budget in record.budgets:
                     self._budgets.set(budget)
+                self.lines.take_stated(record)
             stated.credits.extend(self._credits.all(record.log_time_ms))
             stated.budgets.extend(self._budgets.all(record.generation))
             self._books = PriceBooks(founding.price_books)
@@ -223,10 +235,12 @@ class Recomputed:
         rate = self._books.rate(
             account.currency, event.ended_ms, event.model, event.operation, event.service_class, event.tenant_id
         )
+        parts: list[Part] = []
         if rate is None or rate.terms is None or event.outcome in FREE_OUTCOMES:
             cost = event_cost_pico(event, rate, {})
         else:
-            cost = sum(part.amount_pico for part in self._quantities.take(event, rate, account.currency, account.calendar))
+            parts = self._quantities.take(event, rate, account.currency, account.calendar)
+            cost = sum(part.amount_pico for part in parts)
         if cost != stated_pico:
             self._differs(
                 "cost_differs",
@@ -258,6 +272,7 @@ class Recomputed:
             window.tokens = [have + more for have, more in zip(window.tokens, token_quantities(event), strict=True)]
             window.units.update(unit_quantities(event))
         window.cost_pico += cost
+        add_rated(window.parts, parts, WINDOW_PARTS_HARD_MAX)
         account.events += 1
         account.unrated_events += unrated
         account.spend_pico += cost
@@ -285,12 +300,55 @@ class Recomputed:
                 upsert = command.tenant_upsert
                 account = self._account(upsert.tenant_id)
                 account.currency = upsert.currency or account.currency
+                account.display_name = upsert.display_name[:ID_CHARS_MAX] or account.display_name
                 if upsert.HasField("calendar"):
                     account.calendar = upsert.calendar
                 if upsert.status == ACCOUNT_STATUS_CLOSED:
                     self._credits.forfeit(upsert.tenant_id, account, stated, paid_too=upsert.expire_credit)
             case "price_book":
                 self._books.add(command.price_book)
+            case "invoice_finalization":
+                self._invoice(command.invoice_finalization, record, stated)
+
+    def _invoice(self, said: InvoiceFinalization, record: LedgerRecord, stated: LedgerRecord) -> None:
+        account = self._account(said.tenant_id)
+        period = period_at(account.calendar, said.period_start_ms)
+        own = [
+            (key, window)
+            for key, (_, window) in sorted(self.open.items())
+            if key.tenant_id == said.tenant_id and key.minute * MINUTE_MS < period.end_ms
+        ]
+        if not said.draft:
+            names = {(key_of(key), key.opened_sequence) for key in record.released}
+            for key, window in own:
+                window_id, _ = self.open.pop(key)
+                self._close(window_id, window, record)
+                if (key, window_id.opened_sequence) not in names:
+                    self._differs("window_not_released", str(window_id), f"let go by record {record.sequence}", "not stated")
+        drawn = self.lines.draw(said, account, self._books, self._quantities, self._credits, own, record, stated)
+        if drawn != record.command.invoice:
+            subject = f"invoice of {said.tenant_id} in record {record.sequence}"
+            self._differs("invoice_differs", subject, drawn.hex(), record.command.invoice.hex())
+
+    def _release(self, record: LedgerRecord, followed: dict[Key, tuple[WindowId, ExpectedWindow]]) -> None:
+        """Sum what the record lets go, in its order."""
+        for stated in record.released:
+            key = key_of(stated)
+            for held in (followed, self.open):
+                if key in held and held[key][0].opened_sequence == stated.opened_sequence:
+                    self._close(*held.pop(key), record)
+        for window_id, _ in followed.values():
+            self._differs("window_not_released", str(window_id), f"let go by record {record.sequence}", "not stated")
+
+    def _close(self, window_id: WindowId, window: ExpectedWindow, record: LedgerRecord) -> None:
+        calendar = self._account(window_id.key.tenant_id).calendar
+        self.lines.fold(self.lines.lines, window_id.key, window, calendar, self._books, record)
+        self.closed.append((window_id, window))
+
+    def _compare_lines(self, record: LedgerRecord) -> None:
+        expected = self.lines.expected(record)
+        if expected != list(record.lines):
+            self._differs("lines_differ", f"record {record.sequence}", str(expected), str(list(record.lines)))
 
     def _charge_budgets(self, expected: list[ExpectedEvent], stated: LedgerRecord) -> None:
         charges = [
@@ -353,6 +411,7 @@ def _stated(account: Account) -> ExpectedAccount:
         account.conflicts,
         account.unrated_events,
         account.calendar,
+        account.display_name,
     )
 
 
@@ -374,4 +433,5 @@ def _stated_window(total: WindowTotal) -> dict[str, object]:
         ],
         Counter(total.units),
         from_amount(total.cost),
+        from_line_parts(total.parts),
     ).values()

@@ -47,6 +47,7 @@ def audit(
         "events": report.events,
         "windows": report.windows,
         "accounts": report.accounts,
+        "invoices": report.invoices,
         "differences": len(report.findings),
     }
     if json:

@@ -16,6 +16,7 @@ from billing.founding import found_again
 from billing.invoice_checks import invoice_problems
 from billing.limits import RECORD_BYTES_MAX
 from billing.line_parts import PartKey, Sum, from_units
+from billing.release import line_key
 from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.account_pb2 import Calendar
 from billing.v1.command_pb2 import (
@@ -61,7 +62,7 @@ def use(ledger: Ledger, request_id: str, at_ms: int, tenant_id: str = ONE, log_t
 
 
 def said(tenant_id: str = ONE, start_ms: int = NOVEMBER, **fields: Any) -> InvoiceFinalization:
-    values = {"series_prefix": "INV", "rounding_rule": ROUNDING_RULE_HALF_UP, "currency_decimals": 2}
+    values: dict[str, Any] = {"series_prefix": "INV", "rounding_rule": ROUNDING_RULE_HALF_UP, "currency_decimals": 2}
     return InvoiceFinalization(tenant_id=tenant_id, period_start_ms=start_ms, **(values | fields))
 
 
@@ -131,8 +132,8 @@ def test_a_draft_shows_the_same_and_changes_nothing(ledger: Ledger) -> None:
     final = invoice(ledger, DECEMBER)
     assert (draft.number, final.number) == (0, 1)
     for different in ("number", "issued_ms", "position", "lines"):
-        draft.ClearField(different)  # type: ignore[arg-type]
-        final.ClearField(different)  # type: ignore[arg-type]
+        draft.ClearField(different)
+        final.ClearField(different)
     assert draft == final
     assert ledger.replayed().digest() == ledger.state.digest()
 
@@ -330,7 +331,7 @@ def test_an_invoice_below_zero_becomes_credit() -> None:
     use(ledger, "r1", NOVEMBER, model="volume", output_tokens=60, uncached_input_tokens=0)
     use(ledger, "first", OCTOBER + 25 * DAY_MS, model="volume", output_tokens=150, uncached_input_tokens=0)
     # As it would be if a correction had taken back more than the month came to.
-    key = invoice_step.line_key(ledger.state, ledger.state.windows[min(ledger.state.windows)])
+    key = line_key(ledger.state, ledger.state.windows[min(ledger.state.windows)])
     note = invoices.Closing(key, PartKey("credit note", "for delays", 0), Sum(0, -3 * PICO))
     balance = ledger.state.accounts[ONE].balance_pico
     with mock.patch.object(invoice_step, "closing", return_value=[note]):

@@ -37,6 +37,7 @@ _KEYS = {
         "ledger_partition",
         "generation",
         "opened_sequence",
+        "price_version",
     ),
     ACCOUNTS: ("tenant_id",),
     ALERTS: ("tenant_id", "alert_id"),
