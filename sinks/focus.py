@@ -1,7 +1,7 @@
 """Cost and usage in FOCUS 1.2, read from the database: rows by tenant, day and price, then what invoices add to them.
 
 Promise: the rows of requests add up to what the ledger charged for them, exactly; the rows that name an invoice add up to its
-total less the credit that was given on it (paid credit settles an invoice and is no charge). They are made one tenant and one
+total less the promotional credit on it (other credit settles an invoice and is no charge). They are made one tenant and one
 period after the other, and memory holds one of them.
 """
 
@@ -13,7 +13,7 @@ from billing.amounts import from_amount
 from billing.line_parts import PartKey
 from billing.periods import Period, period_at
 from billing.prices import PriceBooks
-from billing.v1.invoice_pb2 import CREDIT_KIND_PAID, CREDIT_KIND_PAYMENT, CreditKind
+from billing.v1.invoice_pb2 import CREDIT_KIND_PROMOTIONAL
 from billing.validation import TOKEN_FIELDS
 from sinks.charged_usage import DAY_MS, ChargeKey, UsageName, charged_usage, periods_between
 from sinks.engine import Reader
@@ -26,7 +26,6 @@ from sinks.rated_usage import Payer, payers
 __all__ = ["focus_rows", "invoice_rows", "usage_bounds"]
 
 _CLASSES = frozenset(TOKEN_FIELDS)
-_PAYMENTS = frozenset({CREDIT_KIND_PAID, CREDIT_KIND_PAYMENT})
 
 
 def focus_rows(
@@ -121,8 +120,9 @@ def invoice_rows(payee: Payee, entry: IssuedInvoice, start_ms: int, end_ms: int)
     if rounding_pico := from_amount(invoice.net) - from_amount(invoice.net_exact):
         yield other_row(payee, billed, "Adjustment", f"Rounding of the net of {entry.number}", rounding_pico)
     for credit in invoice.credits:
-        if credit.kind not in _PAYMENTS:
-            what = f"{CreditKind.Name(credit.kind).removeprefix('CREDIT_KIND_').capitalize()} credit {credit.grant_id}"
+        # All others were paid, here or where the tenant came from, or stood as charges below zero on an earlier invoice.
+        if credit.kind == CREDIT_KIND_PROMOTIONAL:
+            what = f"Promotional credit {credit.grant_id}"
             yield other_row(payee, billed, "Credit", what, -from_amount(credit.amount))
     for tax in invoice.taxes:
         yield other_row(payee, billed, "Tax", tax.rate.name, from_amount(tax.amount))

@@ -227,8 +227,7 @@ class _Figures:
         return Money(decimal_text(pico, self._invoice.currency_decimals, grouped=True).replace("-", "\N{MINUS SIGN}"))
 
     def group(self, title: str, reason: str, lines: Sequence[InvoiceLine]) -> Group:
-        # The parts of one line key count the same requests.
-        requests = sum({line.key.SerializeToString(deterministic=True): line.events for line in lines}.values())
+        requests = _requests(lines)
         return Group(
             title=title,
             reason=reason,
@@ -390,6 +389,11 @@ def _grouped(lines: Iterable[InvoiceLine], key_of: Callable[[InvoiceLine], _Key]
     return groups.items()
 
 
+def _requests(lines: Iterable[InvoiceLine]) -> int:
+    """How many there are on `lines`: those of one key are parts of the same."""
+    return sum({line.key.SerializeToString(deterministic=True): line.events for line in lines}.values())
+
+
 def _adjustment_key(line: InvoiceLine) -> tuple[int, int, str]:
     return line.key.period_start_ms, line.key.period_end_ms, line.key.adjustment_id
 
@@ -413,6 +417,10 @@ def _remarks(invoice: Invoice) -> tuple[str, ...]:
             f"{count:,} request{'' if count == 1 else 's'} of the period had no price yet and "
             f"{'is' if count == 1 else 'are'} on no line: once priced, a later invoice names them as an adjustment."
         )
+    free = invoice.events - invoice.unrated_events - _requests(invoice.lines)
+    if free > 0:
+        what = "request delivered nothing and is" if free == 1 else "requests delivered nothing and are"
+        found.append(f"{free:,} {what} on no line.")
     if any(line.adjustment for line in invoice.lines):
         found.append("Adjustments belong to earlier periods, whose invoices stay as they are.")
     if credits_pico(invoice):

@@ -21,6 +21,8 @@ from billing.amounts import from_amount, set_amount
 from serving.documents import DocumentError, DocumentFormat, render
 from serving.documents.content import content_of, document_number
 from tests.billing.invoice_sheets import Priced, Sheet, american, chained, chinese, japanese, long
+from tests.billing.invoice_volume import invoices as drawn_invoices
+from tests.billing.invoice_volume import volume
 
 ROOT = Path(__file__).parents[3]
 SHEETS = (american, chinese, japanese)
@@ -81,6 +83,19 @@ def test_documents_are_the_same_bytes_wherever_and_whenever_they_are_made(tmp_pa
         check=True,
     )
     assert elsewhere.stdout.split() == here
+
+
+@pytest.mark.parametrize(
+    ("document", "digest"),
+    [
+        (DocumentFormat.JSON, "e58c110a7212a5f97995ccaf05896f52b369bb422e54f075576e307b954b424f"),
+        (DocumentFormat.CSV, "db2a040fb96e07e9eb436c3fa7d2eadb8a005b9fe5d13698dadd76b9dab2216d"),
+        (DocumentFormat.HTML, "7b8ee75c8ec35b7b50f23afecfde5646a8918370b91c62f60d73f8c3ca32a225"),
+    ],
+)
+def test_documents_of_an_old_invoice_stay_as_they_were(document: DocumentFormat, digest: str) -> None:
+    """Whoever changes one of these changes every document that was ever sent: name it in the changelog."""
+    assert hashlib.sha256(render(american().stored(), document)).hexdigest() == digest
 
 
 @each_sheet
@@ -164,6 +179,25 @@ def test_each_invoice_names_the_one_before_by_the_hash_of_its_bytes() -> None:
     assert json.loads(render(second, DocumentFormat.JSON))["previous_sha256"] == digest
     assert digest in _Text(render(second, DocumentFormat.HTML)).text
     assert digest in "".join(_pages(second)).replace("\n", "")
+
+
+def test_what_the_ledgers_step_draws_becomes_documents_in_a_chain() -> None:
+    previous = None
+    for stored in drawn_invoices(volume()):
+        values = json.loads(render(stored, DocumentFormat.JSON))
+        assert values["previous_sha256"] == previous
+        previous = values["sha256"]
+        content = content_of(stored)
+        pdf = "".join("".join(_pages(stored)).split())
+        page = _Text(render(stored, DocumentFormat.HTML)).text.replace(" ", "")
+        for line in (line for group in (*content.projects, *content.adjustments) for line in group.lines):
+            assert line.amount.text in pdf
+            assert line.amount.text in page
+        assert content.totals[-1].amount.head in pdf
+    # November's, of which 20 requests came: 18 on lines, one was refused, one has no price.
+    remarks = content_of(drawn_invoices(volume())[0]).remarks
+    assert any(text.startswith("1 request of the period had no price yet") for text in remarks)
+    assert "1 request delivered nothing and is on no line." in remarks
 
 
 def test_a_pdf_carries_its_own_proof() -> None:
