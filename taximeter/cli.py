@@ -12,6 +12,7 @@ from taximeter.commands import (
     invoices,
     keys,
     leases,
+    models,
     operations,
     parts,
     prices,
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+models_app = typer.Typer(no_args_is_help=True, help="Models behind the gateway.")
 config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
 tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
 key_app = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -65,6 +67,7 @@ for group, name in (
     (invoice_app, "invoice"),
     (export_app, "export"),
     (topics_app, "topics"),
+    (models_app, "models"),
     (config_app, "config"),
 ):
     app.add_typer(group, name=name)
@@ -85,6 +88,7 @@ prices_app.command("diff")(prices.diff)
 prices_app.command("apply")(prices.apply)
 prices_app.command("simulate")(prices.simulate)
 topics_app.command("apply")(operations.apply_topics)
+models_app.command("check")(models.check)
 config_app.command("show")(configuration.show)
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "sink_settings",
     "snapshot_settings",
     "topic_names",
+    "upstream_certificates",
     "worker_settings",
 ]
 
@@ -274,6 +275,12 @@ def model_profile(name: str, profile: ModelProfileConfig) -> ModelProfile:
     return kind(name, **options)
 
 
+def upstream_certificates(config: Config) -> bytes | None:
+    """What the back end's certificate is verified against; None: it has none."""
+    path = config.gateway.upstream_ca_file
+    return None if path is None else _read("gateway.upstream_ca_file", path)
+
+
 def gateway_settings(config: Config) -> GatewaySettings:
     """The metering gateway."""
     from serving.gateway.settings import (
@@ -309,9 +316,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
         host=gateway.host,
         port=gateway.port,
         upstream=gateway.upstream,
-        upstream_root_certificates=(
-            None if gateway.upstream_ca_file is None else _read("gateway.upstream_ca_file", gateway.upstream_ca_file)
-        ),
+        upstream_root_certificates=upstream_certificates(config),
         tls=tls,
         server_id=gateway.server_id,
         region=gateway.region,

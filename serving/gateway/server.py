@@ -155,7 +155,7 @@ class GatewayServer:
         self._settings = settings
         self._follows = directory is None
         self._directory = directory or Directory(settings.directory.partitions)
-        self._tokens = TokenCounts(make_registry(settings.tokenizers, settings.limits.requests_max))
+        self.tokens = TokenCounts(make_registry(settings.tokenizers, settings.limits.requests_max))
         self._followers: list[TopicFollower] = []
         self._publisher: Publisher | None = None
         self._worth = Worth()
@@ -175,7 +175,7 @@ class GatewayServer:
         if settings.publisher is not None:
             self._publisher = Publisher(meter.journal, settings.publisher)
             self._publisher.start()
-        parts = MeterParts(meter, self._tokens, settings.server_id, settings.region, limits.durable_timeout_s)
+        parts = MeterParts(meter, self.tokens, settings.server_id, settings.region, limits.durable_timeout_s)
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
         self._server = grpc.aio.server(
@@ -308,7 +308,7 @@ class GatewayServer:
             await asyncio.to_thread(self._publisher.close, limits.durable_timeout_s)
         if self._meter is not None:
             await asyncio.to_thread(self._meter.close, limits.durable_timeout_s)
-        self._tokens.close()
+        self.tokens.close()
 
 
 async def run_gateway(

@@ -24,8 +24,10 @@ from billing.v1.usage_pb2 import (
 )
 from serving.gateway import GatewayServer
 from serving.gateway.policy import POLICIES
+from serving.gateway.profiles import generic, ocr, vllm
 from serving.model_server import find_smollm2_weights
 from serving.tokenizers import Framing, load_tokenizer
+from taximeter.model_trial import TrialRequest, try_profile
 from tests.services.triton import TritonServer
 from tests.serving.gateway_support import (
     HEADERS,
@@ -191,3 +193,27 @@ async def test_ocr_is_billed_by_the_character(triton: TritonServer, server: Gate
     assert blank.as_numpy("lines").size == 0
     assert {unit.unit: unit.quantity for unit in nothing.units} == {"requests": 1}
     assert refused.outcome == OUTCOME_BACKEND_ERROR
+
+
+async def test_a_profile_is_tried_on_a_live_triton(triton: TritonServer) -> None:
+    tokenizers = {"smollm2": find_smollm2_weights()}
+    page = Path(__file__).with_name("page.png").read_bytes()
+    read = await try_profile(ocr("ocr", text_output="lines"), {}, triton.address, TrialRequest("", 1, {"image": [page]}))
+    assert (read.problems, read.error, read.answer) == ((), "", "".join(PAGE))
+    assert read.event is not None
+    assert {unit.unit: unit.quantity for unit in read.event.units} == {"characters": sum(map(len, PAGE)), "requests": 1}
+    batch = generic("smollm2-batch", tokenizer="smollm2", decoupled=False)
+    written = await try_profile(batch, tokenizers, triton.address, TrialRequest(PROMPTS[0], 4, {}))
+    assert written.event is not None
+    assert billed(written.event)[1:] == (written.tokenizer_input, written.tokenizer_output)
+    # Triton says which inputs a model can do without, and how it answers.
+    wrong = await try_profile(vllm("smollm2-batch"), {}, triton.address, TrialRequest(PROMPTS[0], 4, {}))
+    assert wrong.event is not None
+    assert wrong.event.outcome == OUTCOME_BACKEND_ERROR
+    assert [problem.partition(":")[0] for problem in wrong.problems] == [
+        "input return_num_input_tokens",
+        "input return_num_output_tokens",
+        "output num_input_tokens",
+        "output num_output_tokens",
+        "decoupled = true",
+    ]
