@@ -1,4 +1,4 @@
-"""Issued invoices, as the ledger's records hold them: the stored bytes, never something computed from them."""
+"""Final invoices in the database: the stored bytes that the ledger's step drew, never something computed from them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import cast
 
 from billing.invoices import AT_THE_CLOSE
 from billing.v1.invoice_pb2 import Invoice, InvoiceLine
-from billing.v1.ledger_pb2 import LedgerRecord
-from sinks.columns import version_of
-from sinks.engine import Reader
+from sinks.engine import Parameter, Reader
 
 __all__ = ["IssuedInvoice", "invoice_by_number", "invoices_of", "is_of_requests", "number_text"]
 
 _TIMEOUT_S = 60.0
+# Of an unsigned 64-bit number, at most.
+_DIGITS_MAX = 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +41,23 @@ def is_of_requests(line: InvoiceLine) -> bool:
 
 def invoices_of(reader: Reader, tenant_id: str) -> list[IssuedInvoice]:
     """A tenant's final invoices, in the order in which they were drawn."""
-    return [issued for issued in _issued(reader) if issued.invoice.tenant_id == tenant_id]
+    return _issued(reader, "tenant_id = {tenant:String}", {"tenant": tenant_id})
 
 
 def invoice_by_number(reader: Reader, number: str) -> IssuedInvoice | None:
     """The invoice that has this number on it, or None."""
-    return next((issued for issued in _issued(reader) if issued.number == number), None)
+    series, _, digits = number.rpartition("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= _DIGITS_MAX):
+        return None
+    asked: dict[str, Parameter] = {"series": series, "number": int(digits)}
+    return next(iter(_issued(reader, "series = {series:String} AND number = {number:UInt64}", asked)), None)
 
 
-def _issued(reader: Reader) -> list[IssuedInvoice]:
+def _issued(reader: Reader, condition: str, parameters: dict[str, Parameter]) -> list[IssuedInvoice]:
     rows = reader.query(
-        "SELECT generation_ordinal, sequence, hex(record) FROM ledger_records FINAL "
-        "WHERE (ledger_partition, generation, sequence) IN (SELECT ledger_partition, generation, sequence "
-        "FROM commands FINAL WHERE action = 'invoice_finalization' AND applied = 1) "
-        "ORDER BY ledger_partition, generation_ordinal, sequence",
+        f"SELECT hex(invoice), version FROM invoices FINAL WHERE {condition} ORDER BY version",  # noqa: S608 - names of ours
+        parameters,
         timeout_s=_TIMEOUT_S,
     ).rows
-    found = []
-    for ordinal, sequence, record in rows:
-        stored = LedgerRecord.FromString(bytes.fromhex(str(record))).command.invoice
-        invoice = Invoice.FromString(stored)
-        if invoice.number:
-            found.append(IssuedInvoice(stored, invoice, version_of(cast("int", ordinal), cast("int", sequence))))
-    return found
+    stored = [(bytes.fromhex(str(invoice)), cast("int", version)) for invoice, version in rows]
+    return [IssuedInvoice(entry, Invoice.FromString(entry), version) for entry, version in stored]
