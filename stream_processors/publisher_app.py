@@ -227,7 +227,7 @@ class PublisherApp:
 
     async def _take_over(self, partition: int) -> None:
         ledger = self.settings.topics.ledger
-        place = (await last_marks(self._reader, self.settings.topics.progress, partition)).get(READER_NAME)
+        place = (await last_marks(self._reader, self.settings.topics.progress, partition, READER_NAME)).get(READER_NAME)
         follow = Chain(partition, self._seal_key)
         start, _ = await self._reader.bounds(ledger, partition)
         if place is not None:

@@ -19,17 +19,33 @@ if TYPE_CHECKING:
 
 __all__ = ["check_readers", "cut", "last_marks"]
 
+# Read in a fraction of a second; Kafka compacts a topic late, and a takeover must not wait for days of marks.
+_RECENT_MESSAGES = 20_000
 
-async def last_marks(reader: LogReader, topic: str, partition: int) -> dict[str, Progress]:
-    """What each reader last wrote about its place in this partition, by its name."""
+
+async def last_marks(reader: LogReader, topic: str, partition: int, wanted: str = "") -> dict[str, Progress]:
+    """What readers last wrote about their places in this partition, by their names.
+
+    Bounded: the topic's last messages are read, where each reader that is well writes again and again, and the others only if
+    `wanted` is a reader that is not among them. A mark that is older is of a record that is as far behind in the ledger.
+    """
     marks: dict[str, Progress] = {}
     first, end = await reader.bounds(topic, partition)
-    async for chunk in reader.read(topic, partition, first, end):
+    recent = max(first, end - _RECENT_MESSAGES)
+    await _read_marks(reader, topic, partition, recent, end, marks)
+    if wanted and wanted not in marks:
+        older: dict[str, Progress] = {}
+        await _read_marks(reader, topic, partition, first, recent, older)
+        marks = older | marks
+    return marks
+
+
+async def _read_marks(reader: LogReader, topic: str, partition: int, start: int, end: int, marks: dict[str, Progress]) -> None:
+    async for chunk in reader.read(topic, partition, start, end):
         for _, value in chunk:
             progress = Progress.FromString(value)
             if progress.reader:
                 marks[progress.reader] = progress
-    return marks
 
 
 async def check_readers(
