@@ -43,7 +43,7 @@ class Explanation:
 
     issued: IssuedInvoice
     line: InvoiceLine
-    # Empty where it is made of requests; else why no request was charged it.
+    # Empty where it is made of requests that were charged it; else where it comes from.
     note: str = ""
     requests: int = 0
     units: int = 0

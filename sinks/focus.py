@@ -8,6 +8,7 @@ period after the other, and memory holds one of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 
 from billing.amounts import from_amount
 from billing.line_parts import PartKey
@@ -16,7 +17,7 @@ from billing.prices import PriceBooks
 from billing.v1.invoice_pb2 import CREDIT_KIND_PROMOTIONAL
 from billing.validation import TOKEN_FIELDS
 from sinks.charged_usage import DAY_MS, ChargeKey, UsageName, charged_usage, periods_between
-from sinks.engine import Reader
+from sinks.engine import Reader, decimal_to_pico
 from sinks.focus_rows import Billed, Payee, other_row, usage_row
 from sinks.invoices import IssuedInvoice, invoices_of, is_of_requests
 from sinks.price_books import price_books
@@ -42,6 +43,7 @@ def focus_rows(
             yield from _usage_rows(reader, payer, payee, books, issued, period, first_ms, last_ms)
         for entry in issued:
             yield from invoice_rows(payee, entry, start_ms, end_ms)
+        yield from _waiting_rows(reader, payer, payee, issued, start_ms, end_ms)
 
 
 def usage_bounds(reader: Reader, payer: Payer, start_ms: int, end_ms: int) -> tuple[int, int]:
@@ -67,7 +69,7 @@ def _usage_rows(
     start_ms: int,
     end_ms: int,
 ) -> Iterator[Mapping[str, str]]:
-    takers = [entry for entry in issued if entry.invoice.period_end_ms >= period.end_ms]
+    takers = _takers(issued, period)
     charges = charged_usage(reader, payer, books, period, start_ms, end_ms, [entry.version for entry in takers])
     for key in sorted(charges):
         billed = _billed(payer, period, key, takers)
@@ -85,10 +87,46 @@ def _billed(payer: Payer, period: Period, key: ChargeKey, takers: Sequence[Issue
         taker = takers[key.cut]
         billing_period, number = Period(taker.invoice.period_start_ms, taker.invoice.period_end_ms), taker.number
     else:
-        # No invoice has it: it is the next one's.
-        billing_period = period_at(payer.calendar, takers[-1].invoice.period_end_ms) if takers else period
-        number = ""
+        billing_period, number = _next_period(payer, period, takers), ""
     return Billed(start_ms, end_ms, billing_period, number, correction=billing_period.start_ms > period.start_ms)
+
+
+def _waiting_rows(
+    reader: Reader, payer: Payer, payee: Payee, issued: Sequence[IssuedInvoice], start_ms: int, end_ms: int
+) -> Iterator[Mapping[str, str]]:
+    """Corrections that no invoice has taken yet."""
+    rows = reader.query(
+        "SELECT toUnixTimestamp64Milli(period_start), toUnixTimestamp64Milli(period_end), project_id, model, adjustment_id, "
+        "quantity_of, terms, amount FROM uninvoiced_lines WHERE tenant_id = {tenant:String} AND currency = {currency:String} "
+        "AND adjustment_id != '' AND quantity_of != '' AND period_start >= fromUnixTimestamp64Milli({start:Int64}) "
+        "AND period_start < fromUnixTimestamp64Milli({end:Int64}) "
+        "ORDER BY period_start, adjustment_id, project_id, model, line_id, quantity_of, terms, unit_price",
+        {"tenant": payer.tenant_id, "currency": payer.currency, "start": start_ms, "end": end_ms},
+    ).rows
+    for first, last, project_id, model, adjustment_id, quantity_of, terms, amount in rows:
+        assert isinstance(first, int)
+        assert isinstance(last, int)
+        assert isinstance(amount, Decimal)
+        period = Period(first, last)
+        billing_period = _next_period(payer, period, _takers(issued, period))
+        billed = Billed(*period, billing_period, correction=billing_period.start_ms > period.start_ms)
+        what = _description(str(quantity_of), str(terms), str(model), str(adjustment_id))
+        yield other_row(payee, billed, "Adjustment", what, decimal_to_pico(amount), str(project_id))
+
+
+def _description(quantity_of: str, terms: str, model: str, adjustment_id: str) -> str:
+    said = " ".join(text for text in (quantity_of.replace("_", " "), terms, model) if text).capitalize()
+    return f"{said}, correction {adjustment_id}" if adjustment_id else said
+
+
+def _takers(issued: Sequence[IssuedInvoice], period: Period) -> list[IssuedInvoice]:
+    """The invoices that could take what is of `period`: the first that was drawn after it came."""
+    return [entry for entry in issued if entry.invoice.period_end_ms >= period.end_ms]
+
+
+def _next_period(payer: Payer, period: Period, takers: Sequence[IssuedInvoice]) -> Period:
+    """Whose invoice will take what none has."""
+    return period_at(payer.calendar, takers[-1].invoice.period_end_ms) if takers else period
 
 
 def _list_pico(books: PriceBooks, payer: Payer, name: UsageName, part: PartKey) -> int:
@@ -111,9 +149,9 @@ def invoice_rows(payee: Payee, entry: IssuedInvoice, start_ms: int, end_ms: int)
     for line in invoice.lines:
         period = Period(line.key.period_start_ms, line.key.period_end_ms)
         if not is_of_requests(line) and start_ms <= period.start_ms < end_ms:
-            billed = Billed(*period, own, entry.number, correction=line.adjustment)
-            what = " ".join(text for text in (line.part.quantity_of, line.part.terms, line.key.model) if text)
-            yield other_row(payee, billed, "Adjustment", what, from_amount(line.part.amount))
+            billed = Billed(*period, own, entry.number, correction=period.start_ms < own.start_ms)
+            what = _description(line.part.quantity_of, line.part.terms, line.key.model, line.key.adjustment_id)
+            yield other_row(payee, billed, "Adjustment", what, from_amount(line.part.amount), line.key.project_id)
     if not start_ms <= own.start_ms < end_ms:
         return
     billed = Billed(*own, own, entry.number)

@@ -138,14 +138,19 @@ def usage_row(
     }
 
 
-def other_row(payee: Payee, billed: Billed, category: str, description: str, amount_pico: int) -> Mapping[str, str]:
-    """What no request was charged for: a tax, a credit, a settlement, a rounding."""
+def other_row(
+    payee: Payee, billed: Billed, category: str, description: str, amount_pico: int, project_id: str = ""
+) -> Mapping[str, str]:
+    """What no request was charged for: a tax, a credit, a settlement, a correction, a rounding."""
     return _common(payee, billed, amount_pico) | {
         "ChargeCategory": category,
         "ChargeDescription": description,
         "ChargeFrequency": "One-Time",
         "ServiceName": "Inference",
         "ServiceSubcategory": "Generative AI",
+        "SubAccountId": project_id,
+        "SubAccountName": project_id,
+        "SubAccountType": "Project" if project_id else "",
     }
 
 

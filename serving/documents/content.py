@@ -258,7 +258,7 @@ class _Figures:
         invoice, currency = self._invoice, plain(self._invoice.currency)
         found = [Sum("Usage of the period", self.money(from_amount(invoice.usage)))]
         if any(line.adjustment for line in invoice.lines):
-            found.append(Sum("Adjustments of earlier periods", self.money(from_amount(invoice.adjustments))))
+            found.append(Sum("Adjustments", self.money(from_amount(invoice.adjustments))))
             found.append(Sum("Usage and adjustments", self.money(from_amount(invoice.net_exact))))
         found.append(Sum("Net, rounded", self.rounded(from_amount(invoice.net))))
         for tax in invoice.taxes:
@@ -421,8 +421,8 @@ def _remarks(invoice: Invoice) -> tuple[str, ...]:
     if free > 0:
         what = "request delivered nothing and is" if free == 1 else "requests delivered nothing and are"
         found.append(f"{free:,} {what} on no line.")
-    if any(line.adjustment for line in invoice.lines):
-        found.append("Adjustments belong to earlier periods, whose invoices stay as they are.")
+    if any(line.key.period_start_ms < invoice.period_start_ms for line in invoice.lines):
+        found.append("Adjustments of earlier periods leave the invoices of those as they are.")
     if credits_pico(invoice):
         found.append("Credit was paid or granted before, and settles this invoice as far as it is shown.")
     return tuple(found)
