@@ -155,6 +155,8 @@ class GatewayConfig(_Section):
     replicas: Annotated[int, Field(ge=1)] = 1
     # For models and plans that state none; 0: no limit.
     prompt_tokens_max: Annotated[int, Field(ge=0)] = 0
+    # How often a request is sent where the back end is not there, or is gone before its first response.
+    upstream_attempts: Annotated[int, Field(ge=1, le=10)] = 2
     # What is known of accounts is stale when their partition of the ledger has been silent for so long.
     accounts_age_max_s: Annotated[float, Field(gt=0)] = 60.0
     fail_open: bool = False

@@ -97,6 +97,8 @@ class LimitSettings:
     """Read ahead of the client; the back end is read no further beyond."""
     prompt_tokens_max: int = 0
     """For models and plans that state none; 0: no limit."""
+    upstream_attempts: int = 2
+    """How often a request is sent where the back end is not there, or is gone before its first response. It is billed once."""
     upstream_timeout_s: float = 3_600.0
     """For requests without a deadline of their own."""
     control_timeout_s: float = 30.0
@@ -113,6 +115,7 @@ class LimitSettings:
             "tenant_requests_max",
             "stream_requests_max",
             "request_chunks_max",
+            "upstream_attempts",
             "message_bytes_max",
             "keepalive_ms",
             "replicas",

@@ -24,7 +24,7 @@ from producers.errors import ProducerError
 from serving import kserve
 from serving.gateway.errors import CallError
 from serving.gateway.metering import tell_usage
-from serving.gateway.upstream import EOF
+from serving.gateway.upstream import ASKED_AGAIN, EOF, RETRY_DELAY_S
 from serving.kserve import FINAL_PARAMETER, SERVICE_NAME, TensorError
 
 if TYPE_CHECKING:
@@ -80,37 +80,53 @@ class _RequestFlow:
         self._held: StreamResponse | None = None
         self._before_held: Counted | None = None
         self._delivered_any = False
+        self._call: Any = None
+        self._read_any = False
 
     async def run(self) -> None:
         """Returns when the last response has left. Raises CallError for what the client must still be told."""
-        call = self._gateway.upstream.stream_infer(
-            timeout=self._gateway.upstream_timeout_s(self._caller), metadata=self._caller.metadata
-        )
         self._meter.forwarded()
-        reading = asyncio.get_running_loop().create_task(self._read(call))
+        reading = asyncio.get_running_loop().create_task(self._read())
         try:
             await self._deliver()
         finally:
-            call.cancel()
+            if self._call is not None:
+                self._call.cancel()
             reading.cancel()
             if not self._meter.is_closed:
                 # What the back end has sent by now was produced, whether or not it reached the client.
                 self._count_arrived()
 
-    async def _read(self, call: Any) -> None:
-        """Fill the queue until the back end's stream ends; a full queue holds the back end up."""
-        end = _End(None, "")
+    async def _read(self) -> None:
+        """Fill the queue until the back end's stream ends; one that was not there, or is gone before it said anything, is asked
+        again."""
+        attempts_left = self._gateway.settings.limits.upstream_attempts
+        while True:
+            attempts_left -= 1
+            end = await self._read_once()
+            if not attempts_left or self._read_any or end.status not in ASKED_AGAIN or self._caller.is_late():
+                break
+            self._gateway.metrics["upstream_retries"] += 1
+            await asyncio.sleep(RETRY_DELAY_S)
+        await self._arrived.put(end)
+
+    async def _read_once(self) -> _End:
+        """One stream of the back end, to its end; a full queue holds the back end up."""
+        self._call = call = self._gateway.upstream.stream_infer(
+            timeout=self._gateway.upstream_timeout_s(self._caller), metadata=self._caller.metadata
+        )
         try:
             await call.write(self._admitted.request)
             await call.done_writing()
             while (response := await call.read()) is not EOF:
+                self._read_any = True
                 await self._arrived.put(response)
         except grpc.aio.AioRpcError as error:
-            end = _End(error.code(), error.details() or "the back end gave no reason")
+            return _End(error.code(), error.details() or "the back end gave no reason")
         except asyncio.InvalidStateError:
             # The call had failed before the request was written; its status says why.
-            end = _End(await call.code(), await call.details() or "the back end gave no reason")
-        await self._arrived.put(end)
+            return _End(await call.code(), await call.details() or "the back end gave no reason")
+        return _End(None, "")
 
     async def _next_batch(self) -> list[StreamResponse | _End]:
         batch = [await self._arrived.get()]

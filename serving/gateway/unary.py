@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -10,6 +11,7 @@ from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED, OUTCO
 from producers.errors import ProducerError
 from serving.gateway.errors import CallError
 from serving.gateway.metering import tell_usage
+from serving.gateway.upstream import ASKED_AGAIN, RETRY_DELAY_S
 from serving.kserve import SERVICE_NAME, TensorError
 
 if TYPE_CHECKING:
@@ -25,14 +27,28 @@ __all__ = ["METHOD", "make_model_infer"]
 METHOD = (SERVICE_NAME, "ModelInfer")
 
 
+async def _ask(gateway: Gateway, admitted: Admitted, caller: Caller) -> ModelInferResponse:
+    """The back end's response, asked again where it was not there."""
+    attempts_left = gateway.settings.limits.upstream_attempts
+    while True:
+        attempts_left -= 1
+        try:
+            return await gateway.upstream.infer(
+                admitted.request, timeout=gateway.upstream_timeout_s(caller), metadata=caller.metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            if not attempts_left or error.code() not in ASKED_AGAIN or caller.is_late():
+                raise
+        gateway.metrics["upstream_retries"] += 1
+        await asyncio.sleep(RETRY_DELAY_S)
+
+
 async def _answer(gateway: Gateway, admitted: Admitted, caller: Caller, context: Any) -> ModelInferResponse:
     """Forward the request, bill it, and return what the client gets. Raises CallError."""
     meter = admitted.meter
     meter.forwarded()
     try:
-        response = await gateway.upstream.infer(
-            admitted.request, timeout=gateway.upstream_timeout_s(caller), metadata=caller.metadata
-        )
+        response = await _ask(gateway, admitted, caller)
         meter.saw_response()
         meter.counter.take(response)
     except grpc.aio.AioRpcError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from tritonclient.grpc import service_pb2
@@ -12,7 +12,12 @@ from serving.kserve import SERVICE_NAME
 if TYPE_CHECKING:
     from serving.gateway.settings import GatewaySettings
 
-__all__ = ["EOF", "Upstream"]
+__all__ = ["ASKED_AGAIN", "EOF", "RETRY_DELAY_S", "Upstream"]
+
+# A back end that says so was not there, or is gone: where no response had come, another attempt may find it, or its neighbour.
+# It may have begun; the client is billed once all the same.
+ASKED_AGAIN: Final = frozenset({grpc.StatusCode.UNAVAILABLE})
+RETRY_DELAY_S: Final = 0.1
 
 # What a read gives when the other side has no more; the stubs lack it.
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]

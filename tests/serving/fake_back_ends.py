@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -36,11 +36,16 @@ class RefusedError(Exception):
 
 @dataclass
 class FakeModel:
-    """What the fakes share: whether the last data or an empty response ends a stream, and where one stops to be cancelled."""
+    """What the fakes share: whether the last data or an empty response ends a stream, where one stops to be cancelled, and how
+    often it is not there."""
 
     empty_final: bool = False
     counts_at_end_only: bool = False
     stall_after: int | None = None
+    failures: int = 0
+    """It is not there for so many requests."""
+    asked: list[str] = field(default_factory=list)
+    """The id of each request that came."""
 
     def responses(self, request: Any) -> Iterator[Response]:
         raise NotImplementedError
@@ -180,13 +185,16 @@ class Wide(FakeModel):
 
 def _handlers(models: Mapping[str, FakeModel]) -> dict[str, Any]:
     async def infer(request: Any, context: Any) -> Response:
-        (response,) = models[request.model_name].responses(request)
+        model = models[request.model_name]
+        await _arrive(model, request, context)
+        (response,) = model.responses(request)
         response.id = request.id
         return response
 
     async def stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         async for request in requests:
             model = models[request.model_name]
+            await _arrive(model, request, context)
             try:
                 found = list(model.responses(request))
             except RefusedError as error:
@@ -211,6 +219,13 @@ def _handlers(models: Mapping[str, FakeModel]) -> dict[str, Any]:
             response_serializer=service_pb2.ModelStreamInferResponse.SerializeToString,
         ),
     }
+
+
+async def _arrive(model: FakeModel, request: Any, context: Any) -> None:
+    model.asked.append(request.id)
+    if model.failures:
+        model.failures -= 1
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the model is being loaded")
 
 
 def _named(response: Response, request: Any, *, final: bool, error: str = "") -> Any:

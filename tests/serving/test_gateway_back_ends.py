@@ -53,6 +53,7 @@ from tests.serving.fake_back_ends import (
 )
 from tests.serving.gateway_support import (
     HEADERS,
+    answers,
     billed,
     gateway_settings,
     running,
@@ -260,6 +261,43 @@ async def _cancelled(folder: Path, fake: FakeModel, chunks: int) -> UsageEvent:
                 break
         (event,) = await settled(server)
         return event
+
+
+@pytest.mark.parametrize("decoupled", BOTH)
+async def test_a_request_that_the_gateway_sends_again_is_billed_once(tmp_path: Path, decoupled: bool) -> None:
+    fake = Vllm(failures=1)
+    profile = vllm("m", decoupled=decoupled)
+    async with (
+        serving_models({"m": fake}) as address,
+        running(settings(tmp_path, address, profile)) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        inputs = text_inputs(PROMPT, stream=False)
+        if decoupled:
+            ((response, error),) = await answers(client, {"model_name": "m", "inputs": inputs})
+            assert error is None
+        else:
+            response = (await client.infer("m", inputs, headers=HEADERS)).get_response()
+        (event,) = await settled(server)
+        assert server.metrics()["upstream_retries"] == 1
+    assert fake.asked == [event.request_id] * 2
+    assert event.outcome == OUTCOME_COMPLETED
+    assert told(response)[:3] == billed(event) == (event.request_id, prompt_tokens(PROMPT), len(ANSWER))  # type: ignore[index]
+
+
+async def test_a_back_end_that_stays_away_is_told_after_the_last_attempt(tmp_path: Path) -> None:
+    fake = Vllm(failures=9)
+    limits = LimitSettings(upstream_attempts=3)
+    async with (
+        serving_models({"m": fake}) as address,
+        running(settings(tmp_path, address, vllm("m"), limits=limits)) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="being loaded"):
+            await answers(client, {"model_name": "m", "inputs": text_inputs(PROMPT, stream=True)})
+        (event,) = await settled(server)
+    assert len(fake.asked) == 3
+    assert (event.outcome, event.uncached_input_tokens, event.output_tokens) == (OUTCOME_BACKEND_ERROR, 0, 0)
 
 
 SPOKEN = "The quick brown fox"

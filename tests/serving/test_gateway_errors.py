@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from billing.v1.usage_pb2 import (
     COUNT_SOURCE_TOKENIZER,
     OUTCOME_BACKEND_ERROR,
     OUTCOME_BACKEND_ERROR_PARTIAL,
+    OUTCOME_CANCELLED,
     OUTCOME_COMPLETED,
     OUTCOME_INTERRUPTED,
     OUTCOME_TRUNCATED,
@@ -282,3 +284,56 @@ async def test_no_chunk_leaves_that_the_journal_does_not_take(tmp_path: Path) ->
         assert again.recovered == 1
         (event,) = journalled(again.meter)
     assert (event.outcome, billed(event)[1:]) == (OUTCOME_INTERRUPTED, (1, 1))
+
+
+async def endless(_: Any, context: Any) -> AsyncIterator[Any]:
+    while True:
+        yield vllm_response("word ", input_tokens=4, new_tokens=1, final=False)
+        await asyncio.sleep(0.02)
+
+
+async def test_a_connection_that_breaks_mid_stream_is_billed_as_a_cancel(tmp_path: Path) -> None:
+    """The client says nothing any more: its connection is reset, as by a crash of its machine's network."""
+    async with (
+        scripted_back_end(endless) as address,
+        running(gateway_settings(tmp_path, address)) as server,
+        _wire(server.port) as (port, cut),
+        triton_aio.InferenceServerClient(f"127.0.0.1:{port}") as client,
+    ):
+        stream = aiter(client.stream_infer(_each((ENTRY,)), headers=HEADERS))
+        received = len([await anext(stream) for _ in range(3)])
+        cut()
+        with pytest.raises(grpc.aio.AioRpcError):
+            [_ async for _ in stream]
+        (event,) = await settled(server)
+    assert event.outcome == OUTCOME_CANCELLED
+    assert event.uncached_input_tokens == 4
+    assert event.output_tokens >= received == 3
+
+
+@asynccontextmanager
+async def _wire(target_port: int) -> AsyncIterator[tuple[int, Callable[[], None]]]:
+    """A relay of bytes to a port: its own port, and what resets every connection through it."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target_port)
+        writers.extend((writer, far_writer))
+        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+
+    def cut() -> None:
+        for writer in writers:
+            writer.transport.abort()
+
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], cut
+    finally:
+        server.close()
+        cut()
