@@ -30,6 +30,7 @@ from billing.v1.ledger_pb2 import (
 )
 from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
 from sinks import tables
+from sinks.account_columns import account_rows
 from sinks.coded import Coded
 from sinks.engine import Columns, Table, whole
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames, EventColumns
@@ -89,11 +90,17 @@ def build_columns(batch: Sequence[Accepted], usage_topic: str) -> list[tuple[Tab
         tables.COMMANDS: _commands(batch),
         tables.API_KEYS: _api_keys(batch),
         tables.PRODUCER_MARKS: _producer_marks(batch),
+        **_account_parts(batch),
         tables.ACCOUNTS: build_accounts(batch),
         tables.PERIOD_LINES: _from_rows(tables.PERIOD_LINES, line_rows(batch)),
         **{table: _from_rows(table, rows) for table, rows in invoice_rows(batch).items()},
     }
     return [(table, built[table]) for table in tables.ALL_TABLES if table in built and any(map(len, built[table].values()))]
+
+
+def _account_parts(batch: Sequence[Accepted]) -> dict[Table, Columns]:
+    rows = account_rows([(accepted.record, accepted.version) for accepted in batch])
+    return {table: _from_rows(table, rows[table]) for table in rows}
 
 
 def _books(batch: Sequence[Accepted]) -> dict[Table, Columns]:
@@ -351,6 +358,7 @@ def build_accounts(batch: Sequence[Accepted]) -> Columns:
                 account.calendar.time_zone,
                 list(account.calendar.from_month),
                 list(account.calendar.offset_minutes),
+                from_amount(account.leased),
             )
             for accepted, account in last
         ],
@@ -409,6 +417,10 @@ def _command(accepted: Accepted) -> tuple[object, ...]:
             tenant_id = command.invoice_finalization.tenant_id
         case "key_upsert":
             tenant_id = command.key_upsert.key.tenant_id
+        case "project_upsert":
+            tenant_id = command.project_upsert.tenant_id
+        case "budget_upsert":
+            tenant_id = command.budget_upsert.tenant_id
     if not applied.applied:
         # Not checked by anyone: a forged amount may be beyond what a column holds, and changed nothing.
         amount = 0
@@ -426,6 +438,7 @@ def _command(accepted: Accepted) -> tuple[object, ...]:
         currency,
         record.log_time_ms,
         accepted.version,
+        applied.outcome,
     )
 
 

@@ -6,6 +6,7 @@ from taximeter.commands import (
     accounts,
     checking,
     configuration,
+    credit,
     demo,
     exporting,
     feeding,
@@ -18,6 +19,7 @@ from taximeter.commands import (
     prices,
     reading,
     running,
+    tenants,
 )
 
 __all__ = ["app", "main"]
@@ -34,7 +36,11 @@ models_app = typer.Typer(no_args_is_help=True, help="Models behind the gateway."
 config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
 tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
 key_app = typer.Typer(no_args_is_help=True, help="API keys.")
-credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
+credit_app = typer.Typer(no_args_is_help=True, help="Credit.")
+account_app = typer.Typer(no_args_is_help=True, help="What a balance consists of.")
+project_app = typer.Typer(no_args_is_help=True, help="Projects of tenants.")
+budget_app = typer.Typer(no_args_is_help=True, help="How much may be spent in a month.")
+report_app = typer.Typer(no_args_is_help=True, help="For bookkeepers.")
 lease_app = typer.Typer(no_args_is_help=True, help="What gateways hold of balances.")
 topics_app = typer.Typer(no_args_is_help=True, help="Kafka's topics.")
 prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
@@ -62,6 +68,10 @@ for group, name in (
     (tenant_app, "tenant"),
     (key_app, "key"),
     (credit_app, "credit"),
+    (account_app, "account"),
+    (project_app, "project"),
+    (budget_app, "budget"),
+    (report_app, "report"),
     (lease_app, "lease"),
     (prices_app, "prices"),
     (invoice_app, "invoice"),
@@ -76,9 +86,20 @@ key_app.command("create")(keys.create)
 key_app.command("list")(keys.list_)
 key_app.command("revoke")(keys.revoke)
 key_app.command("rotate")(keys.rotate)
+tenant_app.command("suspend")(tenants.suspend_tenant)
+tenant_app.command("activate")(tenants.activate_tenant)
+tenant_app.command("close")(tenants.close_tenant)
+tenant_app.command("show")(tenants.show_tenant)
+project_app.command("create")(tenants.create_project)
+project_app.command("close")(tenants.close_project)
+budget_app.command("set")(tenants.set_budget)
+budget_app.command("list")(tenants.list_budgets)
+account_app.command("show")(credit.show_account)
+report_app.command("credit")(credit.report_credit)
 lease_app.command("key")(leases.key)
 lease_app.command("retire")(leases.retire)
 credit_app.command("grant")(accounts.grant_credit)
+credit_app.command("topup")(credit.topup_credit)
 invoice_app.command("export")(invoices.export_invoice)
 invoice_app.command("explain")(invoices.explain_invoice)
 export_app.command("focus")(exporting.export_focus)

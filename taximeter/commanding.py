@@ -18,13 +18,25 @@ from billing.v1.account_pb2 import (
     BILLING_MODE_POSTPAID,
     BILLING_MODE_PREPAID,
     KEY_SCOPE_METER,
+    AccountStatus,
     ApiKey,
+    Calendar,
     KeyScope,
     Limits,
     ModelLimits,
     Plan,
 )
-from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, LeaseRetirement, PriceBook, TenantUpsert
+from billing.v1.command_pb2 import (
+    BudgetUpsert,
+    Command,
+    CreditGrant,
+    KeyUpsert,
+    LeaseRetirement,
+    PriceBook,
+    ProjectUpsert,
+    TenantUpsert,
+)
+from billing.v1.invoice_pb2 import CREDIT_KIND_PAID, CreditKind
 from producers.commands import CommandSender, CommandSettings, tenant_of
 from sinks.errors import EngineUnavailable
 from taximeter.compose import kafka_security, topic_names
@@ -37,7 +49,7 @@ if TYPE_CHECKING:
 
     from sinks.engine import Reader
 
-__all__ = ["Commander", "NewKey", "PlanTerms"]
+__all__ = ["Commander", "CreditTerms", "NewKey", "PlanTerms"]
 
 _LOOK_S: Final = 0.1
 _KEY_PREFIX: Final = "tm-"
@@ -82,6 +94,17 @@ class PlanTerms:
 
 
 @dataclass(frozen=True, slots=True)
+class CreditTerms:
+    """What there is to a grant beside its amount."""
+
+    grant_id: str = ""
+    kind: CreditKind.ValueType = CREDIT_KIND_PAID
+    expires_ms: int = 0
+    priority: int = 0
+    reference: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class NewKey:
     """A key and its secret, which is nowhere else."""
 
@@ -110,17 +133,59 @@ class Commander:
             read_secret(config.ledger, "command_key", needed_for="signing a command"),
         )
 
-    def tenant(self, tenant_id: str, name: str, currency: str, plan: PlanTerms | None, *, command_id: str = "") -> Command:
-        """Create a tenant, or change its plan."""
-        upsert = TenantUpsert(tenant_id=tenant_id, display_name=name, currency=currency)
+    def tenant(
+        self,
+        tenant_id: str,
+        name: str,
+        currency: str,
+        plan: PlanTerms | None,
+        *,
+        calendar: Calendar | None = None,
+        command_id: str = "",
+    ) -> Command:
+        """Create a tenant, or change its plan, or when its months begin."""
+        upsert = TenantUpsert(tenant_id=tenant_id, display_name=name, currency=currency, calendar=calendar)
         if plan is not None:
             upsert.plan.CopyFrom(plan.to_plan())
         return self._command(command_id, "", tenant_upsert=upsert)
 
-    def credit(self, tenant_id: str, amount_pico: int, currency: str, reason: str, *, command_id: str = "") -> Command:
-        """Grant prepaid credit."""
-        grant = CreditGrant(tenant_id=tenant_id, amount=to_amount(amount_pico), currency=currency)
+    def status(self, tenant_id: str, status: AccountStatus.ValueType, reason: str, *, expire_credit: bool = False) -> Command:
+        """Suspend a tenant, close it, or let it go on."""
+        upsert = TenantUpsert(tenant_id=tenant_id, status=status, expire_credit=expire_credit)
+        return self._command("", reason, tenant_upsert=upsert)
+
+    def credit(
+        self,
+        tenant_id: str,
+        amount_pico: int,
+        currency: str,
+        reason: str,
+        terms: CreditTerms | None = None,
+        *,
+        command_id: str = "",
+    ) -> Command:
+        """Grant credit. With a grant ID in `terms` a repeat is harmless, whatever the command's ID."""
+        terms = terms or CreditTerms()
+        grant = CreditGrant(
+            tenant_id=tenant_id,
+            amount=to_amount(amount_pico),
+            currency=currency,
+            grant_id=terms.grant_id,
+            kind=terms.kind,
+            expires_ms=terms.expires_ms,
+            priority=terms.priority,
+            reference=terms.reference,
+        )
         return self._command(command_id, reason, credit_grant=grant)
+
+    def project(self, tenant_id: str, project_id: str, name: str, *, closed: bool) -> Command:
+        """Create, name, close or open a project."""
+        upsert = ProjectUpsert(tenant_id=tenant_id, project_id=project_id, display_name=name, closed=closed)
+        return self._command("", "", project_upsert=upsert)
+
+    def budget(self, upsert: BudgetUpsert) -> Command:
+        """Set, change or end a budget."""
+        return self._command("", "", budget_upsert=upsert)
 
     def key(
         self,
@@ -190,6 +255,12 @@ class Commander:
                     f"{timeout_s:g} s ({', '.join(missing[:3])}): see `taximeter doctor`; they may still be applied"
                 )
             time.sleep(_LOOK_S)
+
+    def outcome(self, reader: Reader, command_id: str) -> str:
+        """What the ledger had to say of a command that it applied; after `give`."""
+        sql = "SELECT outcome FROM commands FINAL WHERE command_id = {id:String} AND applied = 1 LIMIT 1"
+        rows = reader.query(sql, {"id": command_id}).rows
+        return str(rows[0][0]) if rows else ""
 
     def was_applied(self, reader: Reader, command_id: str) -> bool:
         """Whether a command of this ID took effect before, in any partition."""

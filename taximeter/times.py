@@ -43,10 +43,10 @@ def parse_time_ms(option: str, text: str, *, now: int) -> int:
     return int(moment.replace(microsecond=0).timestamp()) * 1_000 + moment.microsecond // 1_000
 
 
-def parse_month(text: str) -> int:
+def parse_month(text: str, option: str = "--month") -> int:
     """Months since 1970-01 of "2026-01"."""
     if (match := _MONTH.fullmatch(text)) is None or not (1970 <= int(match[1]) <= 2200 and 1 <= int(match[2]) <= 12):
-        raise MisuseError(f"--month {text!r} is no month: write it like 2026-01")
+        raise MisuseError(f"{option} {text!r} is no month: write it like 2026-01")
     return (int(match[1]) - 1970) * 12 + int(match[2]) - 1
 
 

@@ -37,6 +37,13 @@ def in_database(up: Up, events: int) -> None:
     until(lambda: sum(row["requests"] for row in up.json("usage", "--by", "tenant")) >= events, what=f"{events} events")
 
 
+def run(up: Up, *arguments: str | Path, expected: int = 0) -> Any:
+    """What the command says, in this process: no interpreter has to start."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json", "--data-dir", str(up.data_dir.path)])
+    assert result.exit_code == expected, result.output
+    return json.loads(result.stdout)
+
+
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     with Up(tmp_path_factory.mktemp("up")) as running:
@@ -74,6 +81,44 @@ def test_stopped_and_started_twice_balances_are_as_before_and_new_usage_adds(tmp
 def test_credit_granted_twice_under_one_id_counts_once(up: Up) -> None:
     assert "this ID was granted before" in up.json("credit", "grant", "acme", "5", "--id", "first-payment")["granted"]
     assert balances(up)["acme"]["credit"] == "5.00"
+
+
+def test_a_top_up_is_answered_the_same_and_an_account_explains_what_is_refused(up: Up, tmp_path: Path) -> None:
+    run(up, "tenant", "create", "beta", "--time-zone", "America/Los_Angeles")
+    top_up = ("credit", "topup", "beta", "2.50", "--grant-id", "pi_1", "--reference", "receipt 7")
+    first = run(up, *top_up)
+    assert (first["amount"], first["currency"], first["grant_id"]) == ("2.50", "USD", "pi_1")
+    assert run(up, *top_up) == first
+    assert "a name of its own" in run(up, "credit", "topup", "beta", "3", "--grant-id", "pi_1", expected=1)["error"]
+    run(up, "credit", "grant", "beta", "1", "--kind", "promotional", "--expires", "2100-01-01")
+    run(up, "project", "create", "beta", "search", "--name", "Search")
+    [budget] = run(up, "budget", "set", "beta", "0.10", "--project", "search", "--hard-stop", "--warn-at", "50")["budgets"]
+    assert (budget["amount"], budget["spend"], budget["warns_at_percent"]) == ("0.10", "0.00", ["50.0"])
+    lines = tmp_path / "usage.jsonl"
+    lines.write_text(f"{usage_line('beta-1', tenant_id='beta', project_id='search')}\n")
+    run(up, "import", str(lines))
+    until(lambda: run(up, "budget", "list", "beta")[0]["used_up"], what="the budget")
+    assert [alert["rule"] for alert in run(up, "alerts", "beta")] == ["budget"]
+    shown = run(up, "account", "show", "beta")
+    assert (shown["credit"], shown["spend"], shown["not_set_against_grants"]) == ("3.50", "0.30", "0.30")
+    assert [(each["grant_id"] == "pi_1", each["kind"], each["left"]) for each in shown["grants"]] == [
+        (True, "paid", "2.50"),
+        (False, "promotional", "1.00"),
+    ]
+    [why] = shown["refuses"]
+    assert "requests of project search are refused" in why
+    run(up, "project", "close", "beta", "search")
+    assert run(up, "tenant", "show", "beta")["projects"] == [{"project_id": "search", "name": "Search", "closed": True}]
+    assert run(up, "tenant", "suspend", "beta")["status"] == "suspended"
+    assert "the account is suspended" in run(up, "account", "show", "beta")["refuses"][0]
+    closed = run(up, "tenant", "close", "beta")
+    assert "2.50 USD that was paid for is left" in closed["outcome"]
+    assert run(up, "tenant", "activate", "beta")["status"] == "active"
+    assert run(up, "report", "credit", "--from", "2026-01", "--to", "2026-02")["rows"] == []
+    assert up.run("report", "credit", "--from", "2026-01", "--to", "2026-01", "--csv").startswith(
+        "tenant_id,currency,kind,opening"
+    )
+    assert "is not over" in run(up, "report", "credit", "--from", "2026-01", "--to", "2199-01", expected=2)["error"]
 
 
 def test_the_ledger_refuses_in_its_own_words(up: Up) -> None:
@@ -206,13 +251,6 @@ def test_the_gateway_serves_and_bills_on_after_the_broker_forgot(tmp_path: Path)
 def test_a_second_up_in_the_same_folder_is_refused(up: Up) -> None:
     assert up.run("up", expected=1) == ""
     assert up.alive
-
-
-def run(up: Up, *arguments: str | Path, expected: int = 0) -> Any:
-    """What the command says, in this process: no interpreter has to start."""
-    result = CliRunner().invoke(app, [*map(str, arguments), "--json", "--data-dir", str(up.data_dir.path)])
-    assert result.exit_code == expected, result.output
-    return json.loads(result.stdout)
 
 
 def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: Path) -> None:
