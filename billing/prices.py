@@ -140,10 +140,12 @@ class PriceBooks:
         starts = self._effective_ms.get(currency, [])
         return [from_ms, *starts[bisect_right(starts, from_ms) : bisect_right(starts, until_ms)]]
 
-    def constant_within(self, currency: str, start_ms: int, end_ms: int) -> bool:
-        """Whether one version rates all usage that ends from `start_ms` to before `end_ms`."""
-        starts = self._effective_ms.get(currency, [])
-        return bisect_right(starts, start_ms) == bisect_right(starts, end_ms - 1)
+    def change_within(self, start_ms: int, end_ms: int, currency: str | None = None) -> bool:
+        """Whether usage that ends from `start_ms` to before `end_ms` is rated by more than one version of a currency; None: of
+        any.
+        """
+        lines = self._effective_ms.values() if currency is None else [self._effective_ms.get(currency, [])]
+        return any(bisect_right(starts, start_ms) != bisect_right(starts, end_ms - 1) for starts in lines)
 
 
 def _find(book: PriceBook, model: str, operation: int, service_class: int, tenant_id: str) -> Rate | None:

@@ -7,6 +7,7 @@ more as one merged event (`MergedUsageBatch`), tell which those are, exactly, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import attrgetter, gt
 from typing import Any
 
@@ -19,6 +20,26 @@ _INPUT, _CACHE_READ = TOKEN_FIELDS.index("uncached_input_tokens"), TOKEN_FIELDS.
 _OTHER_TEXTS = [name for name in OPTIONAL_IDS if name != "project_id"]
 
 
+# What is read of every event; the classes of tokens that the batch has follow.
+_READ = (
+    "tenant_id",
+    "request_id",
+    "project_id",
+    "model",
+    "operation",
+    "service_class",
+    "outcome",
+    "started_ms",
+    "ended_ms",
+)
+
+
+@lru_cache(maxsize=1 << len(TOKEN_FIELDS))
+def _reader(places: tuple[int, ...]) -> attrgetter[tuple[Any, ...]]:
+    """What reads an event's row. An event at a time: a column at a time would fetch each event into the cache as often."""
+    return attrgetter(*_READ, *[TOKEN_FIELDS[place] for place in places])
+
+
 class UsageColumns:
     """A decoded batch (its bytes: `value`) by columns, one entry an event."""
 
@@ -26,21 +47,22 @@ class UsageColumns:
         self.raws: Sequence[bytes] = RawUsageBatch.FromString(value).events[:]
         self.events: Sequence[UsageEvent] = batch.events[:]
         merged = MergedUsageBatch.FromString(value).events
-        self.tenant_ids: list[str] = self._read("tenant_id")
-        self.request_ids: list[str] = self._read("request_id")
-        self.projects: list[str] = self._read("project_id")
-        self.models: list[str] = self._read("model")
-        self.operations: list[int] = self._read("operation")
-        self.service_classes: list[int] = self._read("service_class")
-        self.outcomes: list[int] = self._read("outcome")
-        self.started_ms: list[int] = self._read("started_ms")
-        self.ended_ms: list[int] = self._read("ended_ms")
+        places = tuple([place for place, name in enumerate(TOKEN_FIELDS) if merged.HasField(name)])  # type: ignore[arg-type]
+        columns: list[tuple[Any, ...]] = list(zip(*map(_reader(places), self.events), strict=True)) or [()] * len(_READ)
+        self.tenant_ids: tuple[str, ...] = columns[0]
+        self.request_ids: tuple[str, ...] = columns[1]
+        self.projects: tuple[str, ...] = columns[2]
+        self.models: tuple[str, ...] = columns[3]
+        self.operations: tuple[int, ...] = columns[4]
+        self.service_classes: tuple[int, ...] = columns[5]
+        self.outcomes: tuple[int, ...] = columns[6]
+        self.started_ms: tuple[int, ...] = columns[7]
+        self.ended_ms: tuple[int, ...] = columns[8]
         # The classes of tokens that any event has, by their place in TOKEN_FIELDS.
-        self.tokens: dict[int, list[int]] = {
-            place: self._read(name)
-            for place, name in enumerate(TOKEN_FIELDS)
-            if merged.HasField(name)  # type: ignore[arg-type]
-        }
+        self.tokens: dict[int, tuple[int, ...]] = dict(zip(places, columns[len(_READ) :], strict=True))
+        self.first_ended_ms = min(self.ended_ms, default=0)
+        self.last_ended_ms = max(self.ended_ms, default=0)
+        self._largest = {place: max(column) for place, column in self.tokens.items()}
         self.with_units = {index for index, event in enumerate(self.events) if event.units} if merged.units else set()
         self._any_attributes = bool(merged.attributes)
 
@@ -55,9 +77,9 @@ class UsageColumns:
         return (
             self._texts_bounded()
             and min(self.started_ms) > 0
-            and max(self.ended_ms) <= TIME_MS_MAX
+            and self.last_ended_ms <= TIME_MS_MAX
             and not any(map(gt, self.started_ms, self.ended_ms))
-            and all(max(column) <= QUANTITY_MAX for column in self.tokens.values())
+            and max(self._largest.values(), default=0) <= QUANTITY_MAX
             and all(self.tenant_ids)
             and all(self.request_ids)
             and all(self.models)
@@ -78,4 +100,4 @@ class UsageColumns:
 
     def largest_prompt_tokens(self) -> int:
         """No prompt of the batch has more."""
-        return sum(max(column) for place in (_INPUT, _CACHE_READ) if (column := self.tokens.get(place)))
+        return self._largest.get(_INPUT, 0) + self._largest.get(_CACHE_READ, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 
 from billing.abuse import Evidence, Rules
 from billing.accounts import AccountState
@@ -46,11 +46,12 @@ from billing.v1.usage_pb2 import (
     RawUsageBatch,
     UsageBatch,
 )
-from billing.validation import event_problem
+from billing.validation import TOKEN_FIELDS, event_problem
 from billing.windows import MINUTE_MS, Key, Window
 
 _LOW = (1 << 64) - 1
 _REQUEST_IDS_NAMED = 3
+_NO_PRICES = (0,) * len(TOKEN_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +105,13 @@ class _Batch:
         if not count:
             return ()
         known = self.state.seen.find(self.digests)
-        settings = self.state.settings
+        settings, columns = self.state.settings, self.columns
         if (
-            self.columns.well_formed()
+            columns.well_formed()
             and known.count(None) == count
             and len(set(self.digests)) == count
-            and max(self.ended_ms) <= self.log_time_ms + settings.future_alert_ms
-            and min(self.ended_ms) >= self.log_time_ms - settings.dedupe_horizon_ms
+            and columns.last_ended_ms <= self.log_time_ms + settings.future_alert_ms
+            and columns.first_ended_ms >= self.log_time_ms - settings.dedupe_horizon_ms
             and all(map(self._lives_here, set(self.tenant_ids)))
         ):
             return range(count)
@@ -213,12 +214,12 @@ class _Batch:
         """Rate the admitted events and add them to their windows and accounts."""
         if self.state.books.any_terms:
             self.parts = rate_by_terms(self.state, self.events, admitted, self.account, self.costs, record)
-        first_minute, last_minute = min(self.ended_ms) // MINUTE_MS, max(self.ended_ms) // MINUTE_MS
+        columns = self.columns
+        first_minute, last_minute = columns.first_ended_ms // MINUTE_MS, columns.last_ended_ms // MINUTE_MS
         if first_minute == last_minute:
             minutes: Iterable[int] = repeat(first_minute, len(self.ended_ms))
         else:
             minutes = [ended_ms // MINUTE_MS for ended_ms in self.ended_ms]
-        columns = self.columns
         keys = list(
             zip(
                 self.tenant_ids,
@@ -231,18 +232,18 @@ class _Batch:
             )
         )
         groups: defaultdict[tuple[str, str, str, int, int, int], list[int]] = defaultdict(list)
-        for index in admitted:
-            groups[keys[index]].append(index)
+        for index, key in zip(admitted, map(keys.__getitem__, admitted), strict=True):
+            groups[key].append(index)
         # What most batches have none of is looked for once.
         free = not FREE_OUTCOMES.isdisjoint(columns.outcomes)
         largest_prompt = columns.largest_prompt_tokens()
-        totals = []
         state = self.state
+        book_changes = state.books.change_within(first_minute * MINUTE_MS, (last_minute + 1) * MINUTE_MS)
         for key, indexes in groups.items():
             account = self.account(key[0])
             evidence = self.evidence[key[0]]
             limit = account.plan.prompt_tokens_max
-            for rate, rated in self._rates(key, account.currency, indexes):
+            for rate, rated in self._rates(key, account.currency, indexes, book_changes):
                 window = self._window((*key, rate.version if rate else 0), account.currency, record)
                 evidence.last_indexes = rated
                 window.events += len(rated)
@@ -250,21 +251,15 @@ class _Batch:
                 if limit and largest_prompt > limit:
                     self._find_oversized(rated, limit, evidence)
                 charged = self._set_free_aside(rated, window, limit, evidence) if free else rated
-                tokens = 0
-                for place, column in columns.tokens.items():
-                    added = sum([column[index] for index in charged])
-                    window.tokens[place] += added
-                    tokens += added
-                evidence.minute_tokens[key[5]] = evidence.minute_tokens.get(key[5], 0) + tokens
                 if self.with_units:
                     self._add_units(charged, window)
-                cost = self._rate_all(rate, window, account, charged)
+                tokens, cost = self._rate(rate, window, account, evidence, charged)
+                evidence.minute_tokens[key[5]] = evidence.minute_tokens.get(key[5], 0) + tokens
                 window.cost_pico += cost
                 account.spend_pico += cost
                 evidence.cost_pico += cost
                 state.touch_window(window, self.log_time_ms)
-                totals.append(window.to_total())
-        record.totals.extend(totals)
+                record.totals.add().CopyFrom(window.to_total())
 
     def _window(self, key: tuple[str, str, str, int, int, int, int], currency: str, record: LedgerRecord) -> Window:
         """The open window of `key` that takes usage in `currency`: where there is none, this record opens it."""
@@ -290,52 +285,57 @@ class _Batch:
                 window.units[unit] = window.units.get(unit, 0) + quantity
 
     def _rates(
-        self, key: tuple[str, str, str, int, int, int], currency: str, indexes: list[int]
-    ) -> list[tuple[Rate | None, list[int]]]:
+        self, key: tuple[str, str, str, int, int, int], currency: str, indexes: list[int], book_changes: bool
+    ) -> Iterable[tuple[Rate | None, list[int]]]:
         """What rates `indexes`: one version of the book, but for a minute in which another one takes effect."""
         tenant_id, _, model, operation, service_class, minute = key
         books = self.state.books
         start_ms = minute * MINUTE_MS
-        if books.constant_within(currency, start_ms, start_ms + MINUTE_MS):
-            return [(books.rate(currency, start_ms, model, operation, service_class, tenant_id), indexes)]
+        if not book_changes or not books.change_within(start_ms, start_ms + MINUTE_MS, currency):
+            return ((books.rate(currency, start_ms, model, operation, service_class, tenant_id), indexes),)
         by_version: dict[int, tuple[Rate | None, list[int]]] = {}
         for index in indexes:
             rate = books.rate(currency, self.ended_ms[index], model, operation, service_class, tenant_id)
             by_version.setdefault(rate.version if rate else 0, (rate, []))[1].append(index)
-        return list(by_version.values())
+        return by_version.values()
 
-    def _rate_all(self, rate: Rate | None, window: Window, account: AccountState, indexes: Sequence[int]) -> int:
-        """The cost of `indexes`, which is also noted for each."""
+    def _rate(
+        self, rate: Rate | None, window: Window, account: AccountState, evidence: Evidence, indexes: Sequence[int]
+    ) -> tuple[int, int]:
+        """Add what `indexes` used to the window. Returns their tokens and their cost, which is also noted for each."""
+        flat = rate.token_pico if rate is not None and rate.terms is None else _NO_PRICES
+        noted = self.costs
+        cost = tokens = 0
+        for place, column in self.columns.tokens.items():
+            pico = flat[place]
+            added = 0
+            for index in indexes:
+                quantity = column[index]
+                added += quantity
+                noted[index] += quantity * pico
+            window.tokens[place] += added
+            tokens += added
+            cost += added * pico
         if rate is None:
-            key = window.key
             window.unrated_events += len(indexes)
             account.unrated_events += len(indexes)
             if indexes:
-                unrated = self.evidence[key.tenant_id].unrated.setdefault(key.model, [])
+                unrated = evidence.unrated.setdefault(window.key.model, [])
                 unrated.extend([self.request_ids[index] for index in indexes])
-            return 0
+            return tokens, 0
+        self.rated.append((rate.version, indexes))
         if rate.terms is not None:
             # `rate_by_terms` has noted them.
-            self.rated.append((rate.version, indexes))
             for index in indexes:
                 add_rated(window.parts, self.parts[index], WINDOW_PARTS_HARD_MAX)
-            return sum([self.costs[index] for index in indexes])
-        priced = [(column, pico) for place, column in self.columns.tokens.items() if (pico := rate.token_pico[place])]
-        if len(priced) == 2:
-            (first, first_pico), (second, second_pico) = priced
-            costs = [first[index] * first_pico + second[index] * second_pico for index in indexes]
-        else:
-            costs = [sum([column[index] * pico for column, pico in priced]) for index in indexes]
+            return tokens, sum([noted[index] for index in indexes])
         if self.with_units:
-            for place, index in enumerate(indexes):
-                if index in self.with_units:
-                    units = unit_quantities(self.events[index]).items()
-                    costs[place] += sum(quantity * rate.unit_pico.get(unit, 0) for unit, quantity in units)
-        self.rated.append((rate.version, indexes))
-        noted = self.costs
-        for index, cost in zip(indexes, costs, strict=True):
-            noted[index] = cost
-        return sum(costs)
+            for index in self.with_units.intersection(indexes):
+                units = unit_quantities(self.events[index]).items()
+                of_units = sum(quantity * rate.unit_pico.get(unit, 0) for unit, quantity in units)
+                noted[index] += of_units
+                cost += of_units
+        return tokens, cost
 
     def _find_oversized(self, indexes: Iterable[int], limit: int, evidence: Evidence) -> None:
         prompts = [(self.request_ids[index], self.columns.prompt_tokens(index)) for index in indexes]
@@ -357,7 +357,7 @@ class _Batch:
         """Keep the keys of the admitted events until max(seen, ended) + horizon is over, in days."""
         horizon_ms = self.state.settings.dedupe_horizon_ms
         first_day = (self.log_time_ms + horizon_ms) // DAY_MS
-        if len(admitted) == len(self.raws) and (max(self.ended_ms) + horizon_ms) // DAY_MS <= first_day:
+        if len(admitted) == len(self.raws) and (self.columns.last_ended_ms + horizon_ms) // DAY_MS <= first_day:
             self._remember_day(first_day, self.digests, self.fingerprints, record)
             return
         days: defaultdict[int, list[int]] = defaultdict(list)
@@ -369,7 +369,7 @@ class _Batch:
 
     def _remember_day(self, day: int, digests: list[bytes], fingerprints: list[bytes], record: LedgerRecord) -> None:
         self.state.seen.remember(day, digests, fingerprints)
-        entries = b"".join([part for pair in zip(digests, fingerprints, strict=True) for part in pair])
+        entries = b"".join(chain.from_iterable(zip(digests, fingerprints, strict=True)))
         record.usage.remembered.append(RememberedKeys(expires_day=day, entries=entries))
 
     def state_costs(self, admitted: Sequence[int], record: LedgerRecord) -> None:
@@ -413,7 +413,7 @@ class _Batch:
             evidence = self.evidence[tenant_id]
             evidence.request_ids = [self.request_ids[index] for index in evidence.last_indexes[-_REQUEST_IDS_NAMED:]]
             rules.look(account, evidence, account.plan.prompt_tokens_max)
-            record.accounts.append(account.to_account(state.generation, record.sequence, self.log_time_ms))
+            record.accounts.add().CopyFrom(account.to_account(state.generation, record.sequence, self.log_time_ms))
         record.alerts.extend(rules.alerts)
 
 

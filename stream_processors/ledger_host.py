@@ -34,14 +34,14 @@ from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefuse
 from stream_processors.local_store import Acknowledged, LocalStore
 from stream_processors.log_place import Standing, find_place
 
-__all__ = ["HostSettings", "LedgerHost", "LogReader", "LogWriter"]
+__all__ = ["APPLY_RECORDS", "HostSettings", "LedgerHost", "LogReader", "LogWriter"]
 
 logger = logging.getLogger(__name__)
 
 _REPLAY_RECORDS_MAX = 64
 # One batch of the local store for so many records, while more are on their way: of a window or an account that all of them
 # touched it writes one state. With nothing on its way it is written at once.
-_APPLY_RECORDS = 16
+APPLY_RECORDS = 16
 
 
 class LogReader(Protocol):
@@ -364,7 +364,7 @@ class LedgerHost:
             return
         self._delivered.append((expected, done))
         self._changed.set()
-        if not self._apply_scheduled and (not self._in_flight or len(self._delivered) >= _APPLY_RECORDS):
+        if not self._apply_scheduled and (not self._in_flight or len(self._delivered) >= APPLY_RECORDS):
             # Deliveries come in bunches too: the batch takes all that arrive in this turn of the loop.
             self._apply_scheduled = True
             asyncio.get_running_loop().call_soon(self._apply)

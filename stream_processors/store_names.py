@@ -73,7 +73,7 @@ def states_of(record: LedgerRecord) -> Iterator[tuple[bytes, Stated | None]]:
 
 def window_name(key: WindowKey) -> bytes:
     """Of an open window: with the sequence that opened it, as a record states it and as a record lets it go."""
-    return b"w" + key.SerializeToString(deterministic=True)
+    return b"w" + key.SerializeToString()
 
 
 def _line_name(key: PeriodLineKey) -> bytes:

@@ -50,8 +50,10 @@ def test_a_version_rates_from_its_time_on() -> None:
     books.add(book(Price(model="m", output_pico=2), version=2, effective_ms=2_000))
     found = [books.rate("USD", ended_ms, "m", 1, 1, "t") for ended_ms in (999, 1_000, 1_999, 2_000)]
     assert [rate and rate.version for rate in found] == [None, 1, 1, 2]
-    assert not books.constant_within("USD", 1_500, 2_500)
-    assert books.constant_within("USD", 1_000, 2_000)
+    assert books.change_within(1_500, 2_500, "USD")
+    assert books.change_within(1_500, 2_500)
+    assert not books.change_within(1_000, 2_000)
+    assert not books.change_within(1_500, 2_500, "EUR")
 
 
 @pytest.mark.parametrize(

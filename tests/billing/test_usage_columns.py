@@ -47,16 +47,16 @@ def test_an_odd_encoding_hides_nothing(extras: list[bytes]) -> None:
         return
     columns = UsageColumns(value, batch)
     for place, name in enumerate(TOKEN_FIELDS):
-        said = [getattr(event, name) for event in batch.events]
-        assert columns.tokens.get(place, [0] * len(said)) == said
-    assert columns.outcomes == [event.outcome for event in batch.events]
-    assert columns.ended_ms == [event.ended_ms for event in batch.events]
+        said = tuple(getattr(event, name) for event in batch.events)
+        assert columns.tokens.get(place, (0,) * len(said)) == said
+    assert columns.outcomes == tuple(event.outcome for event in batch.events)
+    assert columns.ended_ms == tuple(event.ended_ms for event in batch.events)
 
 
 def test_a_number_is_seen_though_the_last_event_says_zero() -> None:
     tag = _varint(_NUMBER_OF["cache_write_tokens"] << 3)
     value = RawUsageBatch(events=[_PLAIN + tag + _varint(7), _PLAIN + tag + b"\0"]).SerializeToString()
-    assert UsageColumns(value, UsageBatch.FromString(value)).tokens == {TOKEN_FIELDS.index("cache_write_tokens"): [7, 0]}
+    assert UsageColumns(value, UsageBatch.FromString(value)).tokens == {TOKEN_FIELDS.index("cache_write_tokens"): (7, 0)}
 
 
 def test_units_under_an_overlong_tag_are_seen() -> None:
