@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from billing.accounts import AccountState
+from billing.adjustments import adjust
 from billing.amounts import format_pico
 from billing.commands import CommandRefused, remembered_id, verify
 from billing.identity import partition_of
@@ -76,6 +77,8 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
             _lease(state, command.lease_request, record, applied)
         case "lease_retirement":
             _retire_leases(state, command.lease_retirement, record, applied)
+        case "adjustment":
+            _adjust(state, command, record, applied)
         case "invoice_finalization":
             _invoice(state, command.invoice_finalization, record, applied)
         case other:
@@ -214,6 +217,13 @@ def _invoice(state: LedgerState, said: InvoiceFinalization, record: LedgerRecord
     applied.invoice = finalize(state, account, said, record)
     if not said.draft:
         _state_account(state, account, record)
+
+
+def _adjust(state: LedgerState, command: Command, record: LedgerRecord, applied: CommandApplied) -> None:
+    _own_tenant(state, command.adjustment.tenant_id)
+    account = _known_account(state, command.adjustment.tenant_id)
+    applied.outcome = adjust(state, account, command, record)
+    _state_account(state, account, record)
 
 
 def _take_book(state: LedgerState, book: PriceBook, applied: CommandApplied) -> None:

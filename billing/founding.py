@@ -10,7 +10,7 @@ from billing.limits import SCHEMA_VERSION
 from billing.release import folded
 from billing.state import DAY_MS, LedgerState
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan
-from billing.v1.ledger_pb2 import Founding, InvoiceSeries, LedgerRecord
+from billing.v1.ledger_pb2 import CorrectedEvent, Founding, InvoiceSeries, LedgerRecord
 
 GENERATION_BYTES = 16
 DEDUPE_KEY_BYTES = 32
@@ -132,5 +132,9 @@ def _founding_record(
         )
         record.budgets.extend(carried.budgets.all(generation))
         record.projects.extend(carried.all_projects())
+        record.corrected.extend(
+            CorrectedEvent(key=key, adjustment_id=by.adjustment_id, corrected_ms=by.corrected_ms)
+            for key, by in sorted(carried.corrected.items())
+        )
         record.founding.price_books.extend(carried.books.all())
     return record, seal(record, seal_key)

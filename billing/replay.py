@@ -13,7 +13,7 @@ from billing.leases import LeaseState
 from billing.period_lines import line_key_of
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
-from billing.state import LedgerState, SeriesHead
+from billing.state import Corrected, LedgerState, SeriesHead
 from billing.v1.command_pb2 import Command
 from billing.v1.ledger_pb2 import LedgerRecord, RememberedKeys
 from billing.windows import Window, key_of
@@ -71,6 +71,8 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
         state.budgets.set(budget)
     for project in record.projects:
         state.projects.setdefault(project.tenant_id, {})[project.project_id] = project
+    for entry in record.corrected:
+        state.corrected[entry.key] = Corrected(entry.adjustment_id, entry.corrected_ms)
     for key in record.keys:
         state.keys[key.key_id] = key
     for mark in record.producers:

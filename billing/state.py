@@ -21,6 +21,8 @@ from billing.v1.ledger_pb2 import Founding
 from billing.windows import MINUTE_MS, Key, Window
 
 DAY_MS = 86_400_000
+# How long it is known that an event was voided or amended: as long as the lines of its period.
+CORRECTED_KEPT_MS = LINES_KEPT_MS
 
 
 class SeenKeys(Protocol):
@@ -78,6 +80,13 @@ class SeriesHead(NamedTuple):
     hash: bytes
 
 
+class Corrected(NamedTuple):
+    """How an event was corrected."""
+
+    adjustment_id: str
+    corrected_ms: int
+
+
 class LedgerState:
     """The state of one partition after a record. Made by `replay.apply` of a founding record, or loaded from a local store."""
 
@@ -106,6 +115,8 @@ class LedgerState:
         self.budgets = Budgets()
         # By tenant and project.
         self.projects: dict[str, dict[str, Project]] = {}
+        # Dedupe key of an event that was voided or amended: by which command, and when.
+        self.corrected: dict[bytes, Corrected] = {}
         # Command ID to the log time when it came: a repeat within the horizon is applied once.
         self.commands: dict[str, int] = {}
         self.expired_through_day = 0
@@ -170,6 +181,8 @@ class LedgerState:
         self.quantities.forget(log_time_ms - KEPT_MS)
         self.credits.forget(log_time_ms - credit.KEPT_MS)
         self.lines.forget(log_time_ms - LINES_KEPT_MS)
+        for key in [key for key, by in self.corrected.items() if by.corrected_ms < log_time_ms - CORRECTED_KEPT_MS]:
+            del self.corrected[key]
 
     def digest(self, *, with_memory: bool = True) -> str:
         """SHA-256 over everything here in a canonical order: equal states have equal digests.
@@ -216,6 +229,7 @@ class LedgerState:
             add(budget.SerializeToString(deterministic=True))
         for project in self.all_projects():
             add(project.SerializeToString(deterministic=True))
+        add(sorted(self.corrected.items()))
         add(sorted(self.commands.items()))
         if with_memory:
             h.update(self.seen.digest())

@@ -288,6 +288,21 @@ class _PartitionAudit:
                 end,
             )
 
+        self._compare_adjustments(end)
+
+    def _compare_adjustments(self, end: int) -> None:
+        rows = self._query(
+            "SELECT tenant_id, sum(amount) FROM adjustments FINAL WHERE ledger_partition = {partition:UInt32} "
+            "AND version <= {end:UInt64} GROUP BY tenant_id ORDER BY tenant_id",
+            {"end": end},
+        )
+        found = {str(tenant_id): decimal_to_pico(cast("Decimal", amount)) for tenant_id, amount in rows}
+        expected = self.recomputed.adjusted_by_tenant
+        for tenant_id in sorted(found.keys() | expected.keys()):
+            if found.get(tenant_id, 0) != expected[tenant_id]:
+                subject = f"adjustments of tenant {tenant_id}"
+                self._differs("adjustments_differ", subject, f"{expected[tenant_id]} pico", f"{found.get(tenant_id, 0)} pico")
+
     def _compare_rows(self, table: str, kind: str, expected: dict[str, int], version: str, end: int) -> None:
         rows = self._query(
             f"SELECT tenant_id, count() FROM {table} FINAL WHERE ledger_partition = {{partition:UInt32}} "  # noqa: S608 - names of ours

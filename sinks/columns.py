@@ -31,6 +31,7 @@ from billing.v1.ledger_pb2 import (
 from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
 from sinks import tables
 from sinks.account_columns import account_rows
+from sinks.adjustment_rows import adjustment_rows, corrected_rows
 from sinks.coded import Coded
 from sinks.engine import Columns, Table, whole
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames, EventColumns
@@ -87,6 +88,8 @@ def build_columns(batch: Sequence[Accepted], usage_topic: str) -> list[tuple[Tab
         tables.USAGE_TOTALS: _totals(batch),
         tables.ALERTS: _alerts(batch),
         **_books(batch),
+        tables.ADJUSTMENTS: _from_rows(tables.ADJUSTMENTS, adjustment_rows(batch)),
+        tables.CORRECTED_EVENTS: _from_rows(tables.CORRECTED_EVENTS, corrected_rows(batch)),
         tables.COMMANDS: _commands(batch),
         tables.API_KEYS: _api_keys(batch),
         tables.PRODUCER_MARKS: _producer_marks(batch),
@@ -411,6 +414,9 @@ def _command(accepted: Accepted) -> tuple[object, ...]:
         case "credit_grant":
             tenant_id, currency = command.credit_grant.tenant_id, command.credit_grant.currency
             amount = from_amount(command.credit_grant.amount)
+        case "adjustment":
+            tenant_id, currency = command.adjustment.tenant_id, command.adjustment.currency
+            amount = sum(from_amount(line.cost) for line in command.adjustment.lines)
         case "tenant_upsert":
             tenant_id = command.tenant_upsert.tenant_id
         case "invoice_finalization":

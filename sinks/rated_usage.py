@@ -32,6 +32,8 @@ from sinks.queries import CHARGED
 
 __all__ = ["Offer", "Payer", "Rated", "RatedLine", "UsageKey", "payers", "rated_usage"]
 
+# Whether an adjustment voided or amended the event.
+_CORRECTED = "request_id IN (SELECT request_id FROM corrected_events WHERE tenant_id = {tenant:String}) AS corrected"
 Counters = dict[Counter, dict[str, int]]
 
 _PAGE_EVENTS = 200_000
@@ -63,15 +65,27 @@ class Offer(NamedTuple):
     # By the version that each event says it was rated by, and not by the one in effect when it ended: a book may have come
     # later than the usage that it is for.
     as_charged: bool = False
+    # By this version, whenever it takes effect.
+    version: int | None = None
+    # Only what no book has rated goes into lines, under the book in effect when it ended; the rest moves the counters.
+    unrated_alone: bool = False
+    # What an adjustment voided or amended moves the counters, and goes into no line.
+    without_corrected: bool = False
 
     def rate(
         self, payer: Payer, stated_version: int, ended_ms: int, model: str, operation: int, service_class: int
     ) -> Rate | None:
         """The rate of usage whose events state `stated_version`; None: unrated."""
         names = model, operation, service_class, payer.tenant_id
-        if self.as_charged:
+        if self.as_charged or (self.unrated_alone and stated_version):
             return self.books.rate_of_version(payer.currency, stated_version, *names)
+        if self.version is not None:
+            return self.books.rate_of_version(payer.currency, self.version, *names)
         return self.books.rate(payer.currency, ended_ms, *names)
+
+    def takes(self, stated_version: int, corrected: int) -> bool:
+        """Whether such usage goes into lines."""
+        return not (self.unrated_alone and stated_version) and not (self.without_corrected and corrected)
 
 
 class UsageKey(NamedTuple):
@@ -241,26 +255,29 @@ class _Rating:
     def _rate_sums(self, period: Period, start_ms: int, end_ms: int) -> set[str]:
         """Rate what has flat prices by its sums; returns the models of which some usage has terms."""
         rows = self._reader.query(
-            f"SELECT project_id, model, operation, service_class, price_version, count(), {_TOKEN_SUMS}, "  # noqa: S608 - names of ours
+            f"SELECT project_id, model, operation, service_class, price_version, {_CORRECTED}, count(), {_TOKEN_SUMS}, "  # noqa: S608 - names of ours
             f"sumMap(unit_names, unit_quantities) FROM usage_events FINAL WHERE {_OF_TENANT} "
-            "GROUP BY project_id, model, operation, service_class, price_version "
-            "ORDER BY project_id, model, operation, service_class, price_version",
+            "GROUP BY project_id, model, operation, service_class, price_version, corrected "
+            "ORDER BY project_id, model, operation, service_class, price_version, corrected",
             _asked(self._payer, start_ms, end_ms),
             timeout_s=_TIMEOUT_S,
         ).rows
         with_terms = set()
         for row in rows:
-            project_id, model, stated_version, events = str(row[0]), str(row[1]), cast("int", row[4]), cast("int", row[5])
+            project_id, model, stated_version, events = str(row[0]), str(row[1]), cast("int", row[4]), cast("int", row[6])
+            corrected = cast("int", row[5])
             operation, service_class = number_of_operation(str(row[2])), number_of_service_class(str(row[3]))
             # A wide number comes as text in one engine's answers.
-            tokens = [int(cast("str", value)) for value in row[6:14]]
-            names, quantities = cast("tuple[list[str], list[int]]", row[14])
+            tokens = [int(cast("str", value)) for value in row[7:15]]
+            names, quantities = cast("tuple[list[str], list[int]]", row[15])
             units = dict(zip(names, quantities, strict=True))
             each = False
             for offer, rated in zip(self._offers, self.rated, strict=True):
                 rate = offer.rate(self._payer, stated_version, start_ms, model, operation, service_class)
                 if rate is not None and rate.terms is not None:
                     each = True
+                    continue
+                if not offer.takes(stated_version, corrected):
                     continue
                 key = UsageKey(period, project_id, model, operation, service_class, rate.version if rate else 0)
                 rated.line(key).add(flat_parts(tokens, units, rate or _UNRATED), events)
@@ -293,7 +310,7 @@ class _Rating:
         while True:
             rows: list[Any] = self._reader.query(
                 "SELECT version, record_index, price_version, toUnixTimestamp64Milli(ended), project_id, model, operation, "  # noqa: S608
-                f"service_class, context_tokens, unit_names, unit_quantities, {_TOKEN_COLUMNS} "
+                f"service_class, {_CORRECTED}, context_tokens, unit_names, unit_quantities, {_TOKEN_COLUMNS} "
                 f"FROM usage_events FINAL WHERE {_OF_TENANT} "
                 "AND model IN {models:Array(String)} "
                 "AND (version, record_index) > ({version:UInt64}, {index:UInt32}) "
@@ -314,11 +331,12 @@ class _Request:
 
     def __init__(self, row: Sequence[Any], times: Sequence[int], thresholds: Sequence[int]) -> None:
         self.ended_ms: int = row[3]
-        self.tokens: Sequence[int] = row[11:]
-        self.units: dict[str, int] = dict(zip(row[9], row[10], strict=True)) if row[9] else {}
-        self.context_tokens: int = row[8] or input_tokens(self.tokens)
-        # The version that it states, its names, between which moments it ended, and which thresholds of context it passes.
-        self.alike = (*row[2:3], *row[4:8], bisect_right(times, self.ended_ms), bisect_left(thresholds, self.context_tokens))
+        self.tokens: Sequence[int] = row[12:]
+        self.units: dict[str, int] = dict(zip(row[10], row[11], strict=True)) if row[10] else {}
+        self.context_tokens: int = row[9] or input_tokens(self.tokens)
+        # The version that it states, its names, whether it was corrected, between which moments it ended, which thresholds of
+        # context it passes.
+        self.alike = (*row[2:3], *row[4:9], bisect_right(times, self.ended_ms), bisect_left(thresholds, self.context_tokens))
 
 
 class _OfferPage:
@@ -345,11 +363,14 @@ class _OfferPage:
         ordered = self._ordered(found)
         for place, (request, events) in found:
             if place.counter not in ordered:
-                place.rate(request, events, inside=start_ms <= request.ended_ms < end_ms)
+                place.rate(request, events, inside=start_ms <= request.ended_ms < end_ms and self._takes(request))
         for request in chunk if ordered else ():
             each = self._places[request.alike]
             if each is not None and each.counter in ordered:
-                each.rate(request, 1, inside=start_ms <= request.ended_ms < end_ms)
+                each.rate(request, 1, inside=start_ms <= request.ended_ms < end_ms and self._takes(request))
+
+    def _takes(self, request: _Request) -> bool:
+        return self._offer.takes(request.alike[0], request.alike[5])
 
     def _place(self, request: _Request) -> _Place | None:
         try:

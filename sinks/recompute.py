@@ -19,6 +19,7 @@ from billing.commands import CommandRefused
 from billing.leases import LeaseState
 from billing.limits import ID_CHARS_MAX, WINDOW_PARTS_HARD_MAX
 from billing.line_parts import Parts, add_rated, from_line_parts
+from billing.period_lines import line_key_of
 from billing.periods import period_at
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
@@ -141,6 +142,9 @@ class Recomputed:
         self.closed: list[tuple[WindowId, ExpectedWindow]] = []
         self.events_by_tenant: Counter[str] = Counter()
         self.windows_by_tenant: Counter[str] = Counter()
+        # The sum of each tenant's adjustments.
+        self.adjusted_by_tenant: Counter[str] = Counter()
+        self._corrected: dict[bytes, str] = {}
         self._books = PriceBooks()
         self._quantities = Quantities()
         self._credits = credit.Credits()
@@ -305,6 +309,8 @@ class Recomputed:
                     account.calendar = upsert.calendar
                 if upsert.status == ACCOUNT_STATUS_CLOSED:
                     self._credits.forfeit(upsert.tenant_id, account, stated, paid_too=upsert.expire_credit)
+            case "adjustment":
+                self._adjustment(record, command)
             case "price_book":
                 self._books.add(command.price_book)
             case "invoice_finalization":
@@ -357,6 +363,21 @@ class Recomputed:
             if (event := each.event).tenant_id in self._budgets.tenants
         ]
         self._budgets.charge(charges, self.accounts, stated)
+
+    def _adjustment(self, record: LedgerRecord, command: Command) -> None:
+        said = command.adjustment
+        amount = 0
+        for stated in said.lines:
+            parts = from_line_parts(stated.parts)
+            self.lines.lines.line(line_key_of(stated.key), record.generation, record.sequence).add_parts(parts)
+            amount += sum(part.amount_pico for part in parts.values())
+        self._account(said.tenant_id).spend_pico += amount
+        self.adjusted_by_tenant[said.tenant_id] += amount
+        for request_id, entry in zip(said.corrected_request_ids, record.corrected, strict=True):
+            if (by := self._corrected.setdefault(entry.key, command.command_id)) != command.command_id:
+                self._differs(
+                    "corrected_twice", f"event {said.tenant_id}/{request_id}", f"corrected by {by}", command.command_id
+                )
 
     def _account(self, tenant_id: str) -> ExpectedAccount:
         account = self.accounts.get(tenant_id)

@@ -3,7 +3,7 @@
 Promise: every line is quantity times price, exactly (what lifts requests to their least price has an amount alone), and the
 lines add up to what was charged; if they don't, no statement is made and the error says to run the audit. Where a price has
 tiers or other terms, each request is rated again in the ledger's order, so a statement that begins within a month is exact
-too. Usage counts by when it ended, credit by when the ledger took it.
+too. Usage counts by when it ended, credit and corrections by when the ledger took them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sinks.price_books import number_of_operation, number_of_service_class, pric
 from sinks.queries import CHARGED, balances
 from sinks.rated_usage import Offer, RatedLine, UsageKey, payers, rated_usage
 
-__all__ = ["CreditLine", "Statement", "StatementError", "StatementLine", "statement"]
+__all__ = ["CorrectionLine", "CreditLine", "Statement", "StatementError", "StatementLine", "statement"]
 
 
 class StatementError(SinkError):
@@ -56,6 +56,18 @@ class CreditLine:
 
 
 @dataclass(frozen=True, slots=True)
+class CorrectionLine:
+    """One adjustment: below zero gives back."""
+
+    log_time_ms: int
+    adjustment_id: str
+    kind: str
+    issuer: str
+    reason: str
+    amount_pico: int
+
+
+@dataclass(frozen=True, slots=True)
 class Statement:
     """What happened to one account in [start_ms, end_ms)."""
 
@@ -67,6 +79,7 @@ class Statement:
     opening_pico: int
     lines: tuple[StatementLine, ...]
     credits: tuple[CreditLine, ...]
+    corrections: tuple[CorrectionLine, ...]
     events: int
     # At price 0: refused by a gateway, or nothing was delivered.
     free_events: int
@@ -82,8 +95,12 @@ class Statement:
         return sum(line.amount_pico for line in self.credits)
 
     @property
+    def corrected_pico(self) -> int:
+        return sum(line.amount_pico for line in self.corrections)
+
+    @property
     def closing_pico(self) -> int:
-        return self.opening_pico + self.credited_pico - self.charged_pico
+        return self.opening_pico + self.credited_pico - self.charged_pico - self.corrected_pico
 
 
 def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Statement | None:
@@ -106,8 +123,10 @@ def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Sta
         start_ms=start_ms,
         end_ms=end_ms,
         opening_pico=sum(line.amount_pico for line in credits_before)
-        - _cost_before(reader, tenant_id, account.currency, start_ms),
+        - _cost_before(reader, tenant_id, account.currency, start_ms)
+        - sum(line.amount_pico for line in _corrections(reader, tenant_id, account.currency, 0, start_ms)),
         lines=lines,
+        corrections=tuple(_corrections(reader, tenant_id, account.currency, start_ms, end_ms)),
         credits=tuple(_credits(reader, tenant_id, account.currency, start_ms, end_ms)),
         events=sum(group.events + group.free_events for group in groups.values()),
         free_events=sum(group.free_events for group in groups.values()),
@@ -193,6 +212,27 @@ def _credits(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_m
     ).rows
     return [
         CreditLine(cast("int", row[0]), str(row[1]), str(row[2]), str(row[3]), decimal_to_pico(row[4]))  # type: ignore[arg-type]
+        for row in rows
+    ]
+
+
+def _corrections(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_ms: int) -> list[CorrectionLine]:
+    rows = reader.query(
+        "SELECT toUnixTimestamp64Milli(any(log_time)) AS applied_ms, adjustment_id, any(kind), any(issuer), any(reason), "
+        "sum(amount) FROM adjustments FINAL WHERE tenant_id = {tenant:String} AND currency = {currency:String} "
+        "AND log_time >= fromUnixTimestamp64Milli({start:Int64}) AND log_time < fromUnixTimestamp64Milli({end:Int64}) "
+        "GROUP BY adjustment_id ORDER BY applied_ms, adjustment_id",
+        {"tenant": tenant_id, "currency": currency, "start": start_ms, "end": end_ms},
+    ).rows
+    return [
+        CorrectionLine(
+            cast("int", row[0]),
+            str(row[1]),
+            str(row[2]),
+            str(row[3]),
+            str(row[4]),
+            decimal_to_pico(row[5]),  # type: ignore[arg-type]  # a sum of decimals
+        )
         for row in rows
     ]
 

@@ -14,8 +14,8 @@ sink has not confirmed, so that the sink can be fed the missing tail from here.
 Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
 windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, q
 quantities of periods, i periods' lines that no invoice has, j series of invoices, g credit grants, e what else there is to a
-tenant's credit, d budgets, r projects, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u
-unconfirmed records (by sequence). `store_names` makes those of what a record states.
+tenant's credit, d budgets, r projects, x corrected events, s runs of the dedupe memory, b dedupe keys that are in no run yet
+(by sequence), u unconfirmed records (by sequence). `store_names` makes those of what a record states.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ from billing.period_lines import KEPT_MS as LINES_KEPT_MS
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS
 from billing.sequences import ProducerSequences
-from billing.state import LedgerState, SeriesHead
+from billing.state import CORRECTED_KEPT_MS, Corrected, LedgerState, SeriesHead
 from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, LedgerPosition, Progress, Project
 from billing.v1.command_pb2 import Command, PriceBook
 from billing.v1.invoice_pb2 import PeriodLine
 from billing.v1.ledger_pb2 import (
+    CorrectedEvent,
     CreditState,
     Founding,
     InvoiceSeries,
@@ -240,6 +241,9 @@ class LocalStore:
         for _, value in self._range(b"r"):
             project = Project.FromString(value)
             state.projects.setdefault(project.tenant_id, {})[project.project_id] = project
+        for _, value in self._range(b"x"):
+            entry = CorrectedEvent.FromString(value)
+            state.corrected[entry.key] = Corrected(entry.adjustment_id, entry.corrected_ms)
         for name, value in self._range(b"c"):
             state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
         for _, value in self._range(b"w"):
@@ -347,6 +351,7 @@ class LocalStore:
             self._forget_commands(effect, record.log_time_ms)
             self._forget_grants(effect, record.log_time_ms)
             self._forget_periods(effect, record.log_time_ms)
+            self._forget_corrected(effect, record.log_time_ms)
         effect.states.update(states_of(record))
         for total in record.totals:
             effect.windows[window_name(total.key)] = record.log_time_ms, total
@@ -397,6 +402,13 @@ class LocalStore:
         changed = {name: state for name, state in effect.states.items() if isinstance(state, CreditState) and state.grants}
         for name, state in (kept | changed).items():
             if 0 < state.grants[0].ended_ms < log_time_ms - credit.KEPT_MS:
+                effect.states[name] = None
+
+    def _forget_corrected(self, effect: _Effect, log_time_ms: int) -> None:
+        known = {name: CorrectedEvent.FromString(value) for name, value in self._range(b"x")}
+        known |= {name: state for name, state in effect.states.items() if isinstance(state, CorrectedEvent)}
+        for name, entry in known.items():
+            if entry.corrected_ms < log_time_ms - CORRECTED_KEPT_MS:
                 effect.states[name] = None
 
     def _finish_runs(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, Project
 from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
 from billing.v1.ledger_pb2 import (
+    CorrectedEvent,
     CreditState,
     GrantState,
     InvoiceSeries,
@@ -24,6 +25,7 @@ Stated = (
     Account
     | ApiKey
     | BudgetState
+    | CorrectedEvent
     | CreditState
     | InvoiceSeries
     | Lease
@@ -67,6 +69,8 @@ def states_of(record: LedgerRecord) -> Iterator[tuple[bytes, Stated | None]]:
     for project in record.projects:
         names = Project(tenant_id=project.tenant_id, project_id=project.project_id)
         yield b"r" + names.SerializeToString(), project
+    for entry in record.corrected:
+        yield b"x" + entry.key, entry
     for mark in record.producers:
         yield b"n" + mark.producer_id.encode(), mark
 

@@ -6,6 +6,7 @@ from taximeter.commands import (
     accounts,
     checking,
     configuration,
+    corrections,
     credit,
     demo,
     exporting,
@@ -45,6 +46,7 @@ lease_app = typer.Typer(no_args_is_help=True, help="What gateways hold of balanc
 topics_app = typer.Typer(no_args_is_help=True, help="Kafka's topics.")
 prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
 invoice_app = typer.Typer(no_args_is_help=True, help="Invoices.")
+events_app = typer.Typer(no_args_is_help=True, help="Corrections of single events.")
 export_app = typer.Typer(no_args_is_help=True, help="Cost and usage for other tools.")
 
 app.command("demo")(demo.demo)
@@ -64,6 +66,8 @@ app.command("balance")(reading.balance)
 app.command("usage")(reading.usage)
 app.command("statement")(reading.statement)
 app.command("alerts")(reading.alerts)
+app.command("credit-note")(corrections.credit_note)
+app.command("rerate")(corrections.rerate)
 for group, name in (
     (tenant_app, "tenant"),
     (key_app, "key"),
@@ -76,6 +80,7 @@ for group, name in (
     (prices_app, "prices"),
     (invoice_app, "invoice"),
     (export_app, "export"),
+    (events_app, "events"),
     (topics_app, "topics"),
     (models_app, "models"),
     (config_app, "config"),
@@ -102,6 +107,8 @@ credit_app.command("grant")(accounts.grant_credit)
 credit_app.command("topup")(credit.topup_credit)
 invoice_app.command("export")(invoices.export_invoice)
 invoice_app.command("explain")(invoices.explain_invoice)
+events_app.command("void")(corrections.void)
+events_app.command("amend")(corrections.amend)
 export_app.command("focus")(exporting.export_focus)
 prices_app.command("check")(prices.check)
 prices_app.command("show")(prices.show)

@@ -27,6 +27,7 @@ from billing.v1.account_pb2 import (
     Plan,
 )
 from billing.v1.command_pb2 import (
+    Adjustment,
     BudgetUpsert,
     Command,
     CreditGrant,
@@ -230,6 +231,10 @@ class Commander:
     def prices(self, book: PriceBook, *, command_id: str = "") -> Command:
         """A version of the price book, for every partition."""
         return self._command(command_id, "", price_book=book)
+
+    def adjustment(self, said: Adjustment, reason: str, command_id: str) -> Command:
+        """A correction; its ID is the one that its lines name."""
+        return self._command(command_id, reason, adjustment=said)
 
     def lease_retirement(self, holder_id: str, *, unexpired: bool) -> Command:
         """Give up on a gateway, in every partition."""

@@ -10,6 +10,7 @@ from taximeter.times import show_time
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sinks.corrections import Draft
     from sinks.queries import AlertRow, Balance, Quantities, UsageRow
     from sinks.rerating import Difference
     from sinks.statement import Statement
@@ -19,9 +20,11 @@ __all__ = [
     "alert_values",
     "balance_values",
     "difference_values",
+    "draft_values",
     "print_alerts",
     "print_balances",
     "print_differences",
+    "print_drafts",
     "print_statement",
     "print_usage",
     "statement_values",
@@ -113,10 +116,20 @@ def print_statement(output: Output, statement: Statement) -> None:
         ],
         empty="No credit in this period.",
     )
+    if statement.corrections:
+        output.table(
+            "",
+            ("corrected", "what", "why", "by", "amount "),
+            [
+                (show_time(line.log_time_ms), line.kind, line.reason, line.issuer, format_pico(line.amount_pico, currency))
+                for line in statement.corrections
+            ],
+        )
     output.say(
         f"opening {format_pico(statement.opening_pico, currency)}"
         f" + granted {format_pico(statement.credited_pico, currency)}"
         f" - charged {format_pico(statement.charged_pico, currency)}"
+        f" - corrected {format_pico(statement.corrected_pico, currency)}"
         f" = closing {format_pico(statement.closing_pico, currency)}"
         f"; {statement.events:,} requests, {statement.free_events:,} free, {statement.unrated_events:,} without a price"
     )
@@ -169,6 +182,60 @@ def difference_values(row: Difference) -> dict[str, object]:
     }
 
 
+def print_drafts(output: Output, drafts: Sequence[Draft]) -> None:
+    """What corrections change, by tenant and line, with each tenant's difference."""
+    rows: list[tuple[object, ...]] = []
+    for draft in drafts:
+        currency = draft.payer.currency
+        for key in sorted(draft.lines):
+            for part, (units, amount_pico) in sorted(draft.lines[key].items()):
+                if not (units or amount_pico):
+                    continue
+                rows.append(
+                    (
+                        draft.payer.tenant_id,
+                        show_time(key.period.start_ms),
+                        key.project_id,
+                        key.model,
+                        part.quantity_of.replace("_", " "),
+                        part.terms,
+                        units,
+                        format_pico(part.unit_pico * _PER_UNITS, currency),
+                        format_pico(amount_pico, currency),
+                    )
+                )
+        rows.append((draft.payer.tenant_id, "", "", "", "difference", "", "", "", format_pico(draft.difference_pico, currency)))
+    columns = ("tenant", "period", "project", "model", "what", "terms", "units ", "per million ", "amount ")
+    output.table("Corrections", columns, rows, empty="Nothing differs.")
+
+
+def draft_values(draft: Draft) -> dict[str, object]:
+    """A correction of one tenant, for programs."""
+    return {
+        "tenant_id": draft.payer.tenant_id,
+        "currency": draft.payer.currency,
+        "difference": _decimal(draft.difference_pico),
+        "request_ids": list(draft.request_ids),
+        "notes": list(draft.notes),
+        "lines": [
+            {
+                "period": show_time(key.period.start_ms),
+                "project_id": key.project_id,
+                "model": key.model,
+                "price_version": key.price_version,
+                "what": part.quantity_of,
+                "terms": part.terms,
+                "units": units,
+                "unit_price": _decimal(part.unit_pico),
+                "amount": _decimal(amount_pico),
+            }
+            for key in sorted(draft.lines)
+            for part, (units, amount_pico) in sorted(draft.lines[key].items())
+            if units or amount_pico
+        ],
+    }
+
+
 def print_alerts(output: Output, rows: Sequence[AlertRow]) -> None:
     """Alerts as a table."""
     output.table(
@@ -210,6 +277,7 @@ def statement_values(statement: Statement) -> dict[str, object]:
         "opening": _decimal(statement.opening_pico),
         "credited": _decimal(statement.credited_pico),
         "charged": _decimal(statement.charged_pico),
+        "corrected": _decimal(statement.corrected_pico),
         "closing": _decimal(statement.closing_pico),
         "requests": statement.events,
         "free_requests": statement.free_events,
@@ -228,6 +296,17 @@ def statement_values(statement: Statement) -> dict[str, object]:
                 "price_version": line.price_version,
             }
             for line in statement.lines
+        ],
+        "corrections": [
+            {
+                "time": show_time(line.log_time_ms),
+                "adjustment_id": line.adjustment_id,
+                "kind": line.kind,
+                "issuer": line.issuer,
+                "reason": line.reason,
+                "amount": _decimal(line.amount_pico),
+            }
+            for line in statement.corrections
         ],
         "credits": [
             {

@@ -411,7 +411,7 @@ class Adjustment(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
-    CORRECTED_KEYS_FIELD_NUMBER: _builtins.int
+    CORRECTED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
     INVOICE_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     kind: Global___AdjustmentKind.ValueType
@@ -423,8 +423,8 @@ class Adjustment(_message.Message):
         """What it does to the lines of periods, each with this command's ID as adjustment_id: differences, below zero to give back."""
 
     @_builtins.property
-    def corrected_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """The dedupe keys (16 bytes each) of the events that it corrects: no event is voided or amended twice."""
+    def corrected_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The events that it corrects: none is voided or amended twice."""
 
     def __init__(
         self,
@@ -433,12 +433,12 @@ class Adjustment(_message.Message):
         kind: Global___AdjustmentKind.ValueType = ...,
         currency: _builtins.str = ...,
         lines: _abc.Iterable[_invoice_pb2.PeriodLine] | None = ...,
-        corrected_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        corrected_request_ids: _abc.Iterable[_builtins.str] | None = ...,
         invoice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrected_keys", b"corrected_keys", "currency", b"currency", "invoice", b"invoice", "kind", b"kind", "lines", b"lines", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrected_request_ids", b"corrected_request_ids", "currency", b"currency", "invoice", b"invoice", "kind", b"kind", "lines", b"lines", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -90,6 +90,7 @@ class LedgerRecord(_message.Message):
     BUDGETS_FIELD_NUMBER: _builtins.int
     PROJECTS_FIELD_NUMBER: _builtins.int
     INVOICE_SERIES_FIELD_NUMBER: _builtins.int
+    CORRECTED_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     generation: _builtins.bytes
@@ -159,6 +160,8 @@ class LedgerRecord(_message.Message):
     def projects(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Project]: ...
     @_builtins.property
     def invoice_series(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceSeries]: ...
+    @_builtins.property
+    def corrected(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorrectedEvent]: ...
     def __init__(
         self,
         *,
@@ -190,11 +193,12 @@ class LedgerRecord(_message.Message):
         budgets: _abc.Iterable[_account_pb2.BudgetState] | None = ...,
         projects: _abc.Iterable[_account_pb2.Project] | None = ...,
         invoice_series: _abc.Iterable[Global___InvoiceSeries] | None = ...,
+        corrected: _abc.Iterable[Global___CorrectedEvent] | None = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "corrected", b"corrected", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -891,6 +895,35 @@ class SpentPart(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SpentPart: _TypeAlias = SpentPart  # noqa: Y015
+
+@_typing.final
+class CorrectedEvent(_message.Message):
+    """An event that an adjustment voided or amended; remembered for 400 days."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    ADJUSTMENT_ID_FIELD_NUMBER: _builtins.int
+    CORRECTED_MS_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """Its dedupe key, 16 bytes."""
+    adjustment_id: _builtins.str
+    """The command."""
+    corrected_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        adjustment_id: _builtins.str = ...,
+        corrected_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adjustment_id", b"adjustment_id", "corrected_ms", b"corrected_ms", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CorrectedEvent: _TypeAlias = CorrectedEvent  # noqa: Y015
 
 @_typing.final
 class PeriodUnits(_message.Message):

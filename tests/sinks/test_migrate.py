@@ -49,6 +49,7 @@ def test_dry_run_then_once_then_nothing(empty: ChdbEngine) -> None:
         "0004_price_version_of_totals",
         "0005_invoices",
         "0006_credit_budgets_leases",
+        "0007_adjustments",
     ]
     assert empty.query("SELECT name FROM system.tables WHERE database = currentDatabase()").rows == []
     # A crash half-way through the first: some of its statements have run, and run again.

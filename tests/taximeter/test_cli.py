@@ -80,6 +80,11 @@ def test_misuse_is_2() -> None:
             "--from '2026-11-01T12:00' is within a day",
         ),
         (["export", "focus", "--from", "2026-12-01", "--to", "2026-11-01", "--output", "x"], "--to '2026-11-01' is not after"),
+        (["rerate", "--reason", "x"], "say which prices: one of --version, --file and --unrated"),
+        (["credit-note", "a", "0", "--reason", "x"], "AMOUNT '0' gives nothing back"),
+        (["events", "amend", "a", "r", "--quantity", "output", "--reason", "x"], "--quantity 'output': write NAME=NUMBER"),
+        (["events", "void", "a", "--reason", "x"], "REQUEST: 0 request IDs"),
+        (["events", "void", "a", "r", "--reason", " "], "--reason: is empty"),
         (["import", "x", "--strict", "--rejects", "y"], "exclude each other"),
     ],
 )

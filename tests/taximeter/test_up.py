@@ -253,6 +253,22 @@ def test_a_second_up_in_the_same_folder_is_refused(up: Up) -> None:
     assert up.alive
 
 
+def test_an_event_is_voided_after_its_difference_was_shown(up: Up, tmp_path: Path) -> None:
+    path = tmp_path / "usage.jsonl"
+    path.write_text(f"{usage_line('v-1', tenant_id='voided')}\n{usage_line('v-2', tenant_id='voided')}\n")
+    up.run("tenant", "create", "voided")
+    up.run("import", path)
+    until(lambda: balances(up)["voided"]["requests"] == 2, what="two events")
+    arguments = ("events", "void", "voided", "v-1", "--reason", "a test of ours")
+    shown = run(up, *arguments)
+    assert (shown["applied"], [tenant["difference"] for tenant in shown["tenants"]]) == (False, ["-0.30"])
+    assert balances(up)["voided"]["spend"] == "0.60"
+    assert run(up, *arguments, "--apply")["adjustments"] == shown["adjustments"]
+    assert balances(up)["voided"]["spend"] == "0.30"
+    assert "v-1 was corrected by void-" in run(up, *arguments, "--apply", expected=1)["error"]
+    assert run(up, "statement", "voided")["corrections"][0]["reason"] == "a test of ours"
+
+
 def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: Path) -> None:
     """Last in this file: from then on there are other prices."""
     path, book = tmp_path / "usage.jsonl", tmp_path / "book.json"
