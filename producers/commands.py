@@ -57,6 +57,7 @@ def tenant_of(command: Command) -> str | None:
         "key_upsert": command.key_upsert.key.tenant_id,
         "lease_request": command.lease_request.tenant_id,
         "adjustment": command.adjustment.tenant_id,
+        "invoice_finalization": command.invoice_finalization.tenant_id,
         "budget_upsert": command.budget_upsert.tenant_id,
         "project_upsert": command.project_upsert.tenant_id,
     }[action]

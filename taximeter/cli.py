@@ -12,6 +12,7 @@ from taximeter.commands import (
     exporting,
     feeding,
     invoices,
+    invoicing,
     keys,
     leases,
     models,
@@ -105,6 +106,10 @@ lease_app.command("key")(leases.key)
 lease_app.command("retire")(leases.retire)
 credit_app.command("grant")(accounts.grant_credit)
 credit_app.command("topup")(credit.topup_credit)
+invoice_app.command("draft")(invoicing.draft_invoice)
+invoice_app.command("finalize")(invoicing.finalize_invoices)
+invoice_app.command("list")(invoicing.list_invoices)
+invoice_app.command("show")(invoicing.show_invoice)
 invoice_app.command("export")(invoices.export_invoice)
 invoice_app.command("explain")(invoices.explain_invoice)
 events_app.command("void")(corrections.void)

@@ -31,6 +31,7 @@ from billing.v1.command_pb2 import (
     BudgetUpsert,
     Command,
     CreditGrant,
+    InvoiceFinalization,
     KeyUpsert,
     LeaseRetirement,
     PriceBook,
@@ -235,6 +236,10 @@ class Commander:
     def adjustment(self, said: Adjustment, reason: str, command_id: str) -> Command:
         """A correction; its ID is the one that its lines name."""
         return self._command(command_id, reason, adjustment=said)
+
+    def invoice(self, said: InvoiceFinalization, *, command_id: str = "") -> Command:
+        """Draw an invoice, or a draft of it."""
+        return self._command(command_id, "", invoice_finalization=said)
 
     def lease_retirement(self, holder_id: str, *, unexpired: bool) -> Command:
         """Give up on a gateway, in every partition."""

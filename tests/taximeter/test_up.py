@@ -302,3 +302,35 @@ def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: P
     assert run(up, "prices", "apply", book)["applied"] is True
     assert run(up, "prices", "show")["version"] == 2
     assert run(up, "prices", "show", "--at", "2025-12-31")["version"] == 1
+
+
+def test_a_month_is_drafted_invoiced_once_and_shown(up: Up, tmp_path: Path) -> None:
+    def told(*arguments: str, expected: int = 0) -> str:
+        result = CliRunner().invoke(app, [*arguments, "--data-dir", str(up.data_dir.path)])
+        assert result.exit_code == expected, result.output
+        return result.stdout
+
+    told("tenant", "create", "payer", "--name", "Payer Ltd", "--postpaid")
+    last_day = datetime.now(UTC).replace(day=1, hour=12) - timedelta(days=1)
+    month = f"{last_day:%Y-%m}"
+    lines = tmp_path / "usage.jsonl"
+    lines.write_text(usage_line("last-month", tenant_id="payer", ended_at=last_day.isoformat()))
+    up.run("import", lines)
+    terms = ("--month", month, "--tax", "VAT=19%", "--seller", "Seller Ltd", "--buyer", "Payer Ltd", "--json")
+    draft = json.loads(told("invoice", "draft", "payer", *terms))
+    assert (draft["status"], draft["number"], draft["net"]) == ("draft", None, "0.30")
+    [drawn] = json.loads(told("invoice", "finalize", "--all", *terms))
+    # 19 % of 0.30 is 0.057.
+    assert drawn == {"invoice": drawn["invoice"], "tenant_id": "payer", "currency": "USD", "total": "0.36", "due": "0.36"}
+    assert json.loads(told("invoice", "finalize", "--all", *terms)) == []
+    refused = json.loads(told("invoice", "finalize", "payer", *terms, expected=1))
+    assert "stands on the next invoice" in refused["error"]
+    [listed] = json.loads(told("invoice", "list", "--tenant", "payer", "--json"))
+    shown = json.loads(told("invoice", "show", drawn["invoice"], "--json"))
+    assert (listed["invoice"], listed["sha256"]) == (drawn["invoice"], shown["sha256"])
+    assert [line["amount"] for line in shown["lines"]] == [line["amount"] for line in draft["lines"]]
+    table = told("invoice", "show", drawn["invoice"])
+    assert "VAT 19 %" in table
+    assert "uncached_input_tokens" in table
+    assert "is not known" in json.loads(told("invoice", "show", "INV-0099-1", "--json", expected=1))["error"]
+    assert json.loads(told("audit", "--json"))["findings"] == []
