@@ -76,13 +76,13 @@ fuzz: venv ## Every decoder under a fuzzer: SECONDS=300, shared; one of them: TA
 # The trials take turns on running installations; the same seed goes on where it was interrupted.
 chaos: venv ## Real processes killed: TRIALS=5 of each fault, FAULT=name alone, SEED=1; all of it runs pytest's chaos tests too
 	$(if $(FAULT)$(TRIALS)$(SEED),,$(PYTEST) -m chaos $(PYTEST_ARGS))
-	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),5) --seed $(or $(SEED),1) $(foreach name,$(FAULT),--fault $(name)) $(CHAOS_ARGS)
+	$(BIN)/python -m tests.chaos --side-by-side 2 --trials $(or $(TRIALS),5) --seed $(or $(SEED),1) $(foreach name,$(FAULT),--fault $(name)) $(CHAOS_ARGS)
 
 nightly: venv ## What the table of faults asks for: seeds, models, fuzzing, trials; FAULT=name alone; SOAK=hours of all in turn
 	$(if $(FAULT)$(SOAK),,$(MAKE) simulate SEEDS=500)
 	$(if $(FAULT)$(SOAK),,$(MAKE) models EXAMPLES=500)
 	$(if $(FAULT)$(SOAK),,$(MAKE) fuzz SECONDS=300)
-	$(BIN)/python -m tests.chaos --nightly --seed $(or $(SEED),1) $(if $(SOAK),--soak-hours $(SOAK)) \
+	$(BIN)/python -m tests.chaos --side-by-side 2 --nightly --seed $(or $(SEED),1) $(if $(SOAK),--soak-hours $(SOAK)) \
 		$(foreach name,$(FAULT),--fault $(name)) $(CHAOS_ARGS)
 
 kafka: venv ## Fetch Apache Kafka's jars for the tests (a JDK and Maven are needed)

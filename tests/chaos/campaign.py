@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -60,6 +60,20 @@ class Plan:
                         yield kinds, each
             number += len(block)
 
+    def shares(self, count: int) -> list[list[str]]:
+        """The faults' names in so many parts of about as many runs, those of one installation together."""
+        setups = list(dict.fromkeys(kind.setup for kind in self.faults))
+        own = [[kind for kind in self.faults if kind.setup is setup] for setup in setups]
+        # A soak has no end to count to.
+        runs = [len(list(replace(self, faults=kinds, soak_hours=None).turns())) for kinds in own]
+        shares: list[list[str]] = [[] for _ in range(min(count, len(own)))]
+        taken = [0] * len(shares)
+        for index in sorted(range(len(own)), key=lambda index: -runs[index]):
+            least = taken.index(min(taken))
+            taken[least] += runs[index]
+            shares[least] += [kind.name for kind in own[index]]
+        return shares
+
 
 @dataclass
 class Campaign:
@@ -78,14 +92,18 @@ class Campaign:
 
     def run(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self.trials = [Trial(**json.loads(line)) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        self.load()
         done = {(trial.fault, trial.number) for trial in self.trials}
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             for kinds, number in self.plan.turns():
                 if left := [kind for kind in kinds if (kind.name, number) not in done]:
                     self._one(left, number)
+
+    def load(self) -> None:
+        """The trials that were made so far."""
+        if self.path.exists():
+            self.trials = [Trial(**json.loads(line)) for line in self.path.read_text().splitlines() if line.endswith("}")]
 
     def passed(self) -> bool:
         """Whether every trial was good, and every fault hit its window at least once."""

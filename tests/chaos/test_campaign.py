@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any, cast
 
 from billing.v1.rejected_pb2 import RejectedInput
+from tests.chaos.__main__ import _without_faults
 from tests.chaos.campaign import Plan, table
 from tests.chaos.clocks import _last_change, _last_month_end
 from tests.chaos.faults import PLACES, all_faults
@@ -26,6 +27,25 @@ def test_each_fault_has_its_trials_and_no_run_two_of_one_place() -> None:
         assert places == [""] or places == [place for place in PLACES if place in places]
     assert max(len(kinds) for kinds, _ in runs) == len(PLACES)
     assert [[kind.name for kind in kinds] for kinds, _ in plan.turns()] == [[kind.name for kind in kinds] for kinds, _ in runs]
+
+
+def test_shares_have_all_faults_once_and_about_as_many_runs() -> None:
+    faults = list(all_faults().values())
+    plan = Plan(faults, dict.fromkeys(all_faults(), 5), seed=7, soak_hours=1.0)
+    for count in (1, 2, 3):
+        shares = plan.shares(count)
+        assert len(shares) == count
+        assert sorted(name for share in shares for name in share) == sorted(all_faults())
+        setups = [{all_faults()[name].setup for name in share} for share in shares]
+        assert sum(map(len, setups)) == len({kind.setup for kind in faults}), "an installation is in one share"
+        counts = {kind.name: 5 for kind in faults}
+        runs = [len(list(Plan([all_faults()[name] for name in share], counts, 7).turns())) for share in shares]
+        assert max(runs) <= max(50, sum(runs) // count), "no more than the largest installation has alone"
+
+
+def test_a_share_runs_the_same_command_with_its_own_faults() -> None:
+    given = ["--seed", "3", "--fault", "kill-sink", "--trials", "5", "--fault=kill-kafka", "--nightly"]
+    assert _without_faults(given) == ["--seed", "3", "--trials", "5", "--nightly"]
 
 
 def test_what_two_trials_of_one_run_share_counts_once() -> None:

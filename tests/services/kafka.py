@@ -32,8 +32,8 @@ __all__ = ["KafkaCluster", "KafkaNode", "KafkaUnavailableError", "kafka_libs"]
 _HOST = "127.0.0.1"
 _POM = Path(__file__).with_name("kafka-pom.xml")
 _FETCH_TIMEOUT_S = 600.0
-_FORMAT_TIMEOUT_S = 60.0
-_START_TIMEOUT_S = 60.0
+_FORMAT_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 180.0
 _METADATA_TIMEOUT_S = 2.0
 
 # A JVM that starts quickly and stays small; tests run for seconds and never need the second compiler.
