@@ -232,7 +232,7 @@ class _Figures:
             title=title,
             reason=reason,
             lines=tuple(map(self._line, lines)),
-            requests=f"{requests:,} request{'' if requests == 1 else 's'}",
+            requests=f"{requests:,} request{'' if requests == 1 else 's'}" if requests else "",
             subtotal=self.money(sum(from_amount(line.part.amount) for line in lines)),
         )
 

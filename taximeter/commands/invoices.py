@@ -127,10 +127,11 @@ def _print(context: Context, found: Explanation) -> None:
             "units": from_units(part.units),
             "price of a unit": format_pico(part.unit_pico, currency) if part.unit_pico else "-",
             "amount": format_pico(from_amount(part.amount), currency),
-            "requests": found.note or found.requests,
+            "requests": found.requests,
+            **({"comes from": found.note} if found.note else {}),
         },
     )
-    if found.note:
+    if not found.is_summed:
         return
     rows: list[tuple[object, ...]] = [
         (
@@ -142,7 +143,8 @@ def _print(context: Context, found: Explanation) -> None:
         )
         for request in found.page
     ]
-    rows.append(("sum of all", "", "", found.units, format_pico(found.amount_pico, currency)))
+    all_of_it = "all of the correction" if found.note else "sum of all"
+    rows.append((all_of_it, "", "", found.units, format_pico(found.amount_pico, currency)))
     context.output.table("", ("request", "ended", "accepted", "units ", "amount "), rows)
     if len(found.page) < found.requests:
         context.output.note(f"{len(found.page):,} of {found.requests:,} requests are shown: --offset and --limit show others")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from billing.amounts import PICO, to_amount
+from billing.line_parts import PartKey, Sum, to_line_parts
+from billing.periods import Period
 from billing.v1.account_pb2 import Calendar
 from billing.v1.command_pb2 import (
+    ADJUSTMENT_KIND_CREDIT_NOTE,
+    ADJUSTMENT_KIND_VOID,
     SCHEDULE_MODE_GRADUATED,
     SCHEDULE_MODE_VOLUME,
+    Adjustment,
     ContextBand,
     CreditGrant,
     InvoiceFinalization,
@@ -23,6 +28,8 @@ from billing.v1.invoice_pb2 import (
     ROUNDING_RULE_HALF_EVEN,
     ROUNDING_RULE_HALF_UP,
     Invoice,
+    PeriodLine,
+    PeriodLineKey,
     TaxRate,
 )
 from billing.v1.usage_pb2 import OUTCOME_REJECTED, SERVICE_CLASS_BATCH, UnitQuantity, UsageEvent
@@ -115,8 +122,51 @@ def finalization(tenant_id: str, start_ms: int, *, draft: bool = False) -> Invoi
     )
 
 
+def _line(adjustment_id: str, parts: dict[PartKey, Sum], period: Period, **names: object) -> PeriodLine:
+    key = PeriodLineKey(
+        tenant_id=DOLLARS,
+        period_start_ms=period.start_ms,
+        period_end_ms=period.end_ms,
+        currency="USD",
+        adjustment_id=adjustment_id,
+        **names,  # type: ignore[arg-type]  # a test's own names
+    )
+    cost = to_amount(sum(part.amount_pico for part in parts.values()))
+    return PeriodLine(key=key, parts=to_line_parts(parts), cost=cost)
+
+
+def _void(request_id: str, output_tokens: int, period: Period) -> Adjustment:
+    """Gives back what a request of model "flat" was charged."""
+    parts = {
+        PartKey("uncached_input_tokens", "", 270_000): Sum(-100, -100 * 270_000),
+        PartKey("output_tokens", "", 1_100_000): Sum(-output_tokens, -output_tokens * 1_100_000),
+    }
+    names = {"project_id": "assistant", "model": "flat", "operation": 1, "service_class": 1, "price_version": 1}
+    return Adjustment(
+        tenant_id=DOLLARS,
+        kind=ADJUSTMENT_KIND_VOID,
+        currency="USD",
+        lines=[_line(f"void-{request_id}", parts, period, **names)],
+        corrected_request_ids=[request_id],
+    )
+
+
+def _adjust(ledger: Ledger, adjustment: Adjustment, log_time_ms: int, reason: str) -> None:
+    result = ledger.command(
+        log_time_ms,
+        command_id=adjustment.lines[0].key.adjustment_id,
+        adjustment=adjustment,
+        issuer="ann@example.com",
+        reason=reason,
+    )
+    assert result.record.command.applied, result.record.command.refusal
+
+
 def volume() -> Ledger:
-    """November and December invoiced for two tenants; usage of November comes late; a third tenant has no invoice yet."""
+    """November and December invoiced for two tenants; usage of November comes late, some is voided, a credit note is given.
+
+    A third tenant has no invoice yet, and one correction waits for the next.
+    """
     ledger = Ledger()
     ledger.price(DOLLAR_PRICES)
     ledger.command(price_book=PriceBook(version=1, currency="CNY", prices=YUAN_PRICES))
@@ -138,10 +188,16 @@ def volume() -> Ledger:
         ledger.command(after, invoice_finalization=finalization(tenant_id, start_ms))
     late = [usage("late-1", DOLLARS), usage("late-2", YUAN, model="qwen-1", output_tokens=33, project_id="智能客服")]
     ledger.usage(batch(late), after)
+    november = Period(NOVEMBER_MS, DECEMBER_MS)
+    _adjust(ledger, _void("november-f3", 3_000_009, november), after, "answered with another tenant's text")
+    note = _line("sla-11", {PartKey("credit note", "half a day without service", 0): Sum(0, -PICO // 4)}, november)
+    said = Adjustment(tenant_id=DOLLARS, kind=ADJUSTMENT_KIND_CREDIT_NOTE, currency="USD", lines=[note])
+    _adjust(ledger, said, after, "promised by the contract")
     for tenant_id in (DOLLARS, YUAN):
         ledger.usage(batch(_used(tenant_id, "december", DECEMBER_MS + 20 * DAY_MS)), DECEMBER_MS + 20 * DAY_MS)
     for tenant_id, start_ms in ((DOLLARS, DECEMBER_MS), (YUAN, DECEMBER_MS - EIGHT_HOURS_MS)):
         ledger.command(JANUARY_MS + 3_600_000, invoice_finalization=finalization(tenant_id, start_ms))
+    _adjust(ledger, _void("november-f4", 4_000_012, november), JANUARY_MS + 3_600_000, "metered twice")
     ledger.usage(batch([usage("later", YUAN, model="tts", operation=7, output_tokens=0)]), JANUARY_MS + 3_600_000)
     return ledger
 

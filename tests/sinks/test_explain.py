@@ -72,7 +72,11 @@ def test_every_line_is_the_sum_of_its_requests_and_no_request_is_on_two_invoices
     assert [found.difference for found in explained if found.difference] == []
     of_requests = [found for found in explained if not found.note]
     assert len(of_requests) > 20
-    assert {found.note.partition(":")[0] for found in explained if found.note} == {"it came with the close of the period"}
+    assert {found.note for found in explained if found.note} == {
+        "it came with the close of the period: no request was charged it",
+        "a correction (void) that ann@example.com asked for: answered with another tenant's text",
+        "a correction (credit note) that ann@example.com asked for: promised by the contract",
+    }
     invoice_of: dict[tuple[str, str], str] = {}
     for found in of_requests:
         assert found.requests == len(found.page) > 0
@@ -90,6 +94,19 @@ def test_every_line_is_the_sum_of_its_requests_and_no_request_is_on_two_invoices
         if found.issued.invoice.number == 1
     )
     assert set(counted.values()) == {1}
+
+
+def test_a_correction_says_who_why_and_which_requests(reader: Reader, engine: ChdbEngine) -> None:
+    issued = invoices_of(reader, DOLLARS)[1]
+    of_void = [line.number for line in issued.invoice.lines if line.key.adjustment_id == "void-november-f3"]
+    assert len(of_void) == 2
+    for number in of_void:
+        found = explain_line(reader, issued, number)
+        assert (found.requests, [request.request_id for request in found.page]) == (1, ["november-f3"])
+        assert found.amount_pico == from_amount(found.line.part.amount) < 0
+    engine.execute("ALTER TABLE adjustments DELETE WHERE part = 1 SETTINGS mutations_sync = 1")
+    differences = [explain_line(reader, issued, number).difference for number in of_void]
+    assert any("units, its correction 0; the line has -" in text for text in differences)
 
 
 def test_a_page_shows_some_and_sums_all(reader: Reader) -> None:
@@ -132,7 +149,13 @@ def test_focus_rows_of_an_invoice_come_to_its_total_less_given_credit(reader: Re
     assert {row["ChargeCategory"] for row in rows} == {"Usage", "Adjustment", "Credit", "Tax"}
     late = [row for row in rows if row["ChargeClass"] == "Correction" and row["BillingAccountId"] == DOLLARS]
     assert {(row["InvoiceId"], row["BillingPeriodStart"], row["ChargePeriodStart"][:7]) for row in late} == {
-        ("INV-0001-3", "2025-12-01T00:00:00Z", "2025-11")
+        ("INV-0001-3", "2025-12-01T00:00:00Z", "2025-11"),
+        ("", "2026-01-01T00:00:00Z", "2025-11"),
+    }
+    waiting = [row for row in late if not row["InvoiceId"]]
+    assert {row["ChargeDescription"] for row in waiting} == {
+        "Output tokens flat, correction void-november-f4",
+        "Uncached input tokens flat, correction void-november-f4",
     }
 
 
