@@ -283,6 +283,7 @@ def upstream_certificates(config: Config) -> bytes | None:
 
 def gateway_settings(config: Config) -> GatewaySettings:
     """The metering gateway."""
+    from serving.gateway.count_audit import AuditSettings
     from serving.gateway.settings import (
         AdmissionSettings,
         DirectorySettings,
@@ -320,6 +321,9 @@ def gateway_settings(config: Config) -> GatewaySettings:
         tls=tls,
         server_id=gateway.server_id,
         region=gateway.region,
+        trace=gateway.trace,
+        observe=bool(gateway.metrics_address),
+        audit=AuditSettings(one_in=gateway.audit_one_in, drift_max=gateway.audit_drift_max),
         admission=AdmissionSettings(state_age_max_ms=int(gateway.accounts_age_max_s * 1_000), fail_open=gateway.fail_open),
         leases=_lease_settings(config) if gateway.leases else None,
         limits=LimitSettings(

@@ -53,6 +53,9 @@ PortOrNone = Annotated[int, Field(ge=0, le=65_535)]
 _COUNTLESS_BACKENDS: Final = frozenset({"generic", "embeddings", "classification", "speech_to_text", "text_to_image"})
 
 
+MetricsAddress = Annotated[str, Field(pattern=r"^$|^[^\s/]+:[0-9]{1,5}$")]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -101,6 +104,7 @@ class LedgerConfig(_Section):
     future_alert_minutes: Annotated[int, Field(ge=1)] = 5
     future_reject_minutes: Annotated[int, Field(ge=1)] = 1_440
     alert_cooldown_minutes: Annotated[int, Field(ge=0)] = 10
+    metrics_address: MetricsAddress = ""
     missing_grace_seconds: Annotated[int, Field(ge=1)] = 120
     producer_silence_seconds: Annotated[int, Field(ge=1)] = 300
     # Where workers put snapshots of their state, so that a new disk need not replay the whole ledger: file:///folder,
@@ -132,6 +136,7 @@ class ClickHouseConfig(_Section):
     ca_file: Path | None = None
     sink_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)] = "clickhouse"
     query_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    metrics_address: MetricsAddress = ""
 
 
 class GatewayConfig(_Section):
@@ -151,6 +156,13 @@ class GatewayConfig(_Section):
     key_pepper_file: Path | None = None
     requests_max: Annotated[int, Field(ge=1)] = 1_000
     tenant_requests_max: Annotated[int, Field(ge=1)] = 250
+    # HOST:PORT where Prometheus asks; empty: nowhere. So in [ledger] for a worker, in [clickhouse] for the sink.
+    metrics_address: MetricsAddress = ""
+    # A trace begins for requests that bring none; one that a client brings is always taken up.
+    trace: bool = False
+    # One in so many answers is counted again by the tokenizer, to see that the back end's counts are right; 0: none.
+    audit_one_in: Annotated[int, Field(ge=0)] = 100
+    audit_drift_max: Annotated[float, Field(gt=0, le=1)] = 0.02
     # Gateways that share the limits of keys, tenants and models: each lets its part through.
     replicas: Annotated[int, Field(ge=1)] = 1
     # For models and plans that state none; 0: no limit.

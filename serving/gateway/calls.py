@@ -30,6 +30,8 @@ class Caller:
     """On the monotonic clock."""
     wants_status: bool
     """`triton_grpc_error: true`: errors of a stream are to end it with their status."""
+    span: str = ""
+    """The gateway's own in the client's trace; empty: it is not traced."""
 
     def time_left_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())

@@ -28,6 +28,7 @@ from billing.v1.usage_pb2 import (
 from producers.errors import JournalFull, ProducerError
 from serving.gateway import admission
 from serving.gateway.calls import Admitted, Caller, Metadata
+from serving.gateway.count_audit import CountAudit
 from serving.gateway.counting import AnswerCounter, PreparedRequest, prepare, reserved_units
 from serving.gateway.credentials import CREDENTIAL_METADATA, SecretHasher, find_secret
 from serving.gateway.directory import scopes_of
@@ -37,7 +38,9 @@ from serving.gateway.metering import MeterParts, Price, RequestMeter, new_event,
 from serving.gateway.output_limits import read_output_limit, read_texts_asked
 from serving.gateway.scoping import SequenceScope
 from serving.gateway.tokens import TextCount
+from serving.gateway.tracing import own_span, with_span
 from serving.kserve import TensorError
+from serving.tokenizers import TokenizerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -96,6 +99,7 @@ class Gateway:
         self._running = 0
         self._tenant_running: Counter[str] = Counter()
         self._rates = RateLimits(settings.limits.replicas)
+        self.audit = CountAudit(settings.audit)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- who calls -----------------------------------------------------------------------------------------------------
@@ -105,11 +109,14 @@ class Gateway:
         metadata: Metadata = tuple((key, value) for key, value in context.invocation_metadata() or ())
         secret = find_secret(metadata)
         left_s = context.time_remaining()
+        span = own_span(metadata, begin=self.settings.trace)
+        kept = tuple(
+            (key, value) for key, value in metadata if key not in _NOT_FORWARDED and not key.startswith(("grpc-", ":"))
+        )
         return Caller(
             secret_hash=None if secret is None else self._hash_secret(secret),
-            metadata=tuple(
-                (key, value) for key, value in metadata if key not in _NOT_FORWARDED and not key.startswith(("grpc-", ":"))
-            ),
+            metadata=with_span(kept, span),
+            span=span,
             deadline=None if left_s is None else time.monotonic() + left_s,
             wants_status=("triton_grpc_error", "true") in metadata,
         )
@@ -145,7 +152,7 @@ class Gateway:
         self._running += 1
         self._tenant_running[tenant_id] += 1
         try:
-            return await self._begin(request, key, stream=stream)
+            return await self._begin(request, key, caller, stream=stream)
         except BaseException:
             self._free_slot(tenant_id)
             raise
@@ -157,6 +164,21 @@ class Gateway:
         admitted.slot.end(admitted.meter.tokens, time.monotonic())
         if not admitted.meter.is_closed:
             self._settle(admitted.meter, self._cut_off_outcome(caller))
+        elif admitted.profile.tokenizer is not None and self.audit.takes(admitted.request.id):
+            self.spawn(self._count_again(admitted))
+
+    async def _count_again(self, admitted: Admitted) -> None:
+        """One in n answers, beside what the back end said of it."""
+        self.audit.begin()
+        try:
+            counts = await admitted.meter.recount()
+            if counts is not None:
+                self.audit.take(admitted.profile.model, *counts)
+        except (TokenizerError, RuntimeError):
+            # It was billed by the back end's count; what cannot be counted again says nothing.
+            self.metrics["audits_failed"] += 1
+        finally:
+            self.audit.end()
 
     def _free_slot(self, tenant_id: str) -> None:
         self._running -= 1
@@ -172,13 +194,13 @@ class Gateway:
             return admission.concurrency_refusal("the gateway", limits.requests_max)
         return None
 
-    async def _begin(self, request: ModelInferRequest, key: KeyView, *, stream: bool) -> Admitted:
+    async def _begin(self, request: ModelInferRequest, key: KeyView, caller: Caller, *, stream: bool) -> Admitted:
         request_id = uuid4().hex
         client_id = request.id
         model = request.model_name
         profile = self.settings.models.get(model)
         operation = 0 if profile is None else profile.operation
-        event = new_event(self._parts, key, request_id, model or "-", operation, client_id)
+        event = new_event(self._parts, key, request_id, model or "-", operation, client_id, caller.span)
         account = self._directory.find_account(key.tenant_id)
         refusal = admission.account_refusal(
             account, self._directory.log_time_ms(key.tenant_id), now_ms(), self.settings.admission, free=key.test

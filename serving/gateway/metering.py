@@ -29,6 +29,7 @@ from billing.v1.usage_pb2 import (
 )
 from producers.errors import JournalError
 from serving.gateway.tokens import TextCount
+from serving.gateway.tracing import TRACEPARENT
 from serving.tokenizers import Framing
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from producers.meter import OpenRequest, UsageMeter
     from serving.gateway.counting import AnswerCounter, Counted, PreparedRequest
     from serving.gateway.directory import KeyView
+    from serving.gateway.genai import GenAiMetrics
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.spending import RequestMoney
     from serving.gateway.tokens import TokenCounts
@@ -65,6 +67,8 @@ class MeterParts:
     server_id: str
     region: str
     durable_timeout_s: float
+    genai: GenAiMetrics | None = None
+    """Where anybody asks for metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +114,13 @@ def tell_usage(response: ModelInferResponse, usage: Usage) -> None:
         parameters["taximeter_balance"].string_param = usage.price.balance
 
 
-def new_event(parts: MeterParts, key: KeyView, request_id: str, model: str, operation: int, client_id: str) -> UsageEvent:
-    """A usage event that starts now, without quantities."""
+def new_event(
+    parts: MeterParts, key: KeyView, request_id: str, model: str, operation: int, client_id: str, span: str = ""
+) -> UsageEvent:
+    """A usage event that starts now, without quantities; `span`: the gateway's, where the request is traced."""
     started_ms = now_ms()
     return UsageEvent(
+        attributes={TRACEPARENT: span} if span else None,
         request_id=request_id,
         tenant_id=key.tenant_id,
         project_id=key.project_id,
@@ -178,6 +185,14 @@ class RequestMeter:
     def tokens(self) -> int:
         """Of prompt and answer, as far as they are known."""
         return self._event.uncached_input_tokens + self._event.output_tokens
+
+    async def recount(self) -> tuple[int, int] | None:
+        """The answer's tokens as the back end counted them, and as the tokenizer does; None where one of them cannot."""
+        counted = self.counter.counted()
+        if counted.output_tokens is None or not counted.text_parts or self._event.outcome != OUTCOME_COMPLETED:
+            return None
+        again = await self._count(self.counter.texts(), Framing.OUTPUT)
+        return (counted.output_tokens, again.tokens) if again.exact else None
 
     def forwarded(self) -> None:
         """From here on the request costs."""
@@ -280,6 +295,8 @@ class RequestMeter:
                 raise
             if self._money is not None:
                 self._money.settle(event)
+            if self._parts.genai is not None:
+                self._parts.genai.observe(event)
         told = tuple((entry.unit, entry.quantity) for entry in event.units)
         price = None if self._price_of is None else self._price_of(event)
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told, price)

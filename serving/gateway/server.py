@@ -27,6 +27,7 @@ from serving.gateway import streams, unary
 from serving.gateway.directory import Directory
 from serving.gateway.errors import CallError
 from serving.gateway.gateway import Gateway
+from serving.gateway.genai import GenAiMetrics
 from serving.gateway.leases import LeaseKeeper
 from serving.gateway.metering import MeterParts
 from serving.gateway.policy import HEALTH_SERVICE, POLICIES, REFLECTION_SERVICES, Access, Policy
@@ -159,6 +160,7 @@ class GatewayServer:
         self._followers: list[TopicFollower] = []
         self._publisher: Publisher | None = None
         self._worth = Worth()
+        self.genai = GenAiMetrics() if settings.observe else None
         self._lease_sender: LeaseSender | None = None
         self._server: Any = None
         self._meter: UsageMeter | None = None
@@ -175,7 +177,7 @@ class GatewayServer:
         if settings.publisher is not None:
             self._publisher = Publisher(meter.journal, settings.publisher)
             self._publisher.start()
-        parts = MeterParts(meter, self.tokens, settings.server_id, settings.region, limits.durable_timeout_s)
+        parts = MeterParts(meter, self.tokens, settings.server_id, settings.region, limits.durable_timeout_s, self.genai)
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
         self._server = grpc.aio.server(
@@ -284,7 +286,14 @@ class GatewayServer:
         """Counts since the start, and what is known now."""
         spending = self.gateway.spending
         leases = {} if spending is None else spending.keeper.metrics
-        return {**self.gateway.metrics, **self._directory.counts(), **self.meter.metrics(), **leases}
+        publisher = {} if self._publisher is None else self._publisher.metrics()
+        return {
+            **self.gateway.metrics,
+            **self._directory.counts(),
+            **self.meter.metrics(),
+            **leases,
+            **{f"publisher_{name}": value for name, value in publisher.items()},
+        }
 
     async def stop(self) -> None:
         """Stop serving, bill what is cut off, close the journal. Does nothing the second time."""
@@ -316,8 +325,9 @@ async def run_gateway(
     *,
     ready: Callable[[int], None] | None = None,
     stop: asyncio.Event | None = None,
+    watch: Callable[[GatewayServer], None] | None = None,
 ) -> None:
-    """Serve until cancelled or until `stop` is set; `ready(port)` is called when inferences are accepted."""
+    """Serve until cancelled or until `stop` is set; `ready(port)` is called when inferences are accepted, `watch` before."""
     server = GatewayServer(settings)
     try:
         stopping = asyncio.ensure_future((stop or asyncio.Event()).wait())
@@ -327,6 +337,8 @@ async def run_gateway(
             await asyncio.wait({stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 await starting
+                if watch is not None:
+                    watch(server)
                 if ready is not None:
                     ready(server.port)
                 await stopping

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from serving.gateway.count_audit import AuditSettings
 from serving.kserve import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -167,6 +168,11 @@ class GatewaySettings:
     """A back end's error after part of the answer was delivered: bill that part, or record it at price 0."""
     leases: LeaseSettings | None = None
     """None: a request is admitted while the balance is above zero, and requests at the same time may pass it."""
+    trace: bool = False
+    """Begin a trace for requests that bring none; one that a client brings is always taken up."""
+    observe: bool = False
+    """Keep histograms of requests, for whoever asks for metrics."""
+    audit: AuditSettings = field(default_factory=AuditSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
 

@@ -29,9 +29,17 @@ def gateway(context: Context, log_level: LogLevelOption = "info") -> None:
     from serving.gateway import new_event_loop, run_gateway
 
     log_to_stderr(log_level)
-    settings = compose.gateway_settings(context.config())
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(until_told(run_gateway(settings)))
+    config = context.config()
+    settings = compose.gateway_settings(config)
+    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=new_event_loop) as runner:
+
+        def watch(server: Any) -> None:
+            if address := config.gateway.metrics_address:
+                from taximeter.metrics import gateway_metrics, serve_metrics
+
+                stack.callback(serve_metrics("gateway.metrics_address", address, gateway_metrics(server)))
+
+        runner.run(until_told(run_gateway(settings, watch=watch)))
 
 
 @command
@@ -44,8 +52,18 @@ def worker(
     from stream_processors.worker import run_worker
 
     log_to_stderr(log_level)
-    settings = compose.worker_settings(context.config())
-    asyncio.run(run_worker(settings, ready=lambda _: mark_ready(ready_file)))
+    config = context.config()
+    settings = compose.worker_settings(config)
+    with contextlib.ExitStack() as stack:
+
+        def ready(ledger: Any) -> None:
+            if (address := config.ledger.metrics_address) and ledger is not None:
+                from taximeter.metrics import serve_metrics, worker_metrics
+
+                stack.callback(serve_metrics("ledger.metrics_address", address, worker_metrics(ledger)))
+            mark_ready(ready_file)
+
+        asyncio.run(run_worker(settings, ready=ready))
 
 
 @command
@@ -76,6 +94,10 @@ def sink(
             port = config.clickhouse.loopback_port
             server = LoopbackServer(compose.as_json_reader(engine), token, port, status=status.snapshot)
             stack.enter_context(contextlib.closing(server.start()))
+        if address := config.clickhouse.metrics_address:
+            from taximeter.metrics import serve_metrics, sink_metrics
+
+            stack.callback(serve_metrics("clickhouse.metrics_address", address, sink_metrics(status)))
         run_sink(settings, engine, status=status)
 
 

@@ -1,35 +1,38 @@
-"""API keys over a whole installation: what is said of one holds in every gateway within two seconds; a test key is free."""
+"""A whole installation: what is said of a key holds in every gateway within two seconds, a test key is free, a request's trace
+reaches the database, and each part's metrics can be scraped."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from sinks import queries
 from taximeter.api_keys import find_key
 from taximeter.commanding import Commander
+from taximeter.compose import open_reader
 from taximeter.config import load
 from taximeter.embedded.process import free_port
 from tests.serving.gateway_support import trace_inputs
 from tests.taximeter.support import ROOT, Up, environment, until
 
-pytestmark = [pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.timeout(400)]
 
 EFFECTIVE_S: Final = 2.0
 
 
-def infer(port: int, secret: str) -> str:
+def infer(port: int, secret: str, **more: str) -> str:
     """How it ended: "ok", or the status."""
-    headers = {"authorization": f"Bearer {secret}"}
+    headers = {"authorization": f"Bearer {secret}", **more}
     with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
         try:
             client.infer("trace-unary", trace_inputs(7, 3, stream=False), headers=headers, client_timeout=30)
@@ -45,17 +48,33 @@ def ends(port: int, secret: str, status: str) -> bool:
 @contextmanager
 def another_gateway(up: Up) -> Iterator[int]:
     port, folder = free_port("127.0.0.1"), up.data_dir.path
-    settings = ["--set", f"gateway.port={port}", "--set", f"gateway.journal_path={folder}/gateway-2/journal.sqlite"]
+    flags = (f"gateway.port={port}", f"gateway.journal_path={folder}/gateway-2/journal.sqlite", "gateway.metrics_address=")
+    settings = [part for flag in flags for part in ("--set", flag)]
     command = [sys.executable, "-m", "taximeter", "gateway", "--config", str(up.data_dir.config_path), *settings]
     with (folder / "gateway-2.log").open("ab") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
-    yield port
-    process.terminate()
-    process.wait(30)
+    try:
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
-def test_a_key_is_made_rotated_and_revoked_in_all_gateways_within_two_seconds(tmp_path: Path) -> None:
-    with Up(tmp_path / "data", gateway=True) as up, another_gateway(up) as other:
+@pytest.fixture(scope="module")
+def addresses() -> dict[str, str]:
+    """Where each part's metrics are."""
+    return {section: f"127.0.0.1:{free_port('127.0.0.1')}" for section in ("gateway", "ledger", "clickhouse")}
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, addresses: dict[str, str]) -> Iterator[Up]:
+    flags = [f"{section}.metrics_address={address}" for section, address in addresses.items()]
+    with Up(tmp_path_factory.mktemp("up"), *flags, gateway=True) as started:
+        yield started
+
+
+def test_a_key_is_made_rotated_and_revoked_in_all_gateways_within_two_seconds(up: Up) -> None:
+    with another_gateway(up) as other:
         ports = [load(up.data_dir.config_path).gateway.port, other]
         up.run("tenant", "create", "acme", "--limit", "requests_per_minute=100000")
         made = up.json("key", "create", "acme", "--test", "--project", "search", "--limit", "concurrent_requests_max=9")
@@ -89,11 +108,45 @@ def test_a_key_is_made_rotated_and_revoked_in_all_gateways_within_two_seconds(tm
         assert listed[rotated["key_id"]]["project"] == "search"
         assert "revoked already" in up.json("key", "revoke", made["key_id"], expected=1)["error"]
 
-        def counted() -> bool:
-            rows = up.json("usage", "acme", "--by", "class")
-            return any(row["output_tokens"] and row["cost"] in ("0", "0.00") for row in rows)
+        with open_reader(config) as reader:
+            until(lambda: next(iter(queries.balances(reader, "acme"))).events >= 4, what="the test key's usage")
+            assert next(iter(queries.balances(reader, "acme"))).spend_pico == 0
+            usage = "SELECT service_class, any(output_tokens) FROM usage_events WHERE tenant_id = 'acme' GROUP BY service_class"
+            until(lambda: reader.query(usage, {}).rows, what="its events")
+            assert [tuple(row) for row in reader.query(usage, {}).rows] == [("test", 3)]
 
-        until(counted, what="the test key's usage, free")
-        (balance,) = up.json("balance", "acme")
-        assert balance["spend"] in ("0", "0.00")
-        assert balance["requests"] >= 4
+
+def scrape(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_request_s_trace_reaches_the_database_and_each_part_can_be_scraped(up: Up, addresses: dict[str, str]) -> None:
+    config = load(up.data_dir.config_path)
+    up.run("tenant", "create", "traced", "--shadow")
+    secret = up.json("key", "create", "traced")["secret"]
+    trace_id, span_id = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    until(
+        lambda: infer(config.gateway.port, secret, traceparent=f"00-{trace_id}-{span_id}-01") == "ok", what="a traced request"
+    )
+
+    def traced() -> list[Any]:
+        query = "SELECT attribute_values FROM usage_events WHERE tenant_id = 'traced' AND has(attribute_names, 'traceparent')"
+        with open_reader(config) as reader:
+            return [row[0] for row in reader.query(query, {}).rows]
+
+    until(traced, what="its usage in the database")
+    (value,) = traced()[0]
+    assert value.startswith(f"00-{trace_id}-")
+    assert span_id not in value, "the gateway is a span of its own"
+
+    gateway, ledger, sink = (scrape(addresses[section]) for section in ("gateway", "ledger", "clickhouse"))
+    assert "taximeter_gateway_requests_completed_total" in gateway
+    labels = 'gen_ai_operation_name="generate",gen_ai_request_model="trace-unary"'
+    assert f'gen_ai_client_token_usage_count{{{labels},gen_ai_token_type="output"}}' in gateway
+    assert f'gen_ai_server_request_duration_seconds_bucket{{error_type="",{labels},le="0.01"}}' in gateway
+    assert "traced" not in gateway, "no tenant is a label"
+    assert 'taximeter_ledger_owned{partition="0"} 1.0' in ledger
+    assert "taximeter_ledger_acknowledged_records_total" in ledger
+    assert 'taximeter_sink_sequence{partition="0"}' in sink
+    assert "taximeter_sink_waiting 0.0" in sink
