@@ -86,7 +86,8 @@ def _inject(request: ModelInferRequest, names: AbstractSet[str], profile: ModelP
         for flag, count in ((counts.input_flag, counts.input_count), (counts.output_flag, counts.output_count)):
             if flag and _inject_flag(request, names, flag, count, counts.shape):
                 hidden.append(count)
-    hidden += [name for name in profile.metered_outputs if kserve.request_output(request, name)]
+    if request.outputs:
+        hidden += [name for name in profile.metered_outputs if kserve.request_output(request, name)]
     return tuple(hidden)
 
 
@@ -94,12 +95,11 @@ def _read_prompts(request: ModelInferRequest, names: AbstractSet[str], profile: 
     found: list[str] = []
     for place, name in enumerate(profile.text_inputs):
         if name in names:
-            # A back end that counts takes one prompt a request; its counts could not be told apart.
-            found += (
-                kserve.read_texts_input(request, name) or ()
-                if profile.counts is None
-                else (kserve.read_text_input(request, name) or "",)
-            )
+            if profile.counts is None:
+                found += kserve.read_texts_input(request, name) or ()
+            else:
+                # A back end that counts takes one prompt a request; its counts could not be told apart.
+                found.append(kserve.read_text_input(request, name) or "")
         elif place == 0 and profile.tokenizer is not None:
             raise TensorError(name, "missing", "send the prompt as a BYTES tensor of one element")
     return tuple(found)
@@ -145,7 +145,7 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
         framing=Framing.CHAT if _flag(request, names, profile.chat_input) else profile.framing,
         input_tokens=input_tokens,
         rows=rows,
-        units=tuple(rule.of_request(request) for rule in profile.units),
+        units=tuple([rule.of_request(request) for rule in profile.units]) if profile.units else (),
         hidden_outputs=hidden,
         empty_final_asked=bool(empty_final_asked),
         prompt_echoed=not streaming and not (profile.exclude_input_default if excluded is None else excluded),
@@ -252,8 +252,8 @@ class AnswerCounter:
             values = kserve.read_integers_output(response, ids.output_ids) or ()
             tokens, sequences = sum(value >= 0 for value in values), 1
         else:
-            if min(lengths, default=0) < 0:
-                raise TensorError(ids.output_lengths, f"lengths {lengths[:8]}", "lengths are not negative")
+            if min(lengths, default=0) < 0 or sum(lengths) > QUANTITY_MAX:
+                raise TensorError(ids.output_lengths, f"lengths {lengths[:8]}", f"between 0 and {QUANTITY_MAX} in all")
             tokens, sequences = sum(lengths), len(lengths)
         if self._prepared.repeats_all:
             self._ids_output, self._ids_sequences = tokens, sequences

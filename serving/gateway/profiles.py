@@ -8,7 +8,7 @@ that has none of them cannot be metered and is refused at start. Each kind of ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from billing.v1.usage_pb2 import (
@@ -110,8 +110,19 @@ class ModelProfile:
     operation: int = OPERATION_GENERATE
     prompt_tokens_max: int = 0
     """For plans that state none; 0: the gateway's."""
+    counts_input: bool = field(init=False)
+    """Whether input tokens are metered at all."""
+    counts_output: bool = field(init=False)
+    """Whether output tokens are metered at all."""
+    metered_outputs: tuple[str, ...] = field(init=False)
+    """The outputs that the gateway must see, beside counts."""
 
     def __post_init__(self) -> None:
+        counts, ids = self.counts, self.ids
+        # Asked for every request, so made once.
+        object.__setattr__(self, "counts_input", bool(self.text_inputs or ids or (counts and counts.input_flag)))
+        object.__setattr__(self, "counts_output", bool(self.text_output or ids or (counts and counts.output_flag)))
+        object.__setattr__(self, "metered_outputs", self._metered_outputs())
         if not self.model:
             raise ValueError("model: is empty: name the model as its back end does")
         if self.counts is None and self.tokenizer is None and self.ids is None:
@@ -122,19 +133,7 @@ class ModelProfile:
         if self.prompt_tokens_max < 0:
             raise ValueError(f"prompt_tokens_max: {self.prompt_tokens_max}: must be at least 0")
 
-    @property
-    def counts_input(self) -> bool:
-        """Whether input tokens are metered at all."""
-        return bool(self.text_inputs or self.ids or (self.counts and self.counts.input_flag))
-
-    @property
-    def counts_output(self) -> bool:
-        """Whether output tokens are metered at all."""
-        return bool(self.text_output or self.ids or (self.counts and self.counts.output_flag))
-
-    @property
-    def metered_outputs(self) -> tuple[str, ...]:
-        """The outputs that the gateway must see, beside counts."""
+    def _metered_outputs(self) -> tuple[str, ...]:
         names = [self.text_output] if self.text_output and self.tokenizer is not None else []
         if self.ids is not None:
             names += [name for name in (self.ids.output_ids, self.ids.output_lengths) if name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import struct
 import sys
 from functools import cache
 
@@ -16,7 +17,7 @@ from producers.journal import EVENT_BYTES_MAX
 from serving import kserve
 from serving.gateway.counting import AnswerCounter, prepare
 from serving.gateway.credentials import find_secret, hash_secret
-from serving.gateway.profiles import generic, tensorrt_llm, vllm
+from serving.gateway.profiles import generic, ocr, speech_to_text, tensorrt_llm, tensorrt_llm_ids, text_to_image, vllm
 from serving.kserve import TensorError
 from sinks.embedded import LoopbackServer
 from sinks.engines.json_rows import decode_rows
@@ -25,7 +26,15 @@ from tests.fuzz.target import Reader, Target
 
 __all__ = ["TARGETS"]
 
-PROFILES = (vllm("m"), tensorrt_llm("m", tokenizer="t"), generic("m", tokenizer="t"))
+PROFILES = (
+    vllm("m"),
+    tensorrt_llm("m", tokenizer="t"),
+    generic("m", tokenizer="t"),
+    tensorrt_llm_ids("m"),
+    ocr("m"),
+    speech_to_text("m", tokenizer="t", audio_lengths_input="lengths"),
+    text_to_image("m", tokenizer="t", text_inputs=("text_input",)),
+)
 _TOKEN = "t" * 32
 
 
@@ -44,7 +53,9 @@ def meter(data: bytes) -> None:
         response.SerializeToString()
     counted = counter.counted()
     counter.texts()
-    UsageEvent(uncached_input_tokens=counted.input_tokens or 0, output_tokens=counted.output_tokens or 0)
+    event = UsageEvent(uncached_input_tokens=counted.input_tokens or 0, output_tokens=counted.output_tokens or 0)
+    for rule, quantity in zip(profile.units, counted.units, strict=True):
+        event.units.add(unit=rule.unit, quantity=quantity)
     assert EVENT_BYTES_MAX > 0
 
 
@@ -57,6 +68,11 @@ def _metered() -> list[bytes]:
     tensor.contents.bytes_contents.append("hé".encode())
     kserve.add_bool_input(typed, "return_num_input_tokens", True)
     kserve.set_parameter(typed, kserve.EMPTY_FINAL_PARAMETER, True)
+    numbers = service_pb2.ModelInferRequest(model_name="m")
+    for name, values in (("input_ids", [1, 2, 3]), ("input_lengths", [2]), ("audio", [0] * 160), ("steps", [20])):
+        numbers.inputs.add(name=name, datatype="INT32", shape=[1, len(values)])
+        numbers.raw_input_contents.append(struct.pack(f"<{len(values)}i", *values))
+    kserve.add_bytes_input(numbers, "text_input", [b"hello"])
     broad = service_pb2.ModelInferRequest(model_name="m")
     broad.inputs.add(name="text_input", datatype="BYTES", shape=[2**62] * 200)
     broad.raw_input_contents.append(b"")
@@ -64,11 +80,14 @@ def _metered() -> list[bytes]:
     kserve.add_bytes_output(response, "text_output", [b"hello world"])
     kserve.add_integer_output(response, "num_input_tokens", 3)
     kserve.add_integer_output(response, "num_output_tokens", 4, dtype="INT64", shape=(1, 1))
+    for name, values in (("output_ids", [4, 5, -1]), ("sequence_length", [2])):
+        response.outputs.add(name=name, datatype="INT32", shape=[1, 1, len(values)])
+        response.raw_output_contents.append(struct.pack(f"<{len(values)}i", *values))
     answer = response.SerializeToString()
     return [
         Reader.join(profile, stream, asked.SerializeToString(), answer, answer)
         for profile in range(len(PROFILES))
-        for stream, asked in enumerate((request, typed, broad))
+        for stream, asked in enumerate((request, typed, broad, numbers))
     ]
 
 
