@@ -50,6 +50,8 @@ class PreparedRequest:
     """The back end puts the prompt in front of its answer."""
     repeats_all: bool
     """Each response has all token ids so far, not only new ones."""
+    stops: bool
+    """It is no inference: it stops the one that has its ID."""
 
     def in_clients_words(self, message: str) -> str:
         """A back end's message, where it names the request by the ID that it knows."""
@@ -124,9 +126,19 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
     """Rewrite `request` in place for the back end. Raises TensorError for what cannot be metered."""
     _refuse_shared_memory(request)
     names = {tensor.name for tensor in request.inputs}
-    prompts = _read_prompts(request, names, profile) if profile.text_inputs else ()
     ids = profile.ids
-    input_tokens, rows = _read_ids(request, ids) if ids is not None else (None if profile.counts_input else 0, 1)
+    prompts: tuple[str, ...] = ()
+    input_tokens, rows, units = None if profile.counts_input else 0, 1, (0,) * len(profile.units)
+    stops = bool(_flag(request, names, profile.stop_input))
+    if stops:
+        # What it says beside is what the back end wants in every request.
+        input_tokens = 0
+    else:
+        prompts = _read_prompts(request, names, profile) if profile.text_inputs else ()
+        if ids is not None:
+            input_tokens, rows = _read_ids(request, ids)
+        if profile.units:
+            units = tuple([rule.of_request(request) for rule in profile.units])
     streaming = bool(_flag(request, names, profile.stream_input))
     excluded = _flag(request, names, profile.exclude_input)
     hidden = _inject(request, names, profile)
@@ -145,11 +157,12 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
         framing=Framing.CHAT if _flag(request, names, profile.chat_input) else profile.framing,
         input_tokens=input_tokens,
         rows=rows,
-        units=tuple([rule.of_request(request) for rule in profile.units]) if profile.units else (),
+        units=units,
         hidden_outputs=hidden,
         empty_final_asked=bool(empty_final_asked),
         prompt_echoed=not streaming and not (profile.exclude_input_default if excluded is None else excluded),
         repeats_all=ids is not None and bool(_flag(request, names, ids.all_generated)),
+        stops=stops,
     )
 
 

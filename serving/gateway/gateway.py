@@ -36,7 +36,7 @@ from serving.gateway.errors import CallError
 from serving.gateway.limits import Breach, RateLimits, RequestSlot, Scope
 from serving.gateway.metering import MeterParts, Price, RequestMeter, new_event, now_ms
 from serving.gateway.output_limits import read_output_limit, read_texts_asked
-from serving.gateway.scoping import SequenceScope
+from serving.gateway.scoping import RunningRequests, SequenceScope
 from serving.gateway.tokens import TextCount
 from serving.gateway.tracing import own_span, with_span
 from serving.kserve import TensorError
@@ -95,6 +95,7 @@ class Gateway:
         self._directory = directory
         self._hash_secret = SecretHasher(settings.directory.pepper)
         self._sequences = SequenceScope(settings.directory.pepper)
+        self._named = RunningRequests()
         self._parts = parts
         self._running = 0
         self._tenant_running: Counter[str] = Counter()
@@ -161,6 +162,7 @@ class Gateway:
         """The request is over, however it ended: it makes room for another, and a bill that nobody has written by now, because
         the client is gone or the journal failed, is written apart from the call."""
         self._free_slot(admitted.tenant_id)
+        self._named.remove(admitted.tenant_id, admitted.prepared.client_id, admitted.prepared.upstream_id)
         admitted.slot.end(admitted.meter.tokens, time.monotonic())
         if not admitted.meter.is_closed:
             self._settle(admitted.meter, self._cut_off_outcome(caller))
@@ -239,6 +241,8 @@ class Gateway:
         try:
             prepared = prepare(request, profile, request_id, stream=stream)
             self._sequences.apply(request, key.tenant_id)
+            if prepared.stops:
+                request.id = self._named.newest(key.tenant_id, prepared.client_id) or request_id
         except TensorError as error:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error
@@ -254,7 +258,7 @@ class Gateway:
             await self._check_scopes(request, event, account, profile, prepared, prompt_count, scopes, slot)
         money = None
         # What is free needs no money, and who is only watched need not have it.
-        is_paid = account is not None and account.free_pico is not None and not (key.test or account.shadow)
+        is_paid = account is not None and account.free_pico is not None and not (key.test or account.shadow or prepared.stops)
         if self.spending is not None and account is not None and is_paid:
             money = await self._set_aside(self.spending, request, event, account, profile, prepared, prompt_count)
         meter = RequestMeter(
@@ -277,6 +281,8 @@ class Gateway:
             self._settle(meter, OUTCOME_CANCELLED)
             raise
         self.metrics["requests_admitted"] += 1
+        if not prepared.stops:
+            self._named.add(key.tenant_id, prepared.client_id, request_id)
         return Admitted(request, profile, prepared, meter, key.tenant_id, slot)
 
     def _pricer(self, account: AccountView | None) -> Callable[[UsageEvent], Price] | None:

@@ -97,6 +97,8 @@ class ModelProfile:
     ids: TokenIds | None = None
     units: tuple[UnitRule, ...] = ()
     stream_input: str | None = "stream"
+    stop_input: str | None = None
+    """A flag of a request that is none, but stops the one that has its ID."""
     exclude_input: str | None = "exclude_input_in_output"
     exclude_input_default: bool = False
     """What the model does without streaming where a request does not say: TensorRT-LLM has a parameter for it."""
@@ -184,6 +186,7 @@ def tensorrt_llm(
         model,
         tokenizer=tokenizer,
         counts=_TENSORRT_LLM_COUNTS,
+        stop_input="stop",
         output_limit=OutputLimit.TENSOR,
         prompt_in_output_text=True,
         exclude_input_default=exclude_input_default,
@@ -203,6 +206,7 @@ def tensorrt_llm_ids(
         counts=_TENSORRT_LLM_COUNTS,
         ids=TokenIds(),
         stream_input="streaming",
+        stop_input="stop",
         output_limit=OutputLimit.TENSOR,
         output_limit_input="request_output_len",
         exclude_input_default=exclude_input_default,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -45,7 +46,10 @@ class FakeModel:
     failures: int = 0
     """It is not there for so many requests."""
     asked: list[str] = field(default_factory=list)
-    """The id of each request that came."""
+    """The id of each request that came; `arrivals` lets somebody wait for one."""
+    arrivals: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    stopped: dict[str, asyncio.Event] = field(default_factory=lambda: defaultdict(asyncio.Event))
+    """By id: a request that says `stop` has come with it."""
 
     def responses(self, request: Any) -> Iterator[Response]:
         raise NotImplementedError
@@ -195,6 +199,10 @@ def _handlers(models: Mapping[str, FakeModel]) -> dict[str, Any]:
         async for request in requests:
             model = models[request.model_name]
             await _arrive(model, request, context)
+            if kserve.read_bool_input(request, "stop"):
+                model.stopped[request.id].set()
+                yield _named(service_pb2.ModelInferResponse(), request, final=True)
+                continue
             try:
                 found = list(model.responses(request))
             except RefusedError as error:
@@ -202,7 +210,9 @@ def _handlers(models: Mapping[str, FakeModel]) -> dict[str, Any]:
                 continue
             for place, response in enumerate(found):
                 if place == model.stall_after:
-                    await asyncio.Event().wait()
+                    await model.stopped[request.id].wait()
+                    yield _named(service_pb2.ModelInferResponse(), request, final=True)
+                    break
                 yield _named(response, request, final=place == len(found) - 1 and not model.empty_final)
             if model.empty_final and kserve.get_parameter(request, kserve.EMPTY_FINAL_PARAMETER) is True:
                 yield _named(service_pb2.ModelInferResponse(), request, final=True)
@@ -223,6 +233,7 @@ def _handlers(models: Mapping[str, FakeModel]) -> dict[str, Any]:
 
 async def _arrive(model: FakeModel, request: Any, context: Any) -> None:
     model.asked.append(request.id)
+    model.arrivals.release()
     if model.failures:
         model.failures -= 1
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the model is being loaded")

@@ -53,9 +53,14 @@ from tests.serving.fake_back_ends import (
 )
 from tests.serving.gateway_support import (
     HEADERS,
+    account,
     answers,
+    api_key,
     billed,
     gateway_settings,
+    known_directory,
+    put_account,
+    put_key,
     running,
     settled,
     text_inputs,
@@ -298,6 +303,38 @@ async def test_a_back_end_that_stays_away_is_told_after_the_last_attempt(tmp_pat
         (event,) = await settled(server)
     assert len(fake.asked) == 3
     assert (event.outcome, event.uncached_input_tokens, event.output_tokens) == (OUTCOME_BACKEND_ERROR, 0, 0)
+
+
+async def test_a_stop_by_id_reaches_the_tenants_own_request_and_no_other(tmp_path: Path) -> None:
+    """TensorRT-LLM stops the request whose id a `stop` comes with; two tenants chose the same one."""
+    directory = known_directory()
+    put_key(directory, api_key(key_id="key-b", secret="of-b", tenant_id="tenant-b"))
+    put_account(directory, account("tenant-b"))
+    metadata = {"tenant-a": (("authorization", HEADERS["authorization"]),), "tenant-b": (("x-api-key", "of-b"),)}
+    fake = TensorRtLlm(stall_after=1)
+    generate = ask("m", 0, (1, 1), typed=False, stream=True)
+    stop = ask("m", 0, (1, 1), typed=False, stop=True)
+    async with (
+        serving_models({"m": fake}) as address,
+        running(settings(tmp_path, address, tensorrt_llm("m")), directory) as server,
+    ):
+        gateway = f"127.0.0.1:{server.port}"
+        running_of = {tenant: asyncio.create_task(stream(gateway, generate, metadata[tenant])) for tenant in metadata}
+        async with asyncio.timeout(20):
+            for _ in metadata:
+                await fake.arrivals.acquire()
+            await stream(gateway, stop, metadata["tenant-a"])
+            await running_of["tenant-a"]
+            assert not running_of["tenant-b"].done()
+            await stream(gateway, stop, metadata["tenant-b"])
+            await running_of["tenant-b"]
+        events = await settled(server, 4)
+    assert len(set(fake.asked)) == 2, "each stop came with the id of the request that it stops"
+    assert sorted((event.tenant_id, *billed(event)[1:]) for event in events) == [
+        *[("tenant-a", 0, 0), ("tenant-a", prompt_tokens(PROMPT), 2)],
+        *[("tenant-b", 0, 0), ("tenant-b", prompt_tokens(PROMPT), 2)],
+    ]
+    assert {event.outcome for event in events} == {OUTCOME_COMPLETED}
 
 
 SPOKEN = "The quick brown fox"

@@ -1,4 +1,4 @@
-"""Sequences are a tenant's own."""
+"""Sequences, and the requests that a stop means, are a tenant's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from serving import kserve
-from serving.gateway.scoping import SequenceScope
+from serving.gateway.scoping import RunningRequests, SequenceScope
 
 SCOPE = SequenceScope(b"pepper" * 6)
 
@@ -33,3 +33,18 @@ def test_lengths_keep_tenant_and_name_apart() -> None:
 @pytest.mark.parametrize("named", [0, ""])
 def test_no_sequence_stays_none(named: int | str) -> None:
     assert renamed(named) == named
+
+
+def test_a_clients_id_means_its_own_newest_request_that_runs() -> None:
+    running = RunningRequests()
+    running.add("a", "same", "1")
+    running.add("a", "same", "2")
+    running.add("b", "same", "3")
+    running.add("a", "", "4")
+    assert [running.newest(tenant, "same") for tenant in "abc"] == ["2", "3", None]
+    assert running.newest("a", "") is None
+    running.remove("a", "same", "2")
+    running.remove("a", "same", "2")
+    assert running.newest("a", "same") == "1"
+    running.remove("a", "same", "1")
+    assert running.newest("a", "same") is None
