@@ -76,6 +76,8 @@ def main() -> int:
         found: list[Measurement] = importlib.import_module(f"benchmarks.{arguments.one}").run()
         print(json.dumps([row.to_json() for row in found]))
         return 0
+    # Told to end, it ends what it started first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console()
     rows: list[Measurement] = []
     failed: list[str] = []
