@@ -15,7 +15,7 @@ import grpc
 
 from billing.v1.usage_pb2 import OUTCOME_CANCELLED, OUTCOME_COMPLETED, OUTCOME_DEADLINE_EXCEEDED
 from producers.calls import CallMeter, Identity, Used
-from producers.errors import JournalFull, ProducerError
+from producers.errors import InvalidEvent, JournalFull, ProducerError
 
 if TYPE_CHECKING:
     from producers.calls import MeteredCall
@@ -142,6 +142,8 @@ class MeteredRpc:
         """What the client is told."""
         if isinstance(error, RpcRefused):
             return error
+        if isinstance(error, InvalidEvent):
+            return RpcRefused(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         full = isinstance(error, JournalFull)
         status = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.UNAVAILABLE
         return RpcRefused(status, f"usage cannot be recorded: {error}")

@@ -4,7 +4,8 @@ Promise: an answer that is one document leaves when its usage is durable. Of a s
 is durable, and the last event (`[DONE]`, or the end of the body) when the bill is. A stream that the client leaves is billed by
 the latest usage that it said, else by what `estimate` makes of what was delivered.
 
-What a full journal means: the request is refused with 503 and Retry-After before the server sees it. A credential that
+What a full journal means: the request is refused with 503 and Retry-After before the server sees it. One that no bill can be
+written for (a model's name that is too long) is refused with 400. A credential that
 `identify` does not know: 401. A disk that fails under an answer: a document becomes a 503, a stream breaks off before its end.
 """
 
@@ -23,7 +24,7 @@ from billing.v1.usage_pb2 import (
     OUTCOME_COMPLETED,
 )
 from producers.calls import CallMeter, Identity, Used
-from producers.errors import ProducerError
+from producers.errors import InvalidEvent, ProducerError
 from producers.openai_usage import OPERATIONS, EventStream, OpenAIRequest, read_answer
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class Refusal:
     @classmethod
     def unrecorded(cls, error: Exception) -> Refusal:
         """Nothing is done that cannot be billed."""
+        if isinstance(error, InvalidEvent):
+            return cls(400, "request_invalid", str(error))
         return cls(503, "usage_unrecorded", f"usage cannot be recorded: {error}", (("retry-after", "1"),))
 
 

@@ -61,7 +61,8 @@ def prepare(path: str, body: bytes, *, continuous: bool) -> OpenAIRequest:
         # The server will say what is wrong with it.
         return OpenAIRequest(body, "", hides_usage=False)
     model = request.get("model")
-    model = model if isinstance(model, str) else ""
+    # Half a surrogate pair is in no name.
+    model = model if isinstance(model, str) and model.isprintable() else ""
     if request.get("stream") is not True or path in _ALWAYS_SAYS:
         return OpenAIRequest(body, model, hides_usage=False)
     options = request.get("stream_options")
@@ -71,7 +72,11 @@ def prepare(path: str, body: bytes, *, continuous: bool) -> OpenAIRequest:
     if continuous and not asked:
         wanted["continuous_usage_stats"] = True
     if wanted != options:
-        body = json.dumps({**request, "stream_options": wanted}).encode()
+        try:
+            body = json.dumps({**request, "stream_options": wanted}).encode()
+        except RecursionError:
+            # Nested more deeply than it can be written again: the server will refuse it.
+            return OpenAIRequest(body, model, hides_usage=False)
     return OpenAIRequest(body, model, hides_usage=not asked)
 
 
@@ -182,7 +187,10 @@ class EventStream:
         del answer["usage"]
         if answer.get("choices") == []:
             return StreamEvent(b"")
-        shown = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+        try:
+            shown = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+        except RecursionError:
+            return StreamEvent(raw)
         return StreamEvent(b"data: " + shown.encode("utf-8", "surrogatepass") + b"\n\n")
 
 

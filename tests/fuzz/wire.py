@@ -14,6 +14,8 @@ from tritonclient.grpc import service_pb2
 
 from billing.v1.usage_pb2 import UsageEvent
 from producers.journal import EVENT_BYTES_MAX
+from producers.openai_usage import EventStream, read_answer
+from producers.openai_usage import prepare as prepare_openai
 from serving import kserve
 from serving.gateway.counting import AnswerCounter, prepare
 from serving.gateway.credentials import find_secret, hash_secret
@@ -57,6 +59,38 @@ def meter(data: bytes) -> None:
     for rule, quantity in zip(profile.units, counted.units, strict=True):
         event.units.add(unit=rule.unit, quantity=quantity)
     assert EVENT_BYTES_MAX > 0
+
+
+def openai(data: bytes) -> None:
+    """An OpenAI-shaped request and its stream, cut anywhere: what is shown can be read again, and no class is negative."""
+    reader = Reader(data)
+    hides = bool(reader.number() % 2)
+    asked = prepare_openai("/v1/chat/completions", reader.piece(), continuous=hides)
+    UsageEvent(model=asked.model)
+    stream = EventStream(hides_usage=hides)
+    shown = b""
+    while reader.more:
+        shown += b"".join(event.data for event in stream.feed(reader.piece()))
+    shown += b"".join(event.data for event in stream.finish())
+    again = EventStream(hides_usage=False)
+    assert b"".join(event.data for event in (*again.feed(shown), *again.finish())) == shown
+    for used in (stream.used, read_answer(shown)):
+        if used is not None:
+            used.fill(UsageEvent())
+
+
+def _openai() -> list[bytes]:
+    request = b'{"model": "m", "stream": true, "stream_options": {"other": 1}}'
+    usage = b'{"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 5}}'
+    events = [
+        b'data: {"choices": [{"delta": {"content": "h\\u00e9"}}], "usage": null}\n\n',
+        b'data: {"choices": [], "usage": ' + usage + b"}\r\n\r\n",
+        b'event: x\ndata: {"error": {"message": "m"}}\n\n',
+        b"data: [DONE]\n\n",
+    ]
+    deep = b'{"stream": true, "a": ' + b"[" * 900 + b"]" * 900 + b"}"
+    half = b'{"model": "\\ud800", "stream": true}'
+    return [Reader.join(hides, asked, *events) for hides in (0, 1) for asked in (request, deep, half)]
 
 
 def _metered() -> list[bytes]:
@@ -174,6 +208,7 @@ def _answers() -> list[bytes]:
 
 TARGETS = {
     "inference": Target(meter, _metered, (TensorError, DecodeError), mutations=500),
+    "openai": Target(openai, _openai, mutations=300),
     "metadata": Target(read_metadata, lambda: [Reader.join(0, b"Bearer abc", 1, b"key", 2, b"x")]),
     "loopback": Target(ask_loopback, _asked, mutations=60),
     "loopback-answer": Target(decode_rows, _answers, (EngineError,)),

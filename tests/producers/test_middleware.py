@@ -163,10 +163,11 @@ def test_a_full_journal_refuses_before_the_server_is_asked(ask: Any, tmp_path: P
 
 
 @both
-def test_who_is_not_known_and_what_is_too_large_are_refused(ask: Any, meter: UsageMeter) -> None:
+def test_who_is_not_known_and_what_cannot_be_billed_are_refused(ask: Any, meter: UsageMeter) -> None:
     server = Server(DONE)
     assert ask(server, metering(meter, identify=lambda headers: None), ASK, bytes) == 401
     assert ask(server, metering(meter, request_bytes_max=10), ASK, bytes) == 413
+    assert ask(server, metering(meter), b'{"model": "%s"}' % (b"m" * 300), bytes) == 400
     assert not server.bodies
     assert not events_of(meter)
 
