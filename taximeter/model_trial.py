@@ -27,7 +27,7 @@ from billing.v1.account_pb2 import (
 from billing.v1.usage_pb2 import UsageEvent
 from producers.meter import MeterSettings
 from serving import kserve
-from serving.gateway import DirectorySettings, GatewayServer, hash_secret
+from serving.gateway import AdmissionSettings, DirectorySettings, GatewayServer, hash_secret
 from serving.gateway.directory import Directory
 from serving.gateway.metering import now_ms
 from serving.gateway.sample_requests import make_request, problems_of
@@ -92,6 +92,8 @@ async def try_profile(
             tokenizers={name: path for name, path in tokenizers.items() if name == profile.tokenizer},
             upstream=upstream,
             upstream_root_certificates=root_certificates,
+            # No ledger is followed, so no account is ever out of date.
+            admission=AdmissionSettings(fail_open=True),
             port=0,
         )
         server = GatewayServer(settings, _directory(hash_secret(pepper, secret)))
