@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.measure import Measurement
 
-NAMES = ("ledger", "seen_store", "snapshot", "meter", "sink", "freshness", "gateway", "admission", "rerating", "month_to_date")
+NAMES = ("ledger", "seen_store", "snapshot", "meter", "sink", "freshness", "budgets", "gateway", "admission", "rerating")
 OUTPUT = Path("build/bench.json")
 TIMEOUT_S = 900
 ALL_TIMEOUT_S = 3_600

@@ -44,7 +44,7 @@ def run() -> list[Measurement]:
         command += ["--set", "embedded.model_server=false", "--set", "embedded.gateway=false"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
-            state = _await(data_dir, process)
+            state = await_up(data_dir, process)
             delays_s, fresh_queries_ms = _measure(load(state), Path(folder) / "bench")
         finally:
             process.terminate()
@@ -52,13 +52,14 @@ def run() -> list[Measurement]:
     delays_s.sort()
     name = f"freshness at {EVENTS_PER_S:,} events/s"
     return [
-        Measurement(f"{name}, p50", _quantile(delays_s, 0.50) * 1_000, "ms"),
-        Measurement(f"{name}, p99", _quantile(delays_s, 0.99) * 1_000, "ms", target="< 1000"),
+        Measurement(f"{name}, p50", quantile(delays_s, 0.50) * 1_000, "ms"),
+        Measurement(f"{name}, p99", quantile(delays_s, 0.99) * 1_000, "ms", target="< 1000"),
         Measurement("balance query meanwhile, median", statistics.median(fresh_queries_ms), "ms"),
     ]
 
 
-def _await(data_dir: DataDir, process: subprocess.Popen[bytes]) -> Path:
+def await_up(data_dir: DataDir, process: subprocess.Popen[bytes]) -> Path:
+    """The configuration of the `up` that runs in `data_dir`, once it is ready."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         state = data_dir.running()
@@ -116,14 +117,15 @@ def _record(meter: UsageMeter, durable: list[tuple[float, int]]) -> None:
             time.sleep(pause_s)
         receipt = None
         for number in range(recorded, recorded + GROUP):
-            receipt = meter.record(_event(number))
+            receipt = meter.record(usage_event(number))
         recorded += GROUP
         assert receipt is not None
         receipt.durable(10)
         durable.append((time.monotonic(), recorded))
 
 
-def _event(number: int) -> UsageEvent:
+def usage_event(number: int) -> UsageEvent:
+    """A request of one of the tenants that ended now."""
     now_ms = time.time_ns() // 1_000_000
     return UsageEvent(
         request_id=uuid.uuid4().hex,
@@ -154,5 +156,6 @@ def _delays(durable: list[tuple[float, int]], visible: list[tuple[float, int]]) 
     return delays
 
 
-def _quantile(ordered: list[float], share: float) -> float:
+def quantile(ordered: list[float], share: float) -> float:
+    """Of sorted values."""
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]

@@ -80,6 +80,7 @@ def adjust(state: LedgerState, account: AccountState, command: Command, record: 
     for line_key, parts in lines:
         state.lines.line(line_key, record.generation, record.sequence).add_parts(parts)
     account.spend_pico += total_pico
+    state.credits.correct(account.tenant_id, account, record)
     for key in keys:
         state.corrected[key] = Corrected(command.command_id, record.log_time_ms)
         record.corrected.append(CorrectedEvent(key=key, adjustment_id=command.command_id, corrected_ms=record.log_time_ms))

@@ -310,7 +310,7 @@ class Recomputed:
                 if upsert.status == ACCOUNT_STATUS_CLOSED:
                     self._credits.forfeit(upsert.tenant_id, account, stated, paid_too=upsert.expire_credit)
             case "adjustment":
-                self._adjustment(record, command)
+                self._adjustment(record, command, stated)
             case "price_book":
                 self._books.add(command.price_book)
             case "invoice_finalization":
@@ -364,14 +364,16 @@ class Recomputed:
         ]
         self._budgets.charge(charges, self.accounts, stated)
 
-    def _adjustment(self, record: LedgerRecord, command: Command) -> None:
+    def _adjustment(self, record: LedgerRecord, command: Command, stated: LedgerRecord) -> None:
         said = command.adjustment
         amount = 0
-        for stated in said.lines:
-            parts = from_line_parts(stated.parts)
-            self.lines.lines.line(line_key_of(stated.key), record.generation, record.sequence).add_parts(parts)
+        for line in said.lines:
+            parts = from_line_parts(line.parts)
+            self.lines.lines.line(line_key_of(line.key), record.generation, record.sequence).add_parts(parts)
             amount += sum(part.amount_pico for part in parts.values())
-        self._account(said.tenant_id).spend_pico += amount
+        account = self._account(said.tenant_id)
+        account.spend_pico += amount
+        self._credits.correct(said.tenant_id, account, stated)
         self.adjusted_by_tenant[said.tenant_id] += amount
         for request_id, entry in zip(said.corrected_request_ids, record.corrected, strict=True):
             if (by := self._corrected.setdefault(entry.key, command.command_id)) != command.command_id:

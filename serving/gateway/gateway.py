@@ -342,7 +342,8 @@ class Gateway:
     def _stopped(self, key: KeyView, account: AccountView | None) -> Refusal | None:
         if self._directory.is_closed(key.tenant_id, key.project_id):
             return admission.project_refusal(key.project_id)
-        stop = self._directory.find_stop(key, now_ms())
+        # A test key's usage costs nothing.
+        stop = None if key.test else self._directory.find_stop(key, now_ms())
         return None if stop is None else admission.budget_refusal(stop, "" if account is None else account.currency)
 
     def _not_opened(self, error: ProducerError) -> CallError:

@@ -20,9 +20,10 @@ from billing.v1.command_pb2 import (
     InvoiceFinalization,
     TenantUpsert,
 )
-from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP, Invoice, PeriodLine, PeriodLineKey
+from billing.v1.invoice_pb2 import CREDIT_KIND_PROMOTIONAL, ROUNDING_RULE_HALF_UP, Invoice, PeriodLine, PeriodLineKey
 from sinks.recompute import Recomputed
 from stream_processors.local_store import Acknowledged, LocalStore
+from tests.billing.agreement import agreed
 from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
 
 if TYPE_CHECKING:
@@ -203,6 +204,24 @@ def test_the_audit_adds_it_up_and_names_one_that_was_changed() -> None:
         recomputed.take(changed)
         assert [finding.kind for finding in recomputed.findings] == (["account_differs"] if wrong else [])
         assert recomputed.adjusted_by_tenant[ONE] == -COST
+
+
+def test_what_a_void_gives_back_returns_to_the_grant_that_paid(tmp_path: Path) -> None:
+    """And where that has expired meanwhile, it expires too: the balance does not rise by credit that is no more."""
+    ledger = made()
+    [paid] = adjusted(ledger, void("r1")).record.credits[0].grants
+    assert from_amount(paid.used) == COST
+    trial = CreditGrant(tenant_id=ONE, amount=to_amount(COST), currency="USD", kind=CREDIT_KIND_PROMOTIONAL)
+    trial.expires_ms = NOW_MS + 1
+    ledger.command(credit_grant=trial)
+    ledger.usage(batch([usage("r4", ONE)]))
+    ledger.tick(NOW_MS + 1)
+    balance_pico = ledger.state.accounts[ONE].balance_pico
+    [state] = adjusted(ledger, void("r4", "void-2"), "void-2", NOW_MS + 2).record.credits
+    [gone] = state.grants
+    assert (from_amount(gone.used), from_amount(gone.expired)) == (0, COST)
+    assert ledger.state.accounts[ONE].balance_pico == balance_pico
+    agreed(ledger, tmp_path)
 
 
 def note(amount_pico: int, **fields: Any) -> Adjustment:

@@ -13,19 +13,19 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from billing import credit
+from billing import commands, credit
 from billing.amounts import PICO, from_amount, to_amount
 from billing.commands import CommandRefused
 from billing.credit import Credits
 from billing.limits import GRANTS_LIVE_MAX, RECORD_BYTES_MAX, UNINVOICED_PARTS_MAX
 from billing.periods import month_of, month_start_ms
 from billing.v1.account_pb2 import Calendar
-from billing.v1.command_pb2 import CreditGrant, TenantUpsert
+from billing.v1.command_pb2 import CreditGrant, LeaseRequest, TenantUpsert
 from billing.v1.invoice_pb2 import CREDIT_KIND_CORRECTION, CREDIT_KIND_PAID, CREDIT_KIND_PROMOTIONAL, CreditKind
 from billing.v1.ledger_pb2 import CreditState, LedgerRecord
 from sinks.recompute import Recomputed
 from tests.billing.agreement import agreed
-from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
+from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
 from tests.billing.naive_credit import CoinGrant, Coins
 
 if TYPE_CHECKING:
@@ -404,6 +404,35 @@ def test_what_an_invoice_takes_back_becomes_credit(tmp_path: Path) -> None:
     assert purse.credit_pico - purse.spend_pico == balance_pico
     assert record.credits[-1].grants[-1].kind == CREDIT_KIND_CORRECTION
     assert left(record.credits[-1])["INV-0001/2"] == 25
+
+
+def test_leases_on_credit_that_expired_shrink_and_get_no_more() -> None:
+    made = ledger()
+    grant(made, "paid", 4 * EVENT_PICO)
+    grant(made, "trial", 6 * EVENT_PICO, expires_ms=NOW_MS + 1_000)
+
+    def lease(number: int, events: int, at_ms: int) -> int:
+        request = LeaseRequest(
+            tenant_id=A,
+            holder_id="gw",
+            epoch=1,
+            request_number=number,
+            wanted=to_amount(events * EVENT_PICO),
+            duration_ms=9_000,
+        )
+        record = made.command(at_ms, commands.lease_key(KEYS.command_key), lease_request=request).record
+        return from_amount(record.leases[-1].granted) // EVENT_PICO
+
+    assert lease(1, 9, NOW_MS) == 9
+    account = made.state.accounts[A]
+    made.tick(NOW_MS + 1_000)
+    # The bound: what was leased when it expired.
+    assert (account.balance_pico, account.leased_pico) == (4 * EVENT_PICO, 9 * EVENT_PICO)
+    assert lease(2, 12, NOW_MS + 1_001) == 9
+    assert lease(3, 3, NOW_MS + 1_002) == 3
+    assert lease(4, 12, NOW_MS + 1_003) == 4
+    assert account.balance_pico == account.leased_pico
+    assert made.replayed().digest() == made.state.digest()
 
 
 def test_ended_grants_are_forgotten_after_400_days_and_repeats_are_harmless_until_then(tmp_path: Path) -> None:
