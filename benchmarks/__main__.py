@@ -24,7 +24,19 @@ from rich.table import Table
 
 from benchmarks.measure import Measurement
 
-NAMES = ("ledger", "seen_store", "snapshot", "meter", "sink", "freshness", "budgets", "gateway", "admission", "rerating")
+NAMES = (
+    "ledger",
+    "seen_store",
+    "snapshot",
+    "meter",
+    "sink",
+    "freshness",
+    "budgets",
+    "gateway",
+    "admission",
+    "rerating",
+    "month_to_date",
+)
 OUTPUT = Path("build/bench.json")
 TIMEOUT_S = 900
 ALL_TIMEOUT_S = 3_600

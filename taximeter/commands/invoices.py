@@ -19,7 +19,7 @@ from taximeter.errors import MisuseError, TaximeterError
 from taximeter.files import write_whole
 from taximeter.times import show_time
 
-__all__ = ["explain_invoice", "export_invoice"]
+__all__ = ["explain_invoice", "export_invoice", "write_document"]
 
 _PAGE: Final = 100
 NumberArgument = Annotated[str, typer.Argument(metavar="NUMBER", help="The number on the invoice, like INV-0007-12.")]
@@ -36,19 +36,22 @@ def export_invoice(
     """Write an invoice as JSON, CSV, HTML or PDF: the same bytes whenever it is asked for."""
     with open_reader(context.config()) as reader:
         issued = _issued(reader, number)
+    write_document(context, number, issued.stored, document, output or Path(f"{number}.{document}"), json=json)
+
+
+def write_document(context: Context, name: str, stored: bytes, document: DocumentFormat, path: Path, *, json: bool) -> None:
+    """Render an invoice's stored bytes into a file, and say so."""
     try:
-        made = render(issued.stored, document)
+        made = render(stored, document)
     except DocumentError as error:
         raise TaximeterError(str(error)) from None
     except ImportError as error:
         raise TaximeterError(
             f"{document} needs {error.name}, which is not installed here: pip install 'taximeter[documents]'"
         ) from None
-    path = output or Path(f"{number}.{document}")
     write_whole("--output", path, made)
-    values = {"invoice": number, "format": str(document), "file": str(path), "bytes": len(made)}
     if json:
-        context.output.json(values)
+        context.output.json({"invoice": name, "format": str(document), "file": str(path), "bytes": len(made)})
     else:
         context.output.say(f"{path}: {len(made):,} bytes")
 

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -24,6 +25,7 @@ from sinks.rated_usage import Payer, payers
 from taximeter.commanding import Commander
 from taximeter.commands.accounts import issuer
 from taximeter.commands.common import Context, JsonOption, command
+from taximeter.commands.invoices import write_document
 from taximeter.compose import open_reader
 from taximeter.errors import MisuseError, TaximeterError
 from taximeter.times import now_ms, parse_month, show_time
@@ -68,13 +70,18 @@ def draft_invoice(
     seller: SellerOption = None,
     buyer: BuyerOption = None,
     note: NoteOption = "",
+    output: Annotated[Path | None, typer.Option(help="Write it there as a document that says DRAFT.")] = None,
+    document: Annotated[DocumentFormat, typer.Option("--format", help="With --output: what to write.")] = DocumentFormat.PDF,
     json: JsonOption = False,
 ) -> None:
     """Show what a tenant's invoice would be now; without --month: the month that is under way. Nothing changes."""
     terms = _terms(prefix, rounding, tax, seller, buyer, note)
     with open_reader(context.config()) as reader:
         stored = _draw(context, reader, [_payer(reader, tenant)], month, 0, terms, draft=True)[0]
-    _show(context, stored, json=json)
+    if output is None:
+        _show(context, stored, json=json)
+    else:
+        write_document(context, "draft", stored, document, output, json=json)
 
 
 @command

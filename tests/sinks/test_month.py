@@ -18,13 +18,18 @@ from billing.amounts import PICO, from_amount, to_amount
 from billing.chain import Chain
 from billing.founding import LedgerSettings
 from billing.invoice_checks import invoice_problems
+from billing.line_parts import Parts, Sum, add_rated
+from billing.period_lines import Line, LineKey
 from billing.periods import month_of, period_at
+from billing.rating import event_parts
 from billing.state import LedgerState
 from billing.step import CommandInput, UsageInput, step
 from billing.v1.account_pb2 import Calendar
 from billing.v1.command_pb2 import (
+    ADJUSTMENT_KIND_VOID,
     SCHEDULE_MODE_GRADUATED,
     SCHEDULE_MODE_VOLUME,
+    Adjustment,
     ClassFactor,
     Commitment,
     ContextBand,
@@ -190,6 +195,44 @@ def close(ledger: Ledger, at_ms: int, month_ms: int) -> list[Invoice]:
     return drawn
 
 
+def void(ledger: Ledger, event: UsageEvent) -> None:
+    """Take back what an event with a flat price was charged."""
+    account = ledger.state.accounts[event.tenant_id]
+    rate = ledger.state.books.rate(
+        account.currency, event.ended_ms, event.model, event.operation, event.service_class, event.tenant_id
+    )
+    assert rate is not None
+    assert rate.terms is None
+    charged: Parts = {}
+    add_rated(charged, event_parts(event, rate, {}), 32)
+    command_id = f"void-{event.request_id}"
+    period = period_at(account.calendar, event.ended_ms)
+    key = LineKey(
+        event.tenant_id,
+        period,
+        account.currency,
+        event.project_id,
+        event.model,
+        event.operation,
+        event.service_class,
+        rate.version,
+        command_id,
+    )
+    line = Line(key, b"", 0)
+    line.add_parts({name: Sum(-part.units, -part.amount_pico) for name, part in charged.items()})
+    said = Adjustment(
+        tenant_id=event.tenant_id,
+        kind=ADJUSTMENT_KIND_VOID,
+        currency=account.currency,
+        lines=[line.to_line()],
+        corrected_request_ids=[event.request_id],
+    )
+    applied = ledger.command(
+        log_time_ms=APRIL + 3 * DAY_MS, command_id=command_id, issuer="ann", reason="counted wrongly", adjustment=said
+    ).record.command
+    assert applied.applied, applied.refusal
+
+
 def sums(invoices: list[Invoice]) -> dict[str, int]:
     found: dict[str, int] = defaultdict(int)
     for invoice in invoices:
@@ -261,23 +304,32 @@ def test_a_month_is_closed_to_the_pico_and_comes_again_from_the_log(engine: Chdb
     late.sort(key=lambda event: event.ended_ms)
     for start in range(0, len(late), 100):
         ledger.usage(batch(late[start : start + 100]), APRIL + 3 * DAY_MS)
+    in_time = [event for event in events if event.ended_ms < APRIL - DAY_MS and event.request_id not in names]
+    flat = [event for event in in_time if event.model == "cheap"]
+    voided = flat[len(flat) // 2 :: 200]
+    for event in voided:
+        void(ledger, event)
     april = close(ledger, MAY + DAY_MS, APRIL + 5 * DAY_MS)
 
     spend = {tenant_id: account.spend_pico for tenant_id, account in ledger.state.accounts.items()}
     invoiced = sums([*february, *march, *april])
     assert still_to_come(ledger) == {}
     assert invoiced == spend
-    adjusted = sum(1 for invoice in april for line in invoice.lines if line.adjustment)
-    assert adjusted > 0
-    assert sum(from_amount(invoice.adjustments) for invoice in april) > 0
+    adjusted = [line for invoice in april for line in invoice.lines if line.adjustment]
+    assert any(not line.key.adjustment_id for line in adjusted)
+    assert len({line.key.adjustment_id for line in adjusted if line.key.adjustment_id}) == len(voided)
+    assert all(line.key.period_start_ms < APRIL - DAY_MS for line in adjusted)
 
     feed(engine, ledger.stored, KEYS.seal_key)
     [*rows] = engine.query("SELECT tenant_id, currency, sum(cost) FROM usage_totals FINAL GROUP BY tenant_id, currency").rows
     metered = {str(tenant_id): cost for tenant_id, _, cost in rows}
+    # What the close added and what was voided was never metered.
     closed: dict[str, int] = defaultdict(int)
     for invoice in (*february, *march, *april):
         closed[invoice.tenant_id] += sum(
-            from_amount(line.part.amount) for line in invoice.lines if line.part.terms == "at the close"
+            from_amount(line.part.amount)
+            for line in invoice.lines
+            if line.part.terms == "at the close" or line.key.adjustment_id
         )
     in_clickhouse = {tenant_id: int(Decimal(str(metered.get(tenant_id, 0))) * PICO) + closed[tenant_id] for tenant_id in spend}
     assert in_clickhouse == spend

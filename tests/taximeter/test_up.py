@@ -319,6 +319,9 @@ def test_a_month_is_drafted_invoiced_once_and_shown(up: Up, tmp_path: Path) -> N
     terms = ("--month", month, "--tax", "VAT=19%", "--seller", "Seller Ltd", "--buyer", "Payer Ltd", "--json")
     draft = json.loads(told("invoice", "draft", "payer", *terms))
     assert (draft["status"], draft["number"], draft["net"]) == ("draft", None, "0.30")
+    page = tmp_path / "draft.html"
+    told("invoice", "draft", "payer", "--format", "html", "--output", str(page), *terms)
+    assert "DRAFT: not an invoice" in page.read_text()
     [drawn] = json.loads(told("invoice", "finalize", "--all", *terms))
     # 19 % of 0.30 is 0.057.
     assert drawn == {"invoice": drawn["invoice"], "tenant_id": "payer", "currency": "USD", "total": "0.36", "due": "0.36"}

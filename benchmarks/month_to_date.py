@@ -1,0 +1,114 @@
+"""Balance and month-to-date by project and model, asked of 20 million events of 1,000 tenants: p99 over tenants.
+
+chDB holds the minute totals and the accounts as the sink would have written them for the events of a month; the largest of
+the tenants has 3 % of the events. What is asked is what `taximeter balance` and `taximeter usage` ask: totals and accounts, no
+event. The totals are made in SQL from 20 million numbered events, for the sink itself would take a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import Measurement
+from sinks import queries
+from sinks.engines.chdb import ChdbEngine
+from sinks.migrate import migrate
+
+EVENTS = int(os.environ.get("TAXIMETER_BENCH_EVENTS", "20000000"))
+TENANTS, DAYS, PROJECTS, MODELS = 1_000, 30, 3, 4
+# 2026-03-01, UTC.
+MONTH_START_S = 1_772_323_200
+ASKED = 400
+
+# One event a number: its tenant (few have most), minute, project, model and tokens follow from the number alone.
+_TOTALS = """
+INSERT INTO usage_totals
+SELECT
+    tenant_id, minute, project_id, model, 'chat' AS operation, 'standard' AS service_class, 0 AS ledger_partition,
+    'bench' AS generation, 1 AS opened_sequence, 1 AS price_version, count() AS events, 0 AS refused_events,
+    0 AS unrated_events, sum(input) AS uncached_input_tokens, sum(output) AS output_tokens, 0 AS cache_read_tokens,
+    0 AS cache_write_tokens, 0 AS reasoning_tokens, 0 AS image_input_tokens, 0 AS audio_input_tokens,
+    0 AS audio_output_tokens, [] AS unit_names, [] AS unit_quantities,
+    CAST(sum(input * 150000 + output * 600000) AS Decimal(38, 12)) / 1000000000000 AS cost, 'USD' AS currency, 1 AS sequence,
+    1 AS version
+FROM
+(
+    SELECT
+        concat('tenant-', toString(toUInt32({tenants} * pow((cityHash64(number, 1) % 1000003) / 1000003, 2)))) AS tenant_id,
+        toDateTime({start} + 86400 * {day} + 60 * (cityHash64(number, 2) % 1440), 'UTC') AS minute,
+        concat('project-', toString(cityHash64(number, 3) % {projects})) AS project_id,
+        concat('model-', toString(cityHash64(number, 4) % {models})) AS model,
+        200 + cityHash64(number, 5) % 2000 AS input,
+        20 + cityHash64(number, 6) % 500 AS output
+    FROM numbers({first}, {count})
+)
+GROUP BY tenant_id, minute, project_id, model
+"""
+_ACCOUNTS = """
+INSERT INTO accounts (tenant_id, status, currency, credit, spend, events, version)
+SELECT tenant_id, 'active', 'USD', 1000, sum(cost), sum(events), 1 FROM usage_totals GROUP BY tenant_id
+"""
+
+
+def run() -> list[Measurement]:
+    """Measure."""
+    with tempfile.TemporaryDirectory(prefix="month-") as folder:
+        engine = ChdbEngine(Path(folder), "bench")
+        try:
+            migrate(engine)
+            return _measure(engine)
+        finally:
+            engine.close()
+
+
+def _measure(engine: ChdbEngine) -> list[Measurement]:
+    began = time.perf_counter()
+    for day in range(DAYS):
+        count = EVENTS // DAYS
+        engine.execute(
+            _TOTALS.format(
+                tenants=TENANTS, start=MONTH_START_S, day=day, projects=PROJECTS, models=MODELS, first=day * count, count=count
+            )
+        )
+    engine.execute(_ACCOUNTS)
+    built_s = time.perf_counter() - began
+    [[rows, events]] = engine.query("SELECT count(), sum(events) FROM usage_totals", timeout_s=120.0).rows
+    assert isinstance(rows, int)
+    assert events == EVENTS // DAYS * DAYS
+    [*known] = engine.query("SELECT tenant_id FROM accounts FINAL ORDER BY tenant_id").rows
+    asked = random.Random(1).choices([str(tenant_id) for [tenant_id] in known], k=ASKED)
+
+    def month_to_date(tenant_id: str) -> None:
+        found = queries.usage(engine, tenant_id, ("project", "model"), MONTH_START_S * 1_000)
+        assert len(found) <= PROJECTS * MODELS
+
+    def balance(tenant_id: str) -> None:
+        [found] = queries.balances(engine, tenant_id)
+        assert found.spend_pico > 0
+
+    return [
+        Measurement(f"month: minute totals of {EVENTS:,} events", rows, "rows"),
+        Measurement("month: to build them", built_s, "s"),
+        *_times("balance", balance, asked),
+        *_times("month-to-date by project and model", month_to_date, asked),
+    ]
+
+
+def _times(name: str, ask: Callable[[str], None], asked: list[str]) -> list[Measurement]:
+    for tenant_id in asked[:20]:
+        ask(tenant_id)
+    times_ms = []
+    for tenant_id in asked:
+        began = time.perf_counter()
+        ask(tenant_id)
+        times_ms.append((time.perf_counter() - began) * 1_000)
+    return [
+        Measurement(f"month: {name}, median", statistics.median(times_ms), "ms"),
+        Measurement(f"month: {name}, p99", statistics.quantiles(times_ms, n=100)[98], "ms", target="< 50"),
+    ]
