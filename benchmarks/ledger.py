@@ -46,7 +46,7 @@ from taximeter.embedded.broker import TansuBroker, TansuSettings
 BATCH = 500
 STEP_BATCHES = 800
 STREAM_BATCHES = int(os.environ.get("TAXIMETER_BENCH_BATCHES", "3000"))
-ORDINARY_EVENTS = 20_000
+ORDINARY_EVENTS = 6_000
 TENANTS = [f"tenant-{number}" for number in range(12)]
 MODELS = ["smollm2-135m", "model-b", "model-c", "model-d"]
 KEYS = LedgerKeys(b"s" * 32, b"c" * 32)
