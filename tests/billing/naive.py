@@ -41,6 +41,9 @@ class NaiveAccount:
     unrated: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    # Of spend: by adjustments, and the requests that they corrected.
+    adjusted: Fraction = Fraction(0)
+    corrected: set[str] = field(default_factory=set)
     keys: dict[str, tuple[bytes, bool]] = field(default_factory=dict)
     grants: dict[str, Fraction] = field(default_factory=dict)
 
@@ -184,6 +187,15 @@ class NaiveLedger:
             account.status = status or (ACCOUNT_STATUS_ACTIVE if account.status == ACCOUNT_STATUS_UNKNOWN else account.status)
             if status == ACCOUNT_STATUS_CLOSED:
                 account.keys = {name: (secret_hash, True) for name, (secret_hash, _) in account.keys.items()}
+        return applied
+
+    def void(self, command_id: str, now_ms: int, tenant_id: str, request_id: str, amount: Fraction, currency: str) -> bool:
+        allowed = self.knows(tenant_id) and self.accounts[tenant_id].currency == currency and amount <= 0
+        if applied := self.once(command_id, now_ms, allowed and request_id not in self.accounts[tenant_id].corrected):
+            account = self.accounts[tenant_id]
+            account.spend += amount
+            account.adjusted += amount
+            account.corrected.add(request_id)
         return applied
 
     def key(self, command_id: str, now_ms: int, tenant_id: str, key_id: str, secret_hash: bytes, revoked: bool) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
 from billing.amounts import PICO, from_amount, to_amount
+from billing.limits import ADJUSTMENT_EVENTS_MAX, ADJUSTMENT_LINES_MAX, BATCH_BYTES_MAX, RECORD_BYTES_MAX
 from billing.line_parts import PartKey, Sum, to_line_parts
 from billing.periods import month_of, month_start_ms, period_at
 from billing.v1.account_pb2 import Calendar
@@ -283,6 +285,27 @@ def test_it_says_who_and_why(missing: str) -> None:
     ledger = made()
     result = ledger.command(command_id="void-1", adjustment=void("r1"), **{**WHO, missing: ""})
     assert "says who asks for it and why" in applied(result).refusal
+
+
+def test_the_largest_adjustment_stays_in_its_bounds() -> None:
+    """As many lines as one may have, with names as long as they may be, and as many corrected events."""
+    ledger = made()
+    wide = {PartKey(f"{n:064}", "t" * 64, 10**15 + n): Sum(-(10**5), -(10**20 + n * 10**5)) for n in range(3)}
+    names = [{"project_id": f"{n:0256}", "model": "m" * 256} for n in range(ADJUSTMENT_LINES_MAX)]
+    said = void("r1", lines=[line("void-1", wide, **name) for name in names])
+    del said.corrected_request_ids[:]
+    said.corrected_request_ids.extend(f"{n:0200}" for n in range(ADJUSTMENT_EVENTS_MAX))
+    result = adjusted(ledger, said)
+    assert applied(result).applied, applied(result).refusal
+    assert 700_000 < said.ByteSize() < BATCH_BYTES_MAX
+    assert len(result.stored) < RECORD_BYTES_MAX // 2
+    assert "1000 of 1000 event(s) are beyond the ledger's memory" in applied(result).outcome
+    more = void("r2", "void-2", lines=[line("void-2", wide, **name) for name in (*names, {"project_id": "more"})])
+    assert "lines: 501 entries; write 1 to 500" in applied(adjusted(ledger, more, "void-2")).refusal
+    with mock.patch("billing.adjustments.CORRECTED_EVENTS_MAX", 1_000):
+        assert "write a credit note" in applied(adjusted(ledger, void("r2", "v", lines=[line("v", BACK)]), "v")).refusal
+    with mock.patch("billing.adjustments.ADJUSTMENT_LINES_KEPT_MAX", 500):
+        assert "draw the invoice first" in applied(adjusted(ledger, void("r2", "v", lines=[line("v", BACK)]), "v")).refusal
 
 
 def test_periods_are_the_tenants_own() -> None:

@@ -20,14 +20,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from billing import commands, replay
-from billing.amounts import PICO
+from billing.amounts import PICO, to_amount
 from billing.chain import Chain
 from billing.founding import LedgerSettings, found, found_again
+from billing.line_parts import PartKey, Sum, to_line_parts
+from billing.periods import period_at
 from billing.state import LedgerState, MemorySeenKeys
 from billing.step import CommandInput, StepResult, TickInput, UsageInput, step
-from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_SUSPENDED, Amount, ApiKey
+from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_SUSPENDED, Amount, ApiKey, Calendar
 from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND
-from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, Price, PriceBook, TenantUpsert
+from billing.v1.command_pb2 import (
+    ADJUSTMENT_KIND_VOID,
+    Adjustment,
+    Command,
+    CreditGrant,
+    KeyUpsert,
+    Price,
+    PriceBook,
+    TenantUpsert,
+)
+from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
 from billing.v1.ledger_pb2 import WindowTotal
 from billing.v1.usage_pb2 import (
     OUTCOME_BACKEND_ERROR,
@@ -164,6 +176,34 @@ class AccountsMachine(RuleBasedStateMachine):
     @rule(
         number=command_numbers,
         tenant_id=tenants,
+        request=st.integers(0, 1),
+        pico=st.sampled_from((1, 0, -1, -(2**64))),
+        currency=st.sampled_from(("USD", "USD", "EUR")),
+    )
+    def void(self, number: int, tenant_id: str, request: int, pico: int, currency: str) -> None:
+        period = period_at(Calendar(), self.now_ms)
+        key = PeriodLineKey(
+            tenant_id=tenant_id,
+            period_start_ms=period.start_ms,
+            period_end_ms=period.end_ms,
+            currency=currency,
+            adjustment_id=f"c{number}",
+        )
+        parts = to_line_parts({PartKey("request", "", 0): Sum(-1, pico)})
+        said = Adjustment(
+            tenant_id=tenant_id,
+            kind=ADJUSTMENT_KIND_VOID,
+            currency=currency,
+            lines=[PeriodLine(key=key, parts=parts, cost=to_amount(pico))],
+            corrected_request_ids=[f"r{request}"],
+        )
+        amount = Fraction(pico, PICO)
+        expected = self.model.void(f"c{number}", self.now_ms, tenant_id, f"r{request}", amount, currency)
+        assert self.command(number, adjustment=said, issuer="model", reason="a model's") == expected
+
+    @rule(
+        number=command_numbers,
+        tenant_id=tenants,
         key_id=st.sampled_from(("k1", "k2")),
         secret_hash=st.sampled_from((b"a" * 32, b"b" * 32, b"secret")),
         revoked=st.booleans(),
@@ -219,7 +259,7 @@ class AccountsMachine(RuleBasedStateMachine):
             parts = (total.events, total.unrated_events, total.uncached_input_tokens, total.output_tokens, cost_pico)
             summed[total.key.tenant_id] = [have + more for have, more in zip(sums, parts, strict=True)]
         assert summed == {
-            name: [a.events, a.unrated, a.input_tokens, a.output_tokens, a.spend * PICO]
+            name: [a.events, a.unrated, a.input_tokens, a.output_tokens, (a.spend - a.adjusted) * PICO]
             for name, a in self.model.accounts.items()
             if a.events
         }
@@ -233,8 +273,12 @@ class AccountsMachine(RuleBasedStateMachine):
             sums = summed.setdefault((tenant_id, month, *rest), [0] * len(values))
             sums[:] = [have + more for have, more in zip(sums, values, strict=True)]
 
+        adjusted: Counter[str] = Counter()
         for line in self.state.lines:
             key = line.key
+            if key.adjustment_id:
+                adjusted[key.tenant_id] += line.cost_pico
+                continue
             tokens = [
                 sum(part.units for name, part in line.parts.items() if name.quantity_of == quantity)
                 for quantity in ("uncached_input_tokens", "output_tokens")
@@ -254,6 +298,7 @@ class AccountsMachine(RuleBasedStateMachine):
             tuple(map(str, name)): [each.events, each.refused, each.unrated, each.cost * PICO, *tokens_of(each)]
             for name, each in self.model.lines.items()
         }
+        assert all(adjusted[name] == account.adjusted * PICO for name, account in self.model.accounts.items())
 
     @invariant()
     def who_follows_is_where_the_writer_is(self) -> None:

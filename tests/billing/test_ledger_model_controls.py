@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from billing import command_step, replay, usage_step
+from billing import adjustments, command_step, replay, usage_step
 from billing.amounts import from_amount
 from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.command_pb2 import Command
@@ -76,6 +76,11 @@ def replay_forgets_a_founding() -> Any:
     return mock.patch.object(replay, "_found")
 
 
+def voids_are_forgotten() -> Any:
+    """An event that was voided is voided again."""
+    return mock.patch.object(adjustments, "_corrected_keys", return_value=[])
+
+
 CONTROLS = [
     commands_repeat,
     dedupe_by_payload,
@@ -83,6 +88,7 @@ CONTROLS = [
     keys_never_expire,
     credit_in_any_currency,
     replay_forgets_a_founding,
+    voids_are_forgotten,
 ]
 
 

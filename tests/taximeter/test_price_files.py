@@ -24,6 +24,7 @@ from taximeter.errors import InputFileError
 from taximeter.price_files import default_price_book, read_price_book
 from taximeter.price_terms import changes, file_values, terms
 from tests.billing.test_rating_property import books
+from tests.taximeter.support import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,6 +167,13 @@ def test_a_book_that_is_shown_is_a_file_of_the_same_book(tmp_path_factory: pytes
     path = tmp_path_factory.mktemp("shown") / "book.json"
     path.write_text(json.dumps(file_values(book)))
     assert ordered(read_price_book(path)) == ordered(book)
+
+
+def test_the_book_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "prices.md").read_text()
+    book = read_price_book(written(tmp_path, text.split("```toml\n")[1].split("```")[0]))
+    assert (len(book.prices), len(book.prices[2].schedules), len(book.commitments)) == (3, 2, 1)
+    PriceBooks().add(book)
 
 
 def test_the_default_book_is_one_that_the_ledger_takes() -> None:
