@@ -1,0 +1,270 @@
+"""Several gateway processes, one balance, and two of them killed: a trial of any size, and what it saw.
+
+`python -m tests.taximeter.lease_trial` runs the full one: 8 gateways, $10.00, 2,000 requests at once.
+
+Checked against the ledger's own records: at no record is more leased than there is, the spend ends within the credit, and
+nobody was refused while, for longer than a request waits, the ledger had enough free for its longest answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect_right
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import tritonclient.grpc as triton
+import tritonclient.grpc.aio as triton_aio
+from tritonclient.utils import InferenceServerException
+
+from billing.amounts import PICO, from_amount, parse_decimal_to_pico
+from billing.v1.ledger_pb2 import LedgerRecord
+from taximeter.compose import open_reader
+from taximeter.config import load
+from taximeter.embedded.process import free_port
+from tests.serving.gateway_support import trace_inputs
+from tests.taximeter.support import ROOT, Up, environment, until
+
+__all__ = ["Seen", "Trial", "run"]
+
+TENANT: Final = "t"
+OUTPUT_TOKENS_MAX: Final = 100
+PRICES: Final = """
+version = 2
+currency = "USD"
+effective = "2020-01-01T00:00:00Z"
+
+[[prices]]
+model = "*"
+output = "{dollars}"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How large. The longest answer costs a hundred tokens, input is free; each answer is half as long."""
+
+    gateways: int
+    credit: str
+    # Of a million output tokens.
+    dollars: int
+    requests: int
+    at_once: int
+    lease_wait_ms: int = 1_500
+    ready_timeout_s: float = 60.0
+    spend_timeout_s: float = 120.0
+
+    @property
+    def worst_pico(self) -> int:
+        """The longest answer's cost."""
+        return OUTPUT_TOKENS_MAX * self.dollars * PICO // 1_000_000
+
+
+@dataclass(slots=True)
+class Seen:
+    """What came of it."""
+
+    ended: Counter[str] = field(default_factory=Counter)
+    # Of those that were refused for the money: when they began to ask and when they were told, in milliseconds.
+    refused_ms: list[tuple[int, int]] = field(default_factory=list)
+    spend_pico: int = 0
+    # The least that nobody held, over all records of the ledger.
+    least_free_pico: int = 0
+    records: int = 0
+    # Refusals while enough was free for longer than a request waits.
+    refused_too_early: int = 0
+    findings: list[Any] = field(default_factory=list)
+
+
+class Gateways:
+    """More gateways of one installation, each with a journal of its own."""
+
+    def __init__(self, up: Up, stack: ExitStack, trial: Trial) -> None:
+        self._up = up
+        self._stack = stack
+        self._folder = up.data_dir.path
+        self._timeout_s = trial.ready_timeout_s
+        self.ports = [free_port("127.0.0.1") for _ in range(trial.gateways)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for number in range(trial.gateways):
+            self.processes.append(self._start(number))
+        stack.callback(self._stop)
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        flags = (f"gateway.port={self.ports[number]}", f"gateway.journal_path={self._folder}/gateway-{number}/journal.sqlite")
+        settings = [part for flag in flags for part in ("--set", flag)]
+        command = [sys.executable, "-m", "taximeter", "gateway", "--config", str(self._up.data_dir.config_path), *settings]
+        with (self._folder / f"gateway-{number}.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+
+    def kill9(self, number: int) -> None:
+        os.kill(self.processes[number].pid, signal.SIGKILL)
+        self.processes[number].wait(10)
+
+    def restart(self, number: int) -> None:
+        self.processes[number] = self._start(number)
+
+    def await_ready(self) -> None:
+        for port in self.ports:
+            until(partial(ready, port), self._timeout_s, what=f"gateway {port}")
+
+    def _stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait(30)
+
+
+async def infer(client: Any, headers: dict[str, str], output_tokens: int) -> str:
+    """How it ended: "ok", or the status."""
+    try:
+        await client.infer("trace-unary", trace_inputs(1, output_tokens, stream=False), headers=headers, client_timeout=120)
+    except InferenceServerException as error:
+        return str(error.status()).removeprefix("StatusCode.")
+    return "ok"
+
+
+async def spend(ports: list[int], headers: dict[str, str], requests: int, at_once: int, seen: Seen) -> None:
+    """Send requests to all gateways in turn, `at_once` at a time, each half as long as it may be; note how each ended."""
+    clients = [triton_aio.InferenceServerClient(f"127.0.0.1:{port}") for port in ports]
+    slots = asyncio.Semaphore(at_once)
+
+    async def one(number: int) -> None:
+        async with slots:
+            began_ms = _now_ms()
+            ended = await infer(clients[number % len(clients)], headers, OUTPUT_TOKENS_MAX // 2)
+        seen.ended[ended] += 1
+        if ended == "RESOURCE_EXHAUSTED":
+            seen.refused_ms.append((began_ms, _now_ms()))
+
+    await asyncio.gather(*(one(number) for number in range(requests)))
+    for client in clients:
+        await client.close()
+
+
+def ready(port: int) -> bool:
+    with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        try:
+            return bool(client.is_server_ready())
+        except InferenceServerException:
+            return False
+
+
+def spent_pico(up: Up) -> int:
+    [row] = up.json("balance", TENANT)
+    return parse_decimal_to_pico(row["spend"])
+
+
+def run(trial: Trial, folder: Path) -> Seen:
+    """Spend all of the credit through the gateways, two of which are killed on the way."""
+    prices, seen = folder / "prices.toml", Seen()
+    prices.write_text(PRICES.format(dollars=trial.dollars))
+    flags = [f"gateway.output_tokens_default={OUTPUT_TOKENS_MAX}", "gateway.lease_seconds=5"]
+    flags += [f"gateway.lease_wait_ms={trial.lease_wait_ms}", f"gateway.requests_max={2 * trial.at_once}"]
+    flags += [f"gateway.tenant_requests_max={2 * trial.at_once}"]
+    credit_pico = parse_decimal_to_pico(trial.credit)
+    with ExitStack() as stack:
+        up = stack.enter_context(Up(folder / "data", *flags, gateway=True))
+        up.run("prices", "apply", prices)
+        up.run("tenant", "create", TENANT)
+        up.run("credit", "grant", TENANT, trial.credit)
+        headers = {"authorization": f"Bearer {up.json('key', 'create', TENANT)['secret']}"}
+        gateways = Gateways(up, stack, trial)
+        gateways.await_ready()
+
+        # Two gateways die with leases and requests in their hands.
+        async def with_kills() -> None:
+            running = asyncio.create_task(spend(gateways.ports, headers, trial.requests, trial.at_once, seen))
+            await asyncio.sleep(0.5)
+            for number in (0, 1):
+                gateways.kill9(number)
+            await running
+
+        asyncio.run(with_kills())
+        for number in (0, 1):
+            gateways.restart(number)
+        gateways.await_ready()
+
+        # What they held comes back with them: then everything can be spent, but for what does not pay for the longest answer.
+        def used_up() -> bool:
+            asyncio.run(spend(gateways.ports, headers, trial.requests // 2, min(trial.at_once, 40), seen))
+            seen.spend_pico = spent_pico(up)
+            return credit_pico - seen.spend_pico < trial.worst_pico
+
+        until(used_up, trial.spend_timeout_s, what="the end of the money")
+        _look_at_the_ledger(up, trial, seen)
+        seen.findings = up.json("audit")["findings"]
+    return seen
+
+
+def _look_at_the_ledger(up: Up, trial: Trial, seen: Seen) -> None:
+    """What nobody held, record by record; and whom it would have paid for."""
+    at_ms: list[int] = []
+    free_pico: list[int] = []
+    with open_reader(load(up.data_dir.config_path)) as reader:
+        rows = reader.query(
+            "SELECT hex(record) FROM ledger_records FINAL ORDER BY ledger_partition, generation_ordinal, sequence",
+            timeout_s=120.0,
+        ).rows
+    for (stored,) in rows:
+        record = LedgerRecord.FromString(bytes.fromhex(str(stored)))
+        for account in record.accounts:
+            if account.tenant_id == TENANT and account.credit.low:
+                at_ms.append(record.log_time_ms)
+                free_pico.append(from_amount(account.credit) - from_amount(account.spend) - from_amount(account.leased))
+    seen.records = len(at_ms)
+    seen.least_free_pico = min(free_pico)
+    for began_ms, told_ms in seen.refused_ms:
+        # What the ledger's word was when the request began, and each one until it was told.
+        first = max(bisect_right(at_ms, began_ms) - 1, 0)
+        last = bisect_right(at_ms, told_ms)
+        since_ms: int | None = None
+        longest_ms = 0
+        for place in range(first, last):
+            until_ms = at_ms[place + 1] if place + 1 < last else told_ms
+            if free_pico[place] < trial.worst_pico:
+                since_ms = None
+                continue
+            since_ms = max(at_ms[place], began_ms) if since_ms is None else since_ms
+            longest_ms = max(longest_ms, until_ms - since_ms)
+        seen.refused_too_early += longest_ms > trial.lease_wait_ms
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def main() -> int:
+    """The full size."""
+    parser = argparse.ArgumentParser(prog="tests.taximeter.lease_trial", description=__doc__)
+    parser.add_argument("--gateways", type=int, default=8)
+    parser.add_argument("--credit", default="10.00")
+    parser.add_argument("--dollars", type=int, default=100, help="of a million output tokens: the longest answer costs a cent")
+    parser.add_argument("--requests", type=int, default=2_000)
+    parser.add_argument("--at-once", type=int, default=2_000)
+    parser.add_argument("--lease-wait-ms", type=int, default=1_500)
+    said = parser.parse_args()
+    trial = Trial(said.gateways, said.credit, said.dollars, said.requests, said.at_once, said.lease_wait_ms, 600.0, 900.0)
+    with tempfile.TemporaryDirectory(prefix="taximeter-leases-") as folder:
+        seen = run(trial, Path(folder))
+    print(f"requests: {dict(seen.ended)}")
+    print(f"spend: {seen.spend_pico / PICO:.6f} of {trial.credit}; audit: {len(seen.findings)} findings")
+    print(f"least that nobody held, over {seen.records} records: {seen.least_free_pico / PICO:.6f}")
+    print(f"refused while enough was free for over {trial.lease_wait_ms} ms: {seen.refused_too_early}")
+    holds = seen.spend_pico <= parse_decimal_to_pico(trial.credit) and seen.least_free_pico >= 0 and not seen.findings
+    return int(not holds or seen.refused_too_early > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
