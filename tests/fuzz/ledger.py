@@ -17,10 +17,20 @@ from billing import replay
 from billing.chain import Chain, UnreadableRecord
 from billing.founding import LedgerSettings, found
 from billing.limits import RECORD_BYTES_MAX
+from billing.periods import month_of, month_start_ms
 from billing.state import DAY_MS, LedgerState, MemorySeenKeys
 from billing.step import CommandInput, Input, TickInput, UsageInput, step
 from billing.v1.account_pb2 import AccountUpdate, Amount, ApiKey, Plan
-from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, PriceBook, SignedCommand, TenantUpsert
+from billing.v1.command_pb2 import (
+    Command,
+    CreditGrant,
+    InvoiceFinalization,
+    KeyUpsert,
+    PriceBook,
+    SignedCommand,
+    TenantUpsert,
+)
+from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP, TaxRate
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import OUTCOME_REJECTED, UnitQuantity
 from serving.gateway.directory import Directory
@@ -103,6 +113,19 @@ def _commands() -> list[Command]:
     return [Command(schema_version=1, command_id=f"c{i}", **action) for i, action in enumerate(actions)]  # type: ignore[arg-type]
 
 
+def _invoice(command_id: str, draft: bool) -> bytes:
+    said = InvoiceFinalization(
+        tenant_id=HERE,
+        period_start_ms=month_start_ms(month_of(NOW_MS)),
+        draft=draft,
+        series_prefix="INV",
+        rounding_rule=ROUNDING_RULE_HALF_UP,
+        currency_decimals=2,
+        taxes=[TaxRate(name="VAT", rate_millionths=190_000)],
+    )
+    return Command(schema_version=1, command_id=command_id, invoice_finalization=said).SerializeToString()
+
+
 def _scripts() -> list[bytes]:
     said = [command.SerializeToString() for command in _commands()]
     plain = batch([usage("r1", HERE), usage("r2", HERE, output_tokens=7)], producer_id="p", first=1, highest=2)
@@ -124,6 +147,8 @@ def _scripts() -> list[bytes]:
         setup + Reader.join(USAGE, 1, plain, USAGE, 2, odd, USAGE, 0, plain),
         setup + Reader.join(SIGNED, 0, signed, SIGNED, 0, signed[:-1], TICK, 255, b"", USAGE, 0, plain, TICK, 80, b""),
         Reader.join(USAGE, 0, b"", USAGE, 0, odd, TICK, 200, b"", USAGE, 0, odd),
+        # The month is over after a tick of eight days.
+        setup + Reader.join(USAGE, 0, plain, COMMAND, 0, _invoice("d", True), TICK, 230, b"", COMMAND, 0, _invoice("f", False)),
     ]
 
 
