@@ -17,6 +17,7 @@ from billing.limits import (
     ADJUSTMENT_EVENTS_MAX,
     ADJUSTMENT_LINES_KEPT_MAX,
     ADJUSTMENT_LINES_MAX,
+    ADJUSTMENT_NAMES_BYTES_MAX,
     CORRECTED_EVENTS_MAX,
     ID_CHARS_MAX,
     LINE_PARTS_MAX,
@@ -63,7 +64,9 @@ def adjust(state: LedgerState, account: AccountState, command: Command, record: 
         raise CommandRefused(f"currency: {said.currency!r}; tenant {said.tenant_id} is billed in {account.currency}")
     if not 0 < len(said.lines) <= ADJUSTMENT_LINES_MAX:
         raise CommandRefused(f"lines: {len(said.lines)} entries; write 1 to {ADJUSTMENT_LINES_MAX}, and several adjustments")
-    lines = [_checked_line(state, account, command, place, line) for place, line in enumerate(said.lines, 1)]
+    lines = [
+        _checked_line(state, account, command, place, line, record.log_time_ms) for place, line in enumerate(said.lines, 1)
+    ]
     if len({key for key, _ in lines}) < len(lines):
         raise CommandRefused("lines: a line stands twice; sum what belongs together")
     total_pico = sum(part.amount_pico for _, parts in lines for part in parts.values())
@@ -71,10 +74,13 @@ def adjust(state: LedgerState, account: AccountState, command: Command, record: 
         raise CommandRefused(
             f"lines: sum up to {format_pico(total_pico, said.currency)}; what gives back is not above zero, charge by usage"
         )
-    kept = sum(1 for line in state.lines.of(said.tenant_id) if line.key.adjustment_id)
-    if kept + len(lines) > ADJUSTMENT_LINES_KEPT_MAX:
+    if abs(total_pico) > _AMOUNT_PICO_MAX:
+        raise CommandRefused(f"lines: sum up to {total_pico} pico, over 10^18 {said.currency}; check the unit")
+    kept = [line.key for line in state.lines.of(said.tenant_id) if line.key.adjustment_id]
+    names_bytes = sum(key.names_bytes for key in (*kept, *(key for key, _ in lines)))
+    if len(kept) + len(lines) > ADJUSTMENT_LINES_KEPT_MAX or names_bytes > ADJUSTMENT_NAMES_BYTES_MAX:
         raise CommandRefused(
-            f"lines: tenant {said.tenant_id} has {kept} lines of adjustments on no invoice yet; draw the invoice first"
+            f"lines: tenant {said.tenant_id} has {len(kept)} lines of adjustments on no invoice yet; draw the invoice first"
         )
     keys = _corrected_keys(state, said)
     for line_key, parts in lines:
@@ -91,7 +97,7 @@ def adjust(state: LedgerState, account: AccountState, command: Command, record: 
 
 
 def _checked_line(
-    state: LedgerState, account: AccountState, command: Command, place: int, line: PeriodLine
+    state: LedgerState, account: AccountState, command: Command, place: int, line: PeriodLine, log_time_ms: int
 ) -> tuple[LineKey, Parts]:
     """A line's key and parts. Raises CommandRefused."""
     said, where = line.key, f"lines[{place}]"
@@ -104,6 +110,11 @@ def _checked_line(
         raise CommandRefused(
             f"{where}.key.period_start_ms: {said.period_start_ms} to {said.period_end_ms} is no period of the tenant; the one "
             f"around it is {period.start_ms} to {period.end_ms}"
+        )
+    if period.end_ms <= 0 or period.start_ms > log_time_ms + state.settings.future_reject_ms:
+        raise CommandRefused(
+            f"{where}.key.period_start_ms: {period.start_ms} is a period without usage, log time is {log_time_ms}; "
+            "name one that has begun"
         )
     if max(len(said.project_id), len(said.model)) > ID_CHARS_MAX:
         raise CommandRefused(f"{where}.key: a project or model of over {ID_CHARS_MAX} characters; name one that was used")

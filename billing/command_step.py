@@ -11,7 +11,7 @@ from billing.invoice_step import finalize
 from billing.limits import ID_CHARS_MAX, KEY_BYTES_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
-from billing.state import LedgerState
+from billing.state import DAY_MS, LedgerState
 from billing.tenant_step import check_key, close_tenant, upsert_budget, upsert_project
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
 from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
@@ -131,7 +131,7 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
             f"currency: {currency}; tenant {upsert.tenant_id} has amounts in {account.currency}, which stays its currency"
         )
     if upsert.HasField("calendar"):
-        _check_calendar(account, upsert.calendar, record.log_time_ms)
+        _check_calendar(state, account, upsert.calendar, record.log_time_ms)
         account.calendar = upsert.calendar
     account.currency = currency
     account.status = upsert.status or (ACCOUNT_STATUS_ACTIVE if account.status == ACCOUNT_STATUS_UNKNOWN else account.status)
@@ -146,15 +146,21 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
 
 def _has_amounts(state: LedgerState, account: AccountState) -> bool:
     tenant_id = account.tenant_id
-    return bool(account.spend_pico) or state.credits.knows(tenant_id) or tenant_id in state.budgets.tenants
+    if account.spend_pico or state.credits.knows(tenant_id) or tenant_id in state.budgets.tenants:
+        return True
+    # What was voided to the last pico is still on its way to an invoice, in two lines.
+    return any(line.cost_pico for line in state.lines.of(tenant_id))
 
 
-def _check_calendar(account: AccountState, calendar: Calendar, log_time_ms: int) -> None:
-    # A period that has begun keeps its bounds: its tiers and its invoice are counted within them.
-    if account.events and not same_through(account.calendar, calendar, month_of(log_time_ms)):
+def _check_calendar(state: LedgerState, account: AccountState, calendar: Calendar, log_time_ms: int) -> None:
+    # A period that has begun keeps its bounds: its tiers and its invoice are counted within them. Months begin up to a day
+    # before UTC's, and usage may be as far ahead as is taken.
+    month = month_of(log_time_ms + DAY_MS + state.settings.future_reject_ms)
+    begun = account.events or account.invoiced_through_ms or state.lines.of(account.tenant_id)
+    if begun and not same_through(account.calendar, calendar, month):
         raise CommandRefused(
-            f"calendar: tenant {account.tenant_id} has usage, so periods up to next month's beginning stay as they are; "
-            "let the new zone begin with a later month"
+            f"calendar: tenant {account.tenant_id} has usage or invoices, so periods that have begun, or do within days, stay "
+            "as they are; let the new zone begin with a later month"
         )
 
 

@@ -398,6 +398,9 @@ class Credits:
             credit.allocated_pico = account.spend_pico
             credit.add_owed(-net_pico)
             number = _next_number(credit)
+            while correction_id in credit.grants:
+                # Whoever grants chooses names, that of a future invoice too.
+                correction_id += "+"
             credit.add_grant(Grant(correction_id, CREDIT_KIND_CORRECTION, -net_pico, now_ms, number), account)
         if not draft:
             self._state(credit, record)

@@ -7,12 +7,20 @@ what the next of its series names. A draft shows the same and changes nothing.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 
 from billing.accounts import AccountState
 from billing.commands import CommandRefused
 from billing.invoices import Issue, Payer, closing, draw, net_pico, terms_problem
-from billing.limits import LINE_PART_BYTES, LINE_PARTS_MAX, LINES_BYTES_MAX, RELEASED_BYTES_MAX, RELEASED_WINDOWS_MAX
+from billing.limits import (
+    LINE_PART_BYTES,
+    LINE_PARTS_MAX,
+    LINES_BYTES_MAX,
+    RELEASED_BYTES_MAX,
+    RELEASED_WINDOWS_MAX,
+    TIME_MS_MAX,
+)
 from billing.period_lines import Line, LineKey, PeriodLines
 from billing.periods import Period, period_at
 from billing.release import fold, line_key, release
@@ -33,6 +41,8 @@ def finalize(state: LedgerState, account: AccountState, said: InvoiceFinalizatio
     """The stored bytes of the invoice that `said` asks for. Raises CommandRefused, and then nothing has changed."""
     if problem := terms_problem(said):
         raise CommandRefused(problem)
+    if abs(said.period_start_ms) > TIME_MS_MAX:
+        raise CommandRefused(f"period_start_ms: {said.period_start_ms} is no Unix time in ms; name a month's beginning")
     period = period_at(account.calendar, said.period_start_ms)
     if period.start_ms != said.period_start_ms:
         raise CommandRefused(
@@ -42,6 +52,9 @@ def finalize(state: LedgerState, account: AccountState, said: InvoiceFinalizatio
     if not said.draft:
         _check_turn(state, account, period, windows, record.log_time_ms)
         _check_room(state, windows)
+    else:
+        # What the close adds is spend in a draft too, so that the same credit pays for it.
+        account = copy.copy(account)
     lines = _gather(state, account, period, windows, record, draft=said.draft)
     name = series_name(said.series_prefix, state.partition)
     head = state.series.get(name, SeriesHead(0, b""))
@@ -90,9 +103,11 @@ def _check_turn(state: LedgerState, account: AccountState, period: Period, windo
         )
     keys = [line.key for line in state.lines.of(tenant_id)] + [line_key(state, window) for window in windows]
     earlier = [key.period.start_ms for key in keys if through_ms <= key.period.start_ms < period.start_ms]
-    if through_ms and through_ms < period.start_ms:
-        book = state.books.book_at(account.currency, through_ms)
-        earlier += [through_ms for entry in (book.commitments if book else ()) if entry.tenant_id == tenant_id]
+    start_ms = through_ms or period.start_ms
+    while start_ms < period.start_ms:
+        book = state.books.book_at(account.currency, start_ms)
+        earlier += [start_ms for entry in (book.commitments if book else ()) if entry.tenant_id == tenant_id]
+        start_ms = period_at(account.calendar, start_ms).end_ms
     if earlier:
         raise CommandRefused(
             f"period_start_ms: the period of tenant {tenant_id} that begins at {min(earlier)} comes first; invoice it before"
@@ -136,6 +151,5 @@ def _gather(
     for each in closing(state.books, state.quantities.items(), payer_of(account), period, taken()):
         line = lines.line(each.key, record.generation, record.sequence)
         line.add_parts({each.part: each.value})
-        if not draft:
-            account.spend_pico += each.value.amount_pico
+        account.spend_pico += each.value.amount_pico
     return taken()

@@ -164,7 +164,11 @@ def draw(
     invoice = _draw_in_full(said, payer, period, lines, paid, issue)
     if invoice.ByteSize() > INVOICE_BYTES_MAX:
         # Nobody reads tens of thousands of lines: one for each price, whatever the project and model.
-        invoice = _draw_in_full(said, payer, period, _summed(lines), paid, issue)
+        lines = _summed(lines)
+        invoice = _draw_in_full(said, payer, period, lines, paid, issue)
+    if invoice.ByteSize() > INVOICE_BYTES_MAX:
+        # It is adjustments that are so many.
+        invoice = _draw_in_full(said, payer, period, _summed(lines, adjustments_of=period), paid, issue)
     return invoice
 
 
@@ -235,11 +239,15 @@ def _draw_in_full(
     return invoice
 
 
-def _summed(lines: Iterable[Line]) -> list[Line]:
-    """The same amounts and counts in few lines: projects and models are not told apart."""
+def _summed(lines: Iterable[Line], adjustments_of: Period | None = None) -> list[Line]:
+    """The same amounts and counts in few lines: projects and models are not told apart; adjustments, where `adjustments_of`
+    says whose, neither.
+    """
     sums: dict[LineKey, Line] = {}
     for line in lines:
         key = line.key._replace(project_id=OTHER_NAME, model=OTHER_NAME, operation=0, service_class=0)
+        if adjustments_of and key.adjustment_id:
+            key = key._replace(period=adjustments_of, price_version=0, adjustment_id=OTHER_NAME)
         into = sums.setdefault(key, Line(key, line.opened_generation, line.opened_sequence))
         into.events += line.events
         into.refused_events += line.refused_events

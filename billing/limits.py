@@ -88,7 +88,9 @@ TAXES_MAX = 8
 # Lines of one adjustment, and events that it corrects: its command stays small, and its record in its bound.
 ADJUSTMENT_LINES_MAX = 500
 ADJUSTMENT_EVENTS_MAX = 1_000
-# Lines of adjustments that a tenant gathers until an invoice takes them, and corrected events that a partition remembers.
+# Lines of adjustments that a tenant gathers until an invoice takes them, and their names, which that record states; and
+# corrected events that a partition remembers.
 ADJUSTMENT_LINES_KEPT_MAX = 20_000
+ADJUSTMENT_NAMES_BYTES_MAX = 1_000_000
 CORRECTED_EVENTS_MAX = 1_000_000
 REJECTED_PAYLOAD_BYTES_MAX = 65_536

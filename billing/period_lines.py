@@ -44,7 +44,7 @@ class LineKey(NamedTuple):
     @property
     def names_bytes(self) -> int:
         """What its names take in a record."""
-        return len(self.tenant_id.encode()) + len(self.project_id.encode()) + len(self.model.encode())
+        return sum([len(name.encode()) for name in (self.tenant_id, self.project_id, self.model, self.adjustment_id)])
 
 
 class Line:
@@ -128,21 +128,25 @@ def line_key_of(stated: PeriodLineKey) -> LineKey:
 
 
 class _OnePeriod(dict[LineKey, Line]):
-    """One tenant's lines of one period, and what their names take."""
+    """One tenant's lines of one period; of those of usage, their number and what their names take."""
 
+    usage_lines = 0
     names_bytes = 0
 
     def put(self, line: Line) -> None:
-        if line.key not in self:
+        if line.key not in self and not line.key.adjustment_id:
+            self.usage_lines += 1
             self.names_bytes += line.key.names_bytes
         self[line.key] = line
 
     def drop(self, key: LineKey) -> None:
         del self[key]
-        self.names_bytes -= key.names_bytes
+        if not key.adjustment_id:
+            self.usage_lines -= 1
+            self.names_bytes -= key.names_bytes
 
     def is_full(self, key: LineKey) -> bool:
-        return len(self) >= LINES_MAX or self.names_bytes + key.names_bytes > LINE_NAMES_BYTES_MAX
+        return self.usage_lines >= LINES_MAX or self.names_bytes + key.names_bytes > LINE_NAMES_BYTES_MAX
 
 
 class PeriodLines:
@@ -200,5 +204,5 @@ class PeriodLines:
         return (line for tenant_id in sorted(self._lines) for line in self.of(tenant_id))
 
     def forget(self, before_ms: int) -> None:
-        """Let go of periods that ended before then."""
-        self.remove([line.key for line in list(self) if line.key.period.end_ms < before_ms])
+        """Let go of usage of periods that ended before then. Adjustments wait for an invoice, however old their period is."""
+        self.remove([line.key for line in list(self) if line.key.period.end_ms < before_ms and not line.key.adjustment_id])

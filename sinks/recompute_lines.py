@@ -6,6 +6,7 @@ gives, from the credit and the prices that the audit has come to by itself, and 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ class RecomputedLines:
         payer = Payer(said.tenant_id, account.display_name, account.currency, account.calendar.time_zone)
         lines = self.lines
         if said.draft:
+            account = copy.copy(account)
             lines = PeriodLines()
             for line in self.lines.of(said.tenant_id):
                 lines.set(line.to_line())
@@ -152,8 +154,7 @@ class RecomputedLines:
                 self.fold(lines, key, window, account.calendar, books, record)
         for each in closing(books, quantities.items(), payer, period, _up_to(lines, said.tenant_id, period)):
             lines.line(each.key, record.generation, record.sequence).add_parts({each.part: each.value})
-            if not said.draft:
-                account.spend_pico += each.value.amount_pico
+            account.spend_pico += each.value.amount_pico
         taken = _up_to(lines, said.tenant_id, period)
         name = series_name(said.series_prefix, self.partition)
         head = self.series.get(name, SeriesHead(0, b""))

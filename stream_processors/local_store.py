@@ -388,13 +388,13 @@ class LocalStore:
         for name, value in self._range(b"q"):
             if PeriodQuantities.FromString(value).period_end_ms < log_time_ms - KEPT_MS:
                 effect.states[name] = None
-        for name, value in self._range(b"i"):
-            if PeriodLine.FromString(value).key.period_end_ms < log_time_ms - LINES_KEPT_MS:
+        lines = {name: PeriodLine.FromString(value) for name, value in self._range(b"i")}
+        lines |= {name: state for name, state in effect.states.items() if isinstance(state, PeriodLine)}
+        for name, line in lines.items():
+            if line.key.period_end_ms < log_time_ms - LINES_KEPT_MS and not line.key.adjustment_id:
                 effect.states[name] = None
         for name, state in effect.states.items():
-            if (isinstance(state, PeriodQuantities) and state.period_end_ms < log_time_ms - KEPT_MS) or (
-                isinstance(state, PeriodLine) and state.key.period_end_ms < log_time_ms - LINES_KEPT_MS
-            ):
+            if isinstance(state, PeriodQuantities) and state.period_end_ms < log_time_ms - KEPT_MS:
                 effect.states[name] = None
 
     def _forget_grants(self, effect: _Effect, log_time_ms: int) -> None:

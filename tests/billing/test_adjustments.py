@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from billing.amounts import PICO, from_amount, to_amount
+from billing.invoice_checks import invoice_problems
 from billing.limits import ADJUSTMENT_EVENTS_MAX, ADJUSTMENT_LINES_MAX, BATCH_BYTES_MAX, RECORD_BYTES_MAX
 from billing.line_parts import PartKey, Sum, to_line_parts
 from billing.periods import month_of, month_start_ms, period_at
@@ -39,6 +40,8 @@ DAY_MS = 86_400_000
 PERIOD = period_at(Calendar(), NOW_MS)
 # What `usage` uses: 100 tokens in at 10,000 pico, 10 out at 40,000.
 COST = 1_400_000
+FAR, LONG_AGO = period_at(Calendar(), NOW_MS + 40 * DAY_MS), period_at(Calendar(), -(10**15))
+HUGE = {PartKey("output_tokens", "", 0): Sum(-1, -(10**30)), PartKey("uncached_input_tokens", "", 0): Sum(-1, -(10**30))}
 WHO: dict[str, Any] = {"issuer": "ann@example.com", "reason": "metered twice"}
 
 
@@ -267,6 +270,9 @@ def test_a_credit_note_has_an_amount_alone() -> None:
         (void("r1", corrected_request_ids=["r1", "r1"]), "name 1 to 1000 events, each once"),
         (void("r1", kind=ADJUSTMENT_KIND_RERATE), "only a void and an amendment correct events"),
         (note(-(10**31)), "check the unit"),
+        (void("r1", lines=[line("void-1", dict(HUGE))]), "lines: sum up to -2"),
+        (note(-1, period_start_ms=FAR.start_ms, period_end_ms=FAR.end_ms), "is a period without usage"),
+        (note(-1, period_start_ms=LONG_AGO.start_ms, period_end_ms=LONG_AGO.end_ms), "is a period without usage"),
         (note(1), "what gives back is not above zero"),
     ],
 )
@@ -278,6 +284,70 @@ def test_what_does_not_hold_is_refused_whole(said: Adjustment, names: str) -> No
     assert ledger.state.corrected == {}
     assert not result.record.lines
     assert ledger.replayed().digest() == ledger.state.digest()
+
+
+def test_a_note_on_an_old_month_waits_for_its_invoice(tmp_path: Path) -> None:
+    """It was let go with the month's usage a day later, and no invoice ever had it."""
+    ledger = made()
+    old = period_at(Calendar(), NOW_MS - 500 * DAY_MS)
+    said = note(-5, period_start_ms=old.start_ms, period_end_ms=old.end_ms)
+    assert applied(adjusted(ledger, said)).applied
+    ledger.tick(NOW_MS + DAY_MS)
+    ledger.tick(NOW_MS + 2 * DAY_MS)
+    assert spend(ledger) == 2 * COST - 5
+    agreed(ledger, tmp_path)
+
+
+def test_adjustments_do_not_crowd_usage_out_of_its_lines() -> None:
+    ledger = made()
+    lines = [line("void-1", {PartKey("credit note", "", 0): Sum(1, -1)}, project_id=f"p{n}") for n in range(3)]
+    assert applied(adjusted(ledger, void("r1", lines=lines))).applied
+    with mock.patch("billing.period_lines.LINES_MAX", 3):
+        ledger.tick(NOW_MS + DAY_MS)
+    assert "(other)" not in {kept.key.project_id for kept in ledger.state.lines.of(ONE)}
+
+
+def test_an_invoice_of_very_many_adjustments_stays_in_its_bound() -> None:
+    ledger = made()
+    parts = {PartKey(f"part-{n}", "", 0): Sum(1, -1) for n in range(63)}
+    for name in [f"note-{n}" for n in range(10)]:
+        said = note(-1)
+        said.lines[0].key.adjustment_id = name
+        del said.lines[0].parts[:]
+        said.lines[0].parts.extend(to_line_parts(parts))
+        said.lines[0].cost.CopyFrom(to_amount(-63))
+        assert applied(adjusted(ledger, said, name)).applied
+    with mock.patch("billing.invoices.INVOICE_BYTES_MAX", 15_000):
+        terms = InvoiceFinalization(
+            tenant_id=ONE, period_start_ms=PERIOD.start_ms, series_prefix="INV", rounding_rule=ROUNDING_RULE_HALF_UP
+        )
+        drawn = Invoice.FromString(applied(ledger.command(PERIOD.end_ms, invoice_finalization=terms)).invoice)
+    assert drawn.ByteSize() <= 15_000
+    assert from_amount(drawn.adjustments) == -630
+    assert invoice_problems(drawn) == []
+    assert not ledger.state.lines.of(ONE)
+
+
+def test_names_of_adjustments_are_bounded_for_the_record_that_invoices_them() -> None:
+    ledger = made()
+    said = note(-1)
+    with mock.patch("billing.adjustments.ADJUSTMENT_NAMES_BYTES_MAX", 20):
+        assert applied(adjusted(ledger, said)).applied
+        again = note(-1)
+        again.lines[0].key.adjustment_id = "void-2"
+        assert "has 1 lines of adjustments on no invoice yet" in applied(adjusted(ledger, again, "void-2")).refusal
+
+
+def test_a_tenant_whose_usage_was_voided_keeps_its_currency() -> None:
+    """Its spend is nothing, but a line of each is on its way to an invoice."""
+    ledger = Ledger()
+    ledger.price()
+    ledger.tenant(ONE)
+    ledger.usage(batch([usage("r1", ONE)]))
+    assert applied(adjusted(ledger, void("r1"))).applied
+    assert ledger.state.accounts[ONE].spend_pico == 0
+    refused = applied(ledger.command(tenant_upsert=TenantUpsert(tenant_id=ONE, currency="EUR")))
+    assert "has amounts in USD" in refused.refusal
 
 
 @pytest.mark.parametrize("missing", ["issuer", "reason"])

@@ -16,6 +16,7 @@ from billing.founding import found_again
 from billing.invoice_checks import invoice_problems
 from billing.limits import RECORD_BYTES_MAX
 from billing.line_parts import PartKey, Sum, from_units
+from billing.periods import period_at
 from billing.release import line_key
 from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.account_pb2 import Calendar
@@ -324,6 +325,57 @@ def test_a_period_with_a_commitment_is_not_left_out() -> None:
     invoice(ledger, DECEMBER)
     assert f"begins at {DECEMBER} comes first" in refusal(ledger, JANUARY + 40 * DAY_MS, said(start_ms=JANUARY))
     assert from_amount(invoice(ledger, JANUARY + 40 * DAY_MS, start_ms=DECEMBER).net_exact) == PICO
+
+
+def test_a_commitment_that_begins_in_a_month_without_usage_is_not_left_out(ledger: Ledger) -> None:
+    use(ledger, "r1", OCTOBER)
+    invoice(ledger, NOVEMBER, start_ms=OCTOBER)
+    promised = [Commitment(tenant_id=ONE, amount=to_amount(PICO))]
+    book = PriceBook(version=2, currency="USD", effective_ms=DECEMBER, prices=PRICES, commitments=promised)
+    ledger.command(price_book=book)
+    assert f"begins at {DECEMBER} comes first" in refusal(ledger, JANUARY + 40 * DAY_MS, said(start_ms=JANUARY))
+    invoice(ledger, JANUARY, start_ms=NOVEMBER)
+    assert from_amount(invoice(ledger, JANUARY, start_ms=DECEMBER).net_exact) == PICO
+
+
+def test_a_draft_says_what_the_invoice_will(ledger: Ledger) -> None:
+    ledger = with_terms(commitment_pico=PICO)
+    ledger.command(credit_grant=CreditGrant(tenant_id=ONE, amount=to_amount(2 * PICO), currency="USD"), log_time_ms=NOVEMBER)
+    use(ledger, "r1", NOVEMBER + DAY_MS, model="volume", output_tokens=150, uncached_input_tokens=0)
+    ledger.tick(DECEMBER + HOUR_MS)
+    before = ledger.state.accounts[ONE].spend_pico
+    draft = invoice(ledger, DECEMBER + HOUR_MS, draft=True)
+    assert ledger.state.accounts[ONE].spend_pico == before
+    final = invoice(ledger, DECEMBER + HOUR_MS)
+    assert [from_amount(each.amount) for each in draft.credits] == [PICO]
+    for drawn in (draft, final):
+        drawn.ClearField("number")
+        drawn.ClearField("position")
+        for line in drawn.lines:
+            line.key.ClearField("opened_sequence")
+    assert draft == final
+
+
+@pytest.mark.parametrize("start_ms", [2**63 - 1, -(2**63), 9_223_372_034_707_200_000, 2 * 10**13])
+def test_a_month_that_no_calendar_has_is_refused(ledger: Ledger, start_ms: int) -> None:
+    start_ms = max(period_at(Calendar(), start_ms).start_ms, -(2**63))
+    assert "period_start_ms" in refusal(ledger, NOVEMBER, said(start_ms=start_ms, draft=True))
+
+
+def test_the_credit_of_an_invoice_below_zero_takes_no_other_grants_name(ledger: Ledger) -> None:
+    """It took its place: what was left of that grant was in the balance, and no grant had it."""
+    taken = CreditGrant(tenant_id=ONE, amount=to_amount(2 * PICO), currency="USD", grant_id="INV-0001-1")
+    ledger.command(credit_grant=taken, log_time_ms=NOVEMBER)
+    use(ledger, "r1", NOVEMBER)
+    key = line_key(ledger.state, ledger.state.windows[min(ledger.state.windows)])
+    note = invoices.Closing(key, PartKey("credit note", "for delays", 0), Sum(0, -3 * PICO))
+    with mock.patch.object(invoice_step, "closing", return_value=[note]):
+        invoice(ledger, DECEMBER)
+    [held] = ledger.state.credits.all()
+    assert [grant.grant_id for grant in held.grants] == ["INV-0001-1", "INV-0001-1+"]
+    left = sum(from_amount(g.amount) - from_amount(g.used) - from_amount(g.expired) for g in held.grants)
+    assert left == ledger.state.accounts[ONE].balance_pico
+    assert ledger.replayed().digest() == ledger.state.digest()
 
 
 def test_an_invoice_below_zero_becomes_credit() -> None:

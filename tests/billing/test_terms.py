@@ -134,6 +134,16 @@ def test_a_period_that_has_begun_keeps_its_bounds() -> None:
     assert made.replayed().digest() == made.state.digest()
 
 
+def test_a_period_that_has_begun_before_utcs_month_keeps_its_bounds() -> None:
+    """In Shanghai the month has begun; its tiers would have begun again within it."""
+    made = ledger()
+    month = month_of(NOW_MS) + 1
+    at_ms = month_start_ms(month) - 3_600_000
+    made.usage(used("r", ended_ms=at_ms), at_ms)
+    moved = Calendar(time_zone="UTC", from_month=[0, month + 1], offset_minutes=[480, 0])
+    assert "has usage" in made.command(at_ms, tenant_upsert=TenantUpsert(tenant_id=A, calendar=moved)).record.command.refusal
+
+
 def test_the_audit_rates_the_same_and_names_a_counter_that_was_changed() -> None:
     made = ledger()
     events = [usage(f"r{n}", A, output_tokens=7, project_id=f"p{n % 3}") for n in range(9)]
