@@ -3,7 +3,8 @@
 Promise: every line is quantity times price, exactly (what lifts requests to their least price has an amount alone), and the
 lines add up to what was charged; if they don't, no statement is made and the error says to run the audit. Where a price has
 tiers or other terms, each request is rated again in the ledger's order, so a statement that begins within a month is exact
-too. Usage counts by when it ended, credit and corrections by when the ledger took them.
+too. Usage counts by when it ended; credit, its expiry, corrections and what the close of a month added by when the ledger took
+them. Of an invoice below zero there is no line: what it gives as credit, it adds to what was charged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+from billing.invoices import AT_THE_CLOSE
 from sinks.engine import Reader, decimal_to_pico
 from sinks.errors import ParameterError, SinkError
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES
@@ -80,6 +82,10 @@ class Statement:
     lines: tuple[StatementLine, ...]
     credits: tuple[CreditLine, ...]
     corrections: tuple[CorrectionLine, ...]
+    # Credit that was left when it expired.
+    expired_pico: int
+    # Volume tiers, packages and commitments, as the invoices of months added them.
+    at_close_pico: int
     events: int
     # At price 0: refused by a gateway, or nothing was delivered.
     free_events: int
@@ -100,7 +106,8 @@ class Statement:
 
     @property
     def closing_pico(self) -> int:
-        return self.opening_pico + self.credited_pico - self.charged_pico - self.corrected_pico
+        gone_pico = self.expired_pico + self.charged_pico + self.at_close_pico + self.corrected_pico
+        return self.opening_pico + self.credited_pico - gone_pico
 
 
 def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Statement | None:
@@ -124,10 +131,15 @@ def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Sta
         end_ms=end_ms,
         opening_pico=sum(line.amount_pico for line in credits_before)
         - _cost_before(reader, tenant_id, account.currency, start_ms)
-        - sum(line.amount_pico for line in _corrections(reader, tenant_id, account.currency, 0, start_ms)),
+        - sum(line.amount_pico for line in _corrections(reader, tenant_id, account.currency, 0, start_ms))
+        - _expired(reader, tenant_id, account.currency, start_ms)
+        - _at_close(reader, tenant_id, account.currency, 0, start_ms),
         lines=lines,
         corrections=tuple(_corrections(reader, tenant_id, account.currency, start_ms, end_ms)),
         credits=tuple(_credits(reader, tenant_id, account.currency, start_ms, end_ms)),
+        expired_pico=_expired(reader, tenant_id, account.currency, end_ms)
+        - _expired(reader, tenant_id, account.currency, start_ms),
+        at_close_pico=_at_close(reader, tenant_id, account.currency, start_ms, end_ms),
         events=sum(group.events + group.free_events for group in groups.values()),
         free_events=sum(group.free_events for group in groups.values()),
         unrated_events=sum(group.events for name, group in groups.items() if not name.price_version),
@@ -203,10 +215,12 @@ def _lines(rated: Mapping[UsageKey, RatedLine], groups: Mapping[_Name, _Group]) 
 
 
 def _credits(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_ms: int) -> list[CreditLine]:
+    # A command that granted something has nothing more to say: one with an outcome names a grant that there was before.
     rows = reader.query(
         "SELECT toUnixTimestamp64Milli(log_time), command_id, issuer, reason, amount FROM commands FINAL "
-        "WHERE action = 'credit_grant' AND applied = 1 AND tenant_id = {tenant:String} AND currency = {currency:String} "
-        "AND log_time >= fromUnixTimestamp64Milli({start:Int64}) AND log_time < fromUnixTimestamp64Milli({end:Int64}) "
+        "WHERE action = 'credit_grant' AND applied = 1 AND outcome = '' AND tenant_id = {tenant:String} "
+        "AND currency = {currency:String} AND log_time >= fromUnixTimestamp64Milli({start:Int64}) "
+        "AND log_time < fromUnixTimestamp64Milli({end:Int64}) "
         "ORDER BY log_time, ledger_partition, version",
         {"tenant": tenant_id, "currency": currency, "start": start_ms, "end": end_ms},
     ).rows
@@ -214,6 +228,29 @@ def _credits(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_m
         CreditLine(cast("int", row[0]), str(row[1]), str(row[2]), str(row[3]), decimal_to_pico(row[4]))  # type: ignore[arg-type]
         for row in rows
     ]
+
+
+def _expired(reader: Reader, tenant_id: str, currency: str, before_ms: int) -> int:
+    """What had expired of all grants before then."""
+    [[amount]] = reader.query(
+        "SELECT sum(last) FROM (SELECT argMax(expired, (at, version)) AS last FROM credit_grants FINAL "
+        "WHERE tenant_id = {tenant:String} AND currency = {currency:String} "
+        "AND at < fromUnixTimestamp64Milli({before:Int64}) GROUP BY grant_id)",
+        {"tenant": tenant_id, "currency": currency, "before": before_ms},
+    ).rows
+    return decimal_to_pico(amount)  # type: ignore[arg-type]  # a sum of decimals
+
+
+def _at_close(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_ms: int) -> int:
+    """What the closes of months added that were invoiced then."""
+    [[amount]] = reader.query(
+        "SELECT sum(amount) FROM invoice_lines FINAL WHERE tenant_id = {tenant:String} AND currency = {currency:String} "
+        "AND terms = {terms:String} AND (series, number) IN (SELECT series, number FROM invoices FINAL "
+        "WHERE tenant_id = {tenant:String} AND issued >= fromUnixTimestamp64Milli({start:Int64}) "
+        "AND issued < fromUnixTimestamp64Milli({end:Int64}))",
+        {"tenant": tenant_id, "currency": currency, "terms": AT_THE_CLOSE, "start": start_ms, "end": end_ms},
+    ).rows
+    return decimal_to_pico(amount)  # type: ignore[arg-type]  # a sum of decimals
 
 
 def _corrections(reader: Reader, tenant_id: str, currency: str, start_ms: int, end_ms: int) -> list[CorrectionLine]:

@@ -128,7 +128,9 @@ def print_statement(output: Output, statement: Statement) -> None:
     output.say(
         f"opening {format_pico(statement.opening_pico, currency)}"
         f" + granted {format_pico(statement.credited_pico, currency)}"
+        f" - expired {format_pico(statement.expired_pico, currency)}"
         f" - charged {format_pico(statement.charged_pico, currency)}"
+        f" - at the close {format_pico(statement.at_close_pico, currency)}"
         f" - corrected {format_pico(statement.corrected_pico, currency)}"
         f" = closing {format_pico(statement.closing_pico, currency)}"
         f"; {statement.events:,} requests, {statement.free_events:,} free, {statement.unrated_events:,} without a price"
@@ -276,7 +278,9 @@ def statement_values(statement: Statement) -> dict[str, object]:
         "end": show_time(statement.end_ms),
         "opening": _decimal(statement.opening_pico),
         "credited": _decimal(statement.credited_pico),
+        "expired": _decimal(statement.expired_pico),
         "charged": _decimal(statement.charged_pico),
+        "at_close": _decimal(statement.at_close_pico),
         "corrected": _decimal(statement.corrected_pico),
         "closing": _decimal(statement.closing_pico),
         "requests": statement.events,
