@@ -25,6 +25,7 @@ from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
 from billing.rating import FREE_OUTCOMES, event_cost_pico, token_quantities, unit_quantities
 from billing.schedules import Part
+from billing.state import CORRECTED_KEPT_MS, Corrected
 from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, Account, Calendar
 from billing.v1.command_pb2 import Command, InvoiceFinalization
 from billing.v1.ledger_pb2 import DROP_REASON_CONFLICT, DROP_REASON_DUPLICATE, LedgerRecord, UsageApplied, WindowTotal
@@ -144,7 +145,7 @@ class Recomputed:
         self.windows_by_tenant: Counter[str] = Counter()
         # The sum of each tenant's adjustments.
         self.adjusted_by_tenant: Counter[str] = Counter()
-        self._corrected: dict[bytes, str] = {}
+        self._corrected: dict[bytes, Corrected] = {}
         self._books = PriceBooks()
         self._quantities = Quantities()
         self._credits = credit.Credits()
@@ -180,6 +181,8 @@ class Recomputed:
                 self._expired_through_day = record.tick.expired_through_day
                 self._quantities.forget(record.log_time_ms - KEPT_MS)
                 self._credits.forget(record.log_time_ms - credit.KEPT_MS)
+                before_ms = record.log_time_ms - CORRECTED_KEPT_MS
+                self._corrected = {key: by for key, by in self._corrected.items() if by.corrected_ms >= before_ms}
                 self.lines.forget(record.log_time_ms)
         if list(stated.credits) != list(record.credits):
             self._differs("credits_differ", f"record {record.sequence}", str(list(stated.credits)), str(list(record.credits)))
@@ -213,6 +216,8 @@ class Recomputed:
                 for budget in record.budgets:
                     self._budgets.set(budget)
                 self.lines.take_stated(record)
+                for entry in record.corrected:
+                    self._corrected[entry.key] = Corrected(entry.adjustment_id, entry.corrected_ms)
             stated.credits.extend(self._credits.all(record.log_time_ms))
             stated.budgets.extend(self._budgets.all(record.generation))
             self._books = PriceBooks(founding.price_books)
@@ -376,10 +381,10 @@ class Recomputed:
         self._credits.correct(said.tenant_id, account, stated)
         self.adjusted_by_tenant[said.tenant_id] += amount
         for request_id, entry in zip(said.corrected_request_ids, record.corrected, strict=True):
-            if (by := self._corrected.setdefault(entry.key, command.command_id)) != command.command_id:
-                self._differs(
-                    "corrected_twice", f"event {said.tenant_id}/{request_id}", f"corrected by {by}", command.command_id
-                )
+            by = self._corrected.setdefault(entry.key, Corrected(command.command_id, record.log_time_ms))
+            if by.adjustment_id != command.command_id:
+                subject = f"event {said.tenant_id}/{request_id}"
+                self._differs("corrected_twice", subject, f"corrected by {by.adjustment_id}", command.command_id)
 
     def _account(self, tenant_id: str) -> ExpectedAccount:
         account = self.accounts.get(tenant_id)

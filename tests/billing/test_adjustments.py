@@ -170,6 +170,11 @@ def test_it_is_remembered_for_400_days_on_every_disk(tmp_path: Path) -> None:
     # What the ledger does not know any more, the database vouches for, and the outcome says so.
     result = adjusted(ledger, again, "void-2", NOW_MS + 402 * DAY_MS)
     assert "1 of 1 event(s) are beyond the ledger's memory" in applied(result).outcome
+    # The audit remembers as long as the ledger does, and no longer.
+    recomputed = Recomputed(ledger.state.partition)
+    for record in ledger.records():
+        recomputed.take(record)
+    assert recomputed.findings == []
 
 
 def test_what_was_corrected_after_an_invoice_stands_on_the_next() -> None:
