@@ -24,7 +24,7 @@ from billing.limits import (
 from billing.period_lines import Line, LineKey, PeriodLines
 from billing.periods import Period, period_at
 from billing.release import fold, line_key, release
-from billing.state import LedgerState, SeriesHead
+from billing.state import DAY_MS, LedgerState, SeriesHead
 from billing.v1.command_pb2 import InvoiceFinalization
 from billing.v1.ledger_pb2 import InvoiceSeries, LedgerRecord
 from billing.windows import MINUTE_MS, Window
@@ -41,7 +41,7 @@ def finalize(state: LedgerState, account: AccountState, said: InvoiceFinalizatio
     """The stored bytes of the invoice that `said` asks for. Raises CommandRefused, and then nothing has changed."""
     if problem := terms_problem(said):
         raise CommandRefused(problem)
-    if abs(said.period_start_ms) > TIME_MS_MAX:
+    if not -DAY_MS <= said.period_start_ms <= TIME_MS_MAX:
         raise CommandRefused(f"period_start_ms: {said.period_start_ms} is no Unix time in ms; name a month's beginning")
     period = period_at(account.calendar, said.period_start_ms)
     if period.start_ms != said.period_start_ms:

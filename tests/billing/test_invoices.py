@@ -356,7 +356,7 @@ def test_a_draft_says_what_the_invoice_will(ledger: Ledger) -> None:
     assert draft == final
 
 
-@pytest.mark.parametrize("start_ms", [2**63 - 1, -(2**63), 9_223_372_034_707_200_000, 2 * 10**13])
+@pytest.mark.parametrize("start_ms", [2**63 - 1, -(2**63), -(10**12), 2 * 10**13])
 def test_a_month_that_no_calendar_has_is_refused(ledger: Ledger, start_ms: int) -> None:
     start_ms = max(period_at(Calendar(), start_ms).start_ms, -(2**63))
     assert "period_start_ms" in refusal(ledger, NOVEMBER, said(start_ms=start_ms, draft=True))
