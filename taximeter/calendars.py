@@ -12,19 +12,20 @@ from taximeter.errors import MisuseError
 
 __all__ = ["calendar_of"]
 
-_YEARS_BACK: Final = 10
+# A fixed month: the same zone given again, a year later, is the same calendar, which only goes on for longer.
+_FIRST_MONTH: Final = 12 * (2016 - 1970)
 _YEARS_AHEAD: Final = 50
 
 
 def calendar_of(time_zone: str, now_ms: int) -> Calendar:
-    """The months of `time_zone` around `now_ms`. Raises MisuseError for a zone that nobody knows."""
+    """The months of `time_zone` from 2016 to long after `now_ms`. Raises MisuseError for a zone that nobody knows."""
     try:
         zone = ZoneInfo(time_zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise MisuseError(f"--time-zone {time_zone!r} is not known: write its IANA name, like Asia/Shanghai") from None
     calendar = Calendar(time_zone=time_zone)
     this_month = month_of(now_ms)
-    for month in range(this_month - 12 * _YEARS_BACK, this_month + 12 * _YEARS_AHEAD):
+    for month in range(_FIRST_MONTH, this_month + 12 * _YEARS_AHEAD):
         midnight = datetime.fromtimestamp(month_start_ms(month) // 1_000, UTC).replace(tzinfo=zone)
         offset = midnight.utcoffset()
         assert offset is not None
