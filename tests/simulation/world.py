@@ -222,8 +222,9 @@ class World:
             self.disks.lose(machine.store(partition))
 
     def _is_restored(self, said: str) -> bool:
-        """Whether it missed what a reader had taken, and the log was cut at some time: now it has all of it again."""
-        return " has taken sequence " in said and self.faults["log cut"] > 0
+        """Whether it missed what a reader had taken, or all of it, and the log was cut at some time: now it has it again."""
+        missed = " has taken sequence " in said or "holds no founding record" in said
+        return missed and self.faults["log cut"] > 0
 
     # --- faults ---
 
