@@ -45,8 +45,12 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield running
 
 
+# Once: each trial has a day of its own, over midnight too.
+TODAY: Final = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+
+
 def day(days_ago: int) -> datetime:
-    return datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days_ago)
+    return TODAY - timedelta(days=days_ago)
 
 
 def counted(up: Up, start: datetime) -> tuple[int, int, int]:

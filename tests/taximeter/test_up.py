@@ -95,7 +95,9 @@ def test_a_top_up_is_answered_the_same_and_an_account_explains_what_is_refused(u
     [budget] = run(up, "budget", "set", "beta", "0.10", "--project", "search", "--hard-stop", "--warn-at", "50")["budgets"]
     assert (budget["amount"], budget["spend"], budget["warns_at_percent"]) == ("0.10", "0.00", ["50.0"])
     lines = tmp_path / "usage.jsonl"
-    lines.write_text(f"{usage_line('beta-1', tenant_id='beta', project_id='search')}\n")
+    # Now: a budget is of the month that is under way, in Los Angeles.
+    now = datetime.now(UTC).isoformat()
+    lines.write_text(f"{usage_line('beta-1', tenant_id='beta', project_id='search', ended_at=now)}\n")
     run(up, "import", str(lines))
     until(lambda: run(up, "budget", "list", "beta")[0]["used_up"], what="the budget")
     assert [alert["rule"] for alert in run(up, "alerts", "beta")] == ["budget"]
@@ -270,22 +272,28 @@ def test_an_event_is_voided_after_its_difference_was_shown(up: Up, tmp_path: Pat
 
 
 def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: Path) -> None:
-    """Last in this file: from then on there are other prices."""
+    """In euros, in which nobody else in this file is billed: the others' prices stay."""
     path, book = tmp_path / "usage.jsonl", tmp_path / "book.json"
-    path.write_text(f"{usage_line('p-1', tenant_id='priced')}\n")
+    first = run(up, "prices", "show", "--currency", "USD") | {"currency": "EUR"}
+    book.write_text(json.dumps(first))
+    assert run(up, "prices", "apply", book)["applied"] is True
+    run(up, "tenant", "create", "priced", "--currency", "EUR")
+    ended = datetime.now(UTC)
+    path.write_text(f"{usage_line('p-1', tenant_id='priced', ended_at=ended.isoformat())}\n")
     run(up, "import", path)
-    until(lambda: balances(up).get("priced", {}).get("requests") == 1, what="the event")
+    until(lambda: balances(up)["priced"]["requests"] == 1, what="the event")
     # What is shown is a file of the same book.
-    shown = run(up, "prices", "show")
+    shown = run(up, "prices", "show", "--currency", "EUR")
+    assert shown == first
     shown |= {"version": 2, "effective": "2026-01-01T00:00:00Z"}
     shown["prices"][0]["output"] = "0.45"
     gone = {**shown, "prices": [line for line in shown["prices"] if line["model"] != "smollm2*"]}
     book.write_text(json.dumps(gone))
     checked = run(up, "prices", "check", book, expected=1)
     assert checked["problems"] == []
-    # Other tests of this file have used it too, for other operations.
-    assert {entry["model"] for entry in checked["unpriced"]} == {"smollm2"}
-    assert [entry["events"] for entry in checked["unpriced"] if "priced" in entry["tenant_ids"]]
+    assert [(entry["model"], entry["events"], entry["tenant_ids"]) for entry in checked["unpriced"]] == [
+        ("smollm2", 1, ["priced"])
+    ]
     assert "no price for smollm2, operation" in run(up, "prices", "apply", book, expected=1)["error"]
     book.write_text(json.dumps(shown))
     assert run(up, "prices", "check", book)["notes"][0].startswith("it takes effect at 2026-01-01T00:00:00.000Z, which is over")
@@ -296,13 +304,14 @@ def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: P
         "0.40 per million",
         "0.45 per million",
     )
-    month = datetime.now(UTC).strftime("%Y-%m")
-    [simulated] = [row for row in run(up, "prices", "simulate", book, "--month", month) if row["tenant_id"] == "priced"]
+    [simulated] = run(up, "prices", "simulate", book, "--month", f"{ended:%Y-%m}")
     # Half a million output tokens at 0.45 and not 0.40 a million.
-    assert (simulated["before"], simulated["after"], simulated["difference"]) == ("0.30", "0.325", "0.025")
+    assert (simulated["tenant_id"], simulated["before"], simulated["after"]) == ("priced", "0.30", "0.325")
+    assert simulated["difference"] == "0.025"
     assert run(up, "prices", "apply", book)["applied"] is True
-    assert run(up, "prices", "show")["version"] == 2
-    assert run(up, "prices", "show", "--at", "2025-12-31")["version"] == 1
+    assert run(up, "prices", "show", "--currency", "EUR")["version"] == 2
+    assert run(up, "prices", "show", "--currency", "EUR", "--at", "2025-12-31")["version"] == 1
+    assert run(up, "prices", "show", "--currency", "USD")["version"] == 1
 
 
 def test_a_month_is_drafted_invoiced_once_and_shown(up: Up, tmp_path: Path) -> None:
@@ -323,10 +332,12 @@ def test_a_month_is_drafted_invoiced_once_and_shown(up: Up, tmp_path: Path) -> N
     page = tmp_path / "draft.html"
     told("invoice", "draft", "payer", "--format", "html", "--output", str(page), *terms)
     assert "DRAFT: not an invoice" in page.read_text()
-    [drawn] = json.loads(told("invoice", "finalize", "--all", *terms))
+    # On the first of a month, others in this file have used something in the last one too.
+    [drawn] = [each for each in json.loads(told("invoice", "finalize", "--all", *terms)) if each["tenant_id"] == "payer"]
     # 19 % of 0.30 is 0.057.
     assert drawn == {"invoice": drawn["invoice"], "tenant_id": "payer", "currency": "USD", "total": "0.36", "due": "0.36"}
-    assert json.loads(told("invoice", "finalize", "--all", *terms)) == []
+    again = json.loads(told("invoice", "finalize", "--all", *terms))
+    assert [each for each in again if each["tenant_id"] == "payer"] == []
     refused = json.loads(told("invoice", "finalize", "payer", *terms, expected=1))
     assert "stands on the next invoice" in refused["error"]
     [listed] = json.loads(told("invoice", "list", "--tenant", "payer", "--json"))
