@@ -17,7 +17,8 @@ from tests.services.kafka import KafkaCluster
 __all__ = ["BLOCKED_MS_MAX", "ThreeBrokers"]
 
 BLOCKED_MS_MAX: Final = 1_500.0
-_IN_SYNC_TIMEOUT_S: Final = 90.0
+# Three brokers and what else there is share a machine: one needs 10 s and 90 s now and then.
+_IN_SYNC_TIMEOUT_S: Final = 300.0
 
 
 class ThreeBrokers(KafkaInstallation):
@@ -35,7 +36,6 @@ class RollingBrokers(Fault):
     checks = "I1-I3, I9"
     nightly = 10
     setup = ThreeBrokers
-    heal_timeout_s = 120.0
 
     @property
     def _cluster(self) -> KafkaCluster:
@@ -45,7 +45,7 @@ class RollingBrokers(Fault):
 
     def inject(self) -> None:
         world, cluster = self.world, self._cluster
-        world.wait(cluster.in_sync, _IN_SYNC_TIMEOUT_S, "all replicas in sync")
+        self._await_sync()
         world.installation.load.marks()
         order = [node.node_id for node in cluster.nodes]
         self.draw.shuffle(order)
@@ -57,15 +57,22 @@ class RollingBrokers(Fault):
             time.sleep(dead_s)
             acknowledged = world.acknowledged() - before
             part.start()
-            in_sync_s = world.wait(cluster.in_sync, _IN_SYNC_TIMEOUT_S, f"broker {node_id} in sync again")
+            in_sync_s = self._await_sync()
             if acknowledged:
                 self._turns.append(
                     f"{node_id} dead {dead_s:.1f} s, {acknowledged} acknowledged, in sync after {in_sync_s:.1f} s"
                 )
 
+    def _await_sync(self) -> float:
+        """Until every replica has everything; how long it took."""
+        try:
+            return self.world.wait(self._cluster.in_sync, _IN_SYNC_TIMEOUT_S, "all replicas in sync")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {'; '.join(self._cluster.out_of_sync()[:8])}") from error
+
     def heal(self) -> None:
         self.world.installation.restart_dead()
-        self.world.wait(self._cluster.in_sync, _IN_SYNC_TIMEOUT_S, "all replicas in sync")
+        self._await_sync()
         marks = self.world.installation.load.marks()
         slowest = marks["slowest"] if marks is not None else {}
         assert isinstance(slowest, dict)

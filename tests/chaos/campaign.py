@@ -2,7 +2,8 @@
 
 Promise: faults take turns, so that each meets what the others left, and those of different places share runs; an installation
 serves `renew_after` runs and is then made anew, and at once after a run that was not good. The order and every choice follow
-from the seed.
+from the seed. A trial that missed its window, or could not be made, is made again with other choices, `TRIES_MAX` times in all;
+each of them is counted and printed.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from pathlib import Path
 
 from tests.chaos.faults import PLACES, Fault
 from tests.chaos.installation import Installation
-from tests.chaos.world import Trial, World
+from tests.chaos.world import Trial, World, run_name
 
-__all__ = ["Campaign", "Plan", "table"]
+__all__ = ["TRIES_MAX", "Campaign", "Plan", "table"]
 
-_COLUMNS = ("trials", "windows hit", "attempts", "unknown", "lost", "doubled", "wrong", "failed runs")
+TRIES_MAX = 4
+_COLUMNS = ("asked", "trials", "windows hit", "attempts", "unknown", "lost", "doubled", "wrong", "failed runs")
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,27 @@ class Plan:
             number += len(block)
 
     def shares(self, count: int) -> list[list[str]]:
-        """The faults' names in so many parts of about as many runs, those of one installation together."""
+        """The faults' names in so many parts of about as many runs, those of one installation together if that is no more."""
         setups = list(dict.fromkeys(kind.setup for kind in self.faults))
         own = [[kind for kind in self.faults if kind.setup is setup] for setup in setups]
-        # A soak has no end to count to.
-        runs = [len(list(replace(self, faults=kinds, soak_hours=None).turns())) for kinds in own]
-        shares: list[list[str]] = [[] for _ in range(min(count, len(own)))]
+        fair = sum(map(self._runs, own)) / count
+        together: list[list[type[Fault]]] = []
+        for kinds in own:
+            pieces = max(1, round(self._runs(kinds) / fair))
+            # Those of one place cannot share runs: each piece has some of every place.
+            dealt = sorted(kinds, key=lambda kind: (kind.place, -self.counts[kind.name]))
+            together += filter(None, (dealt[piece::pieces] for piece in range(pieces)))
+        shares: list[list[str]] = [[] for _ in range(min(count, len(together)))]
         taken = [0] * len(shares)
-        for index in sorted(range(len(own)), key=lambda index: -runs[index]):
+        for kinds in sorted(together, key=self._runs, reverse=True):
             least = taken.index(min(taken))
-            taken[least] += runs[index]
-            shares[least] += [kind.name for kind in own[index]]
+            taken[least] += self._runs(kinds)
+            shares[least] += [kind.name for kind in kinds]
         return shares
+
+    def _runs(self, kinds: Sequence[type[Fault]]) -> int:
+        # A soak has no end to count to.
+        return len(list(replace(self, faults=kinds, soak_hours=None).turns()))
 
 
 @dataclass
@@ -93,11 +104,10 @@ class Campaign:
     def run(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.load()
-        done = {(trial.fault, trial.number) for trial in self.trials}
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             for kinds, number in self.plan.turns():
-                if left := [kind for kind in kinds if (kind.name, number) not in done]:
+                while left := self.due(kinds, number):
                     self._one(left, number)
 
     def load(self) -> None:
@@ -112,15 +122,26 @@ class Campaign:
             kind.name in hit for kind in self.plan.faults if any(trial.fault == kind.name for trial in self.trials)
         )
 
+    def due(self, kinds: Sequence[type[Fault]], number: int) -> list[type[Fault]]:
+        """Those of them whose trial of that number is still to be made, or to be made again."""
+        tries = {kind: self._tries(kind, number) for kind in kinds}
+        return [kind for kind, made in tries.items() if len(made) < TRIES_MAX and not any(trial.counts for trial in made)]
+
+    def _tries(self, kind: type[Fault], number: int) -> list[Trial]:
+        return [trial for trial in self.trials if (trial.fault, trial.number) == (kind.name, number)]
+
     def _one(self, kinds: list[type[Fault]], number: int) -> None:
+        # A try of its own: other choices, and requests whose IDs the ledger does not know.
+        again = len(self._tries(kinds[0], number))
         try:
             world = self._world_for(kinds[0].setup)
         except Exception:  # noqa: BLE001  a failure of the harness is told as one
             error = traceback.format_exc(limit=6)
-            trials = [Trial(kind.name, self.plan.seed, number, f"{kinds[0].name}-{number}", error=error) for kind in kinds]
+            run = run_name(kinds, number, again)
+            trials = [Trial(kind.name, self.plan.seed, number, run, error=error) for kind in kinds]
             self._close(keep=True)
         else:
-            trials = world.run(kinds, self.plan.seed, number)
+            trials = world.run(kinds, self.plan.seed, number, again)
         self._served += 1
         with self.path.open("a") as file:
             file.write("".join(trial.line() + "\n" for trial in trials))
@@ -148,9 +169,11 @@ class Campaign:
             return
         world.close()
         folder = world.installation.folder
-        if keep and (folder / "logs").exists():
+        for log in (path for path in folder.rglob("*.log") if keep and not path.stem.isdigit()):
             # What its parts said, for whoever looks for the cause.
-            shutil.copytree(folder / "logs", self.directory / f"logs-{folder.name}", dirs_exist_ok=True)
+            kept = self.directory / f"logs-{folder.name}" / log.relative_to(folder)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(log, kept)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _say(self, trial: Trial) -> None:
@@ -179,18 +202,20 @@ def table(plan: Plan, trials: Sequence[Trial]) -> str:
     """As it stands in docs/guarantees.md."""
     rows = [["fault", "checks", *_COLUMNS]]
     rows += [
-        [kind.name, kind.checks, *_figures([trial for trial in trials if trial.fault == kind.name])] for kind in plan.faults
+        [kind.name, kind.checks, *_figures(plan, [kind], [trial for trial in trials if trial.fault == kind.name])]
+        for kind in plan.faults
     ]
-    rows.append(["all", "", *_figures(trials)])
+    rows.append(["all", "", *_figures(plan, plan.faults, trials)])
     rows.insert(1, ["---"] * len(rows[0]))
     runs = len({(trial.run, trial.number) for trial in trials})
     return f"seed {plan.seed}, {runs} runs\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _figures(trials: Sequence[Trial]) -> list[str]:
+def _figures(plan: Plan, kinds: Sequence[type[Fault]], trials: Sequence[Trial]) -> list[str]:
     """What a run's trials share counts once."""
     runs = list({(trial.run, trial.number): trial for trial in trials}.values())
     figures = [
+        "" if plan.soak_hours is not None else sum(plan.counts[kind.name] for kind in kinds),
         len(trials),
         sum(bool(trial.evidence) for trial in trials),
         sum(run.attempts for run in runs),

@@ -20,7 +20,7 @@ __all__ = ["ProxiedInstallation"]
 
 _CLIENTS: Final = ("producer", "worker", "sink")
 _DATABASE: Final = "clickhouse"
-_MET_TIMEOUT_S: Final = 60.0
+_MET_TIMEOUT_S: Final = 120.0
 # Counts of a proxy that say that its fault met something.
 _MARKS: Final = ("broken", "pieces_held", "pieces_slowed")
 
@@ -73,7 +73,6 @@ class BrokenConnections(Fault):
     setup = ProxiedInstallation
     # Beyond the workers' session, now and then.
     hold_s = (0.3, 6.0)
-    heal_timeout_s = 120.0
 
     def inject(self) -> None:
         installation = self.world.installation

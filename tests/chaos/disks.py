@@ -49,7 +49,6 @@ class _DiskFull(Fault):
     nightly = 10
     setup = SmallDiskInstallation
     hold_s = (0.5, 4.0)
-    heal_timeout_s = 90.0
     disk: ClassVar[str]
     # Whose words tell that it was noticed.
     parts: ClassVar[tuple[str, ...]]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import ClassVar, Final
+from typing import Final
 
 from tests.chaos.faults import Fault
 from tests.chaos.history import Outcome
 from tests.chaos.more_installations import EmbeddedInstallation, GatewayInstallation
 
 _STREAMING: Final = 4
-_MOMENT_S: Final = 15.0
+_MOMENT_S: Final = 60.0
 
 
 class KillGateway(Fault):
@@ -42,7 +42,6 @@ class KillGateway(Fault):
 class _Embedded(Fault):
     setup = EmbeddedInstallation
     hold_s = (0.0, 0.5)
-    heal_timeout_s: ClassVar[float] = 90.0
 
     def founded(self) -> list[bytes]:
         return [chain.generation for chain in self.world.ledger.chains]
@@ -50,6 +49,7 @@ class _Embedded(Fault):
     def inject(self) -> None:
         time.sleep(self.draw.uniform(0.0, 0.6))
         self._generations = self.founded()
+        self.world.await_acknowledgement()
         self._killed_ms = time.time_ns() // 1_000_000
         self.kill()
 

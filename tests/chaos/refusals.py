@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import Final
 
 from confluent_kafka import KafkaError, Message, Producer
 
@@ -89,7 +89,6 @@ class PoisonedInput(Refusing):
     nightly = 10
     setup = KafkaInstallation
     hold_s = (0.0, 0.3)
-    heal_timeout_s: ClassVar[float] = 90.0
 
     def inject(self) -> None:
         config = self.world.installation.config

@@ -26,8 +26,9 @@ def test_a_round_of_faults_loses_nothing_and_doubles_nothing(tmp_path: Path) -> 
     faults = [all_faults()[name] for name in ROUND]
     campaign = Campaign(Plan(faults, dict.fromkeys(ROUND, 1), seed=20_261_123), tmp_path, tell=print)
     campaign.run()
-    assert len(campaign.trials) == len(ROUND)
-    assert len({trial.run for trial in campaign.trials}) == 2
+    assert sorted(trial.fault for trial in campaign.trials if trial.counts) == sorted(ROUND)
+    # Beside those in which a missed window was tried again.
+    assert len({trial.run for trial in campaign.trials if "-again-" not in trial.run}) == 2
     assert campaign.passed(), table(campaign.plan, campaign.trials)
     # It goes on where it was: nothing is left to do.
     again = Campaign(campaign.plan, tmp_path, tell=print)

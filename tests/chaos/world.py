@@ -28,9 +28,11 @@ from tests.chaos.installation import PARTITIONS, PRICES_PICO, Installation
 from tests.chaos.load import EventLoad
 from tests.chaos.reading import DatabaseReader, LedgerReader, NotReadableError, Seen, TopicReader
 
-__all__ = ["Trial", "World"]
+__all__ = ["Trial", "World", "run_name"]
 
 _LOOK_S: Final = 0.1
+# Shorter than the way of an event to the ledger.
+_MOMENT_S: Final = 0.001
 # Of a machine that has more to do than this.
 _START_TIMEOUT_S: Final = 180.0
 _TENANTS: Final = 8
@@ -68,8 +70,18 @@ class Trial:
     def good(self) -> bool:
         return not (self.findings or self.error)
 
+    @property
+    def counts(self) -> bool:
+        """Whether it was made and hit its window, or found something."""
+        return bool(self.evidence or self.findings)
+
     def line(self) -> str:
         return json.dumps(asdict(self))
+
+
+def run_name(kinds: Sequence[type[Fault]], number: int, again: int = 0) -> str:
+    """Of the run with these faults; `again`: of its next tries."""
+    return f"{kinds[0].name}-{number}" + (f"-again-{again}" if again else "")
 
 
 class World:
@@ -110,6 +122,15 @@ class World:
             and self.ledger.charged_ms.get(receipt.request_id, 0) > at_ms + margin_ms
             for receipt in self.history.receipts
         )
+
+    def await_acknowledgement(self) -> None:
+        """Return as soon as usage has been acknowledged from now on: it is still on its way to the ledger."""
+        load = next(iter(self._loads.values()))
+        before, deadline = load.acknowledged, time.monotonic() + _START_TIMEOUT_S
+        while load.acknowledged == before:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing was acknowledged within {_START_TIMEOUT_S:g} s")
+            time.sleep(_MOMENT_S)
 
     def database_behind(self) -> bool:
         """Whether the ledger, read now, has records that the database does not show yet."""
@@ -163,9 +184,9 @@ class World:
             self._reader.close()
         self.installation.close()
 
-    def run(self, kinds: Sequence[type[Fault]], seed: int, number: int) -> list[Trial]:
-        """One run with these faults, whatever happens in it: a trial of each."""
-        name = f"{kinds[0].name}-{number}"
+    def run(self, kinds: Sequence[type[Fault]], seed: int, number: int, again: int = 0) -> list[Trial]:
+        """One run with these faults, whatever happens in it: a trial of each. `again`: how many tries there were before."""
+        name = run_name(kinds, number, again)
         trials = [Trial(kind.name, seed, number, name) for kind in kinds]
         shared = trials[0]
         began = time.monotonic()
@@ -173,7 +194,7 @@ class World:
         evidence: list[str] = []
         own: list[list[str]] = []
         try:
-            for fault in self._run(shared, kinds, history):
+            for fault in self._run(shared, kinds, history, f"/{again}" if again else ""):
                 evidence.append(fault.evidence())
                 own.append(fault.violations())
         except Exception:  # noqa: BLE001  a failure of the harness is a failed trial, told as what it is
@@ -191,8 +212,8 @@ class World:
             history.path.unlink()
         return found
 
-    def _run(self, trial: Trial, kinds: Sequence[type[Fault]], history: History) -> list[Fault]:
-        faults = [kind(self, random.Random(f"{trial.seed}/{kind.name}/{trial.number}")) for kind in kinds]
+    def _run(self, trial: Trial, kinds: Sequence[type[Fault]], history: History, again: str) -> list[Fault]:
+        faults = [kind(self, random.Random(f"{trial.seed}/{kind.name}/{trial.number}{again}")) for kind in kinds]
         load = self._begin(kinds, history, f"{trial.run}-", random.Random(f"{trial.seed}/{trial.run}/load"))
         self.wait(lambda: load.acknowledged >= _WARM_EVENTS, _START_TIMEOUT_S, "usage before the fault")
         begun: list[Fault] = []

@@ -9,8 +9,8 @@ from typing import ClassVar, Final
 from tests.chaos.faults import Fault
 from tests.chaos.installation import KafkaInstallation, Part
 
-_ARMED_TIMEOUT_S: Final = 60.0
-_TAKEOVER_TIMEOUT_S: Final = 90.0
+_ARMED_TIMEOUT_S: Final = 120.0
+_TAKEOVER_TIMEOUT_S: Final = 120.0
 _AWAKE_S: Final = 1.0
 
 
@@ -108,7 +108,6 @@ class RebalanceStorm(Fault):
     checks = "I1-I3, I5, I9"
     nightly = 10
     hold_s = (0.5, 1.5)
-    heal_timeout_s = 90.0
     rounds: ClassVar[int] = 5
 
     def inject(self) -> None:

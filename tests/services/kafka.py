@@ -164,12 +164,19 @@ class KafkaCluster:
 
     def in_sync(self) -> bool:
         """Whether every node is there and every replica has everything: one more may be lost without stopping anyone."""
+        return not self.out_of_sync()
+
+    def out_of_sync(self) -> list[str]:
+        """What `in_sync` waits for."""
         metadata = self._metadata()
-        return metadata is not None and all(
-            partition.leader >= 0 and len(partition.isrs) == len(partition.replicas)
+        if metadata is None:
+            return ["no node knows of all the others"]
+        return [
+            f"{topic.topic}/{partition.id}: led by {partition.leader}, {partition.isrs} of {partition.replicas} in sync"
             for topic in metadata.topics.values()
             for partition in topic.partitions.values()
-        )
+            if partition.leader < 0 or len(partition.isrs) < len(partition.replicas)
+        ]
 
     def _complete(self) -> bool:
         return self._metadata() is not None
