@@ -236,6 +236,8 @@ class ModelProfileConfig(_Section):
     audio_lengths_input: str | None = None
     steps_input: str | None = None
     images_input: str | None = None
+    # What a request says that is none, but stops the one that has its ID.
+    stop_input: Annotated[str, Field(min_length=1)] | None = None
     # TensorRT-LLM's parameter `exclude_input_in_output`, for requests that do not say.
     exclude_input_default: bool | None = None
     sample_rate_hz: Annotated[int, Field(ge=1)] | None = None

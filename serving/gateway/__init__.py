@@ -4,7 +4,8 @@ What ends a request, and what its usage event says:
 
     completed                                 COMPLETED: the back end's counts, else the tokenizer's
     the back end saw less of the prompt       TRUNCATED: the back end's counts
-    the client cancels or is gone             CANCELLED: input, and all output that the back end had sent by then
+    the client cancels or is gone             CANCELLED: input, and all output until the back end had stopped, if it says when;
+                                              else all that it had sent by then
     the deadline passes                       DEADLINE_EXCEEDED: the same
     a back end's error before the first chunk BACKEND_ERROR: price 0
     a back end's error later                  BACKEND_ERROR_PARTIAL: what was delivered (`bill_partial_answers` off: price 0)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from serving.gateway.counting import PreparedRequest
     from serving.gateway.limits import RequestSlot
     from serving.gateway.metering import RequestMeter
@@ -53,3 +55,5 @@ class Admitted:
     meter: RequestMeter
     tenant_id: str
     slot: RequestSlot
+    end: Callable[[], Awaitable[None]] | None = None
+    """Where its client is gone and the back end has been left to end the answer: what returns when it has."""

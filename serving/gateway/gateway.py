@@ -43,7 +43,7 @@ from serving.kserve import TensorError
 from serving.tokenizers import TokenizerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from billing.v1.usage_pb2 import UsageEvent
     from producers.meter import Receipt
@@ -165,7 +165,7 @@ class Gateway:
         self._named.remove(admitted.tenant_id, admitted.prepared.client_id, admitted.prepared.upstream_id)
         admitted.slot.end(admitted.meter.tokens, time.monotonic())
         if not admitted.meter.is_closed:
-            self._settle(admitted.meter, self._cut_off_outcome(caller))
+            self._settle(admitted.meter, self._cut_off_outcome(caller), admitted.end)
         elif admitted.profile.tokenizer is not None and self.audit.takes(admitted.request.id):
             self.spawn(self._count_again(admitted))
 
@@ -443,10 +443,13 @@ class Gateway:
 
     # -- how it ends ---------------------------------------------------------------------------------------------------
 
-    def upstream_timeout_s(self, caller: Caller) -> float:
-        """How long the back end has: the client's deadline, else the setting."""
+    def upstream_timeout_s(self, caller: Caller, profile: ModelProfile) -> float:
+        """How long the back end has: the client's deadline, else the setting. One that can be stopped is, at the deadline, and
+        has time to say what it has done by then."""
         left_s = caller.time_left_s()
-        return self.settings.limits.upstream_timeout_s if left_s is None else left_s
+        if left_s is None:
+            return self.settings.limits.upstream_timeout_s
+        return left_s if profile.stop_input is None else left_s + self.settings.limits.stop_timeout_s
 
     def unrecorded(self, error: ProducerError) -> CallError:
         """What a client is told when the journal does not take what its answer costs: the answer does not leave."""
@@ -458,12 +461,14 @@ class Gateway:
             return OUTCOME_INTERRUPTED
         return OUTCOME_DEADLINE_EXCEEDED if caller.is_late() else OUTCOME_CANCELLED
 
-    def _settle(self, meter: RequestMeter, outcome: int) -> None:
+    def _settle(self, meter: RequestMeter, outcome: int, end: Callable[[], Awaitable[None]] | None = None) -> None:
         self.metrics["requests_cut_off"] += 1
-        self.spawn(self._close(meter, outcome))
+        self.spawn(self._close(meter, outcome, end))
 
-    async def _close(self, meter: RequestMeter, outcome: int) -> None:
+    async def _close(self, meter: RequestMeter, outcome: int, end: Callable[[], Awaitable[None]] | None) -> None:
         """Write a bill that nobody waits for; a journal that fails keeps the last progress, a full one is asked again."""
+        if end is not None:
+            await end()
         while True:
             try:
                 await meter.close(outcome)

@@ -98,7 +98,8 @@ class ModelProfile:
     units: tuple[UnitRule, ...] = ()
     stream_input: str | None = "stream"
     stop_input: str | None = None
-    """A flag of a request that is none, but stops the one that has its ID."""
+    """A flag of a request that is none, but stops the one that has its ID, whose last response then comes as ever. None: the
+    end of the call is all that such a back end understands."""
     exclude_input: str | None = "exclude_input_in_output"
     exclude_input_default: bool = False
     """What the model does without streaming where a request does not say: TensorRT-LLM has a parameter for it."""
@@ -147,12 +148,20 @@ VLLM_COUNTS: Final = CountFlags()
 _TENSORRT_LLM_COUNTS: Final = replace(VLLM_COUNTS, shape=(1, 1), prompt_in_output_count=True)
 
 
-def vllm(model: str, *, tokenizer: str | None = None, decoupled: bool = True, prompt_tokens_max: int = 0) -> ModelProfile:
-    """Triton's vLLM back end, and servers that took over its tensors."""
+def vllm(
+    model: str,
+    *,
+    tokenizer: str | None = None,
+    decoupled: bool = True,
+    prompt_tokens_max: int = 0,
+    stop_input: str | None = None,
+) -> ModelProfile:
+    """Triton's vLLM back end, and servers that took over its tensors; the former has no `stop_input`."""
     return ModelProfile(
         model,
         tokenizer=tokenizer,
         counts=VLLM_COUNTS,
+        stop_input=stop_input,
         prompt_in_output_text=True,
         decoupled=decoupled,
         prompt_tokens_max=prompt_tokens_max,
@@ -247,6 +256,7 @@ def generic(
     prompt_tokens_max: int = 0,
     text_inputs: tuple[str, ...] = ("text_input",),
     text_output: str = "text_output",
+    stop_input: str | None = None,
 ) -> ModelProfile:
     """Texts in, texts out, and no counts (TensorRT-LLM's llmapi model too): the tokenizer does it all."""
     return ModelProfile(
@@ -255,6 +265,7 @@ def generic(
         text_output=text_output,
         tokenizer=tokenizer,
         stream_input=None,
+        stop_input=stop_input,
         exclude_input=None,
         decoupled=decoupled,
         prompt_tokens_max=prompt_tokens_max,

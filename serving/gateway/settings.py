@@ -102,6 +102,9 @@ class LimitSettings:
     """How often a request is sent where the back end is not there, or is gone before its first response. It is billed once."""
     upstream_timeout_s: float = 3_600.0
     """For requests without a deadline of their own."""
+    stop_timeout_s: float = 5.0
+    """How long a back end that stops on request may take to end the answer of a client that is gone, before its call is
+    cancelled. It is given a client's deadline with so much added."""
     control_timeout_s: float = 30.0
     durable_timeout_s: float = 30.0
     """How long a request waits for the journal before it fails."""
@@ -124,7 +127,7 @@ class LimitSettings:
             _at_least(name, getattr(self, name), 1)
         _at_least("prompt_tokens_max", self.prompt_tokens_max, 0)
         _at_least("shutdown_grace_s", self.shutdown_grace_s, 0)
-        for name in ("upstream_timeout_s", "control_timeout_s", "durable_timeout_s"):
+        for name in ("upstream_timeout_s", "stop_timeout_s", "control_timeout_s", "durable_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)}: must be more than 0")
         if self.message_bytes_max > MAX_MESSAGE_BYTES:

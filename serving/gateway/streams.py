@@ -7,7 +7,9 @@ throughput. A chunk leaves when a progress that counts it is durable, the last o
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,6 +26,7 @@ from producers.errors import ProducerError
 from serving import kserve
 from serving.gateway.errors import CallError
 from serving.gateway.metering import tell_usage
+from serving.gateway.stopping import await_end, can_stop
 from serving.gateway.upstream import ASKED_AGAIN, EOF, RETRY_DELAY_S
 from serving.kserve import FINAL_PARAMETER, SERVICE_NAME, TensorError
 
@@ -82,6 +85,10 @@ class _RequestFlow:
         self._delivered_any = False
         self._call: Any = None
         self._read_any = False
+        # All that the back end has to say has been counted.
+        self._ended = False
+        # The client is gone: nothing is asked again.
+        self._stopping = False
 
     async def run(self) -> None:
         """Returns when the last response has left. Raises CallError for what the client must still be told."""
@@ -89,13 +96,43 @@ class _RequestFlow:
         reading = asyncio.get_running_loop().create_task(self._read())
         try:
             await self._deliver()
+        except (asyncio.CancelledError, _ClientGoneError):
+            if self._ended or not can_stop(self._gateway, self._admitted):
+                self._cut(reading)
+            else:
+                self._admitted.end = partial(self._end, reading)
+            raise
+        except BaseException:
+            self._cut(reading)
+            raise
+        self._cut(reading)
+
+    def _cut(self, reading: asyncio.Task[None]) -> None:
+        """The back end need not go on."""
+        if self._call is not None:
+            self._call.cancel()
+        reading.cancel()
+        if not self._meter.is_closed:
+            # What the back end has sent by now was produced, whether or not it reached the client.
+            self._count_arrived()
+
+    async def _end(self, reading: asyncio.Task[None]) -> None:
+        """The client is gone: let the back end stop, and count up to its last response."""
+        self._stopping = True
+        try:
+            await await_end(self._gateway, self._admitted, self._count_to_the_end(), stream=True)
         finally:
-            if self._call is not None:
-                self._call.cancel()
-            reading.cancel()
-            if not self._meter.is_closed:
-                # What the back end has sent by now was produced, whether or not it reached the client.
-                self._count_arrived()
+            self._cut(reading)
+
+    async def _count_to_the_end(self) -> None:
+        with suppress(TensorError):
+            while True:
+                for item in await self._next_batch():
+                    if isinstance(item, _End) or item.error_message:
+                        return
+                    self._meter.counter.take(item.infer_response)
+                    if kserve.get_parameter(item.infer_response, FINAL_PARAMETER) is True:
+                        return
 
     async def _read(self) -> None:
         """Fill the queue until the back end's stream ends; one that was not there, or is gone before it said anything, is asked
@@ -104,7 +141,7 @@ class _RequestFlow:
         while True:
             attempts_left -= 1
             end = await self._read_once()
-            if not attempts_left or self._read_any or end.status not in ASKED_AGAIN or self._caller.is_late():
+            if not attempts_left or self._read_any or self._stopping or end.status not in ASKED_AGAIN or self._caller.is_late():
                 break
             self._gateway.metrics["upstream_retries"] += 1
             await asyncio.sleep(RETRY_DELAY_S)
@@ -113,7 +150,7 @@ class _RequestFlow:
     async def _read_once(self) -> _End:
         """One stream of the back end, to its end; a full queue holds the back end up."""
         self._call = call = self._gateway.upstream.stream_infer(
-            timeout=self._gateway.upstream_timeout_s(self._caller), metadata=self._caller.metadata
+            timeout=self._gateway.upstream_timeout_s(self._caller, self._admitted.profile), metadata=self._caller.metadata
         )
         try:
             await call.write(self._admitted.request)
@@ -196,6 +233,7 @@ class _RequestFlow:
         self, ready: list[StreamResponse], last: StreamResponse | None, end: _End, outcome: int | None = None
     ) -> None:
         """Bill the request, then let go of what is left of the answer, the usage on the last response that is visible."""
+        self._ended = True
         if self._held is not None:
             ready.append(self._held)
         # An empty last response is for those who asked for it.

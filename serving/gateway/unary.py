@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -11,6 +13,7 @@ from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED, OUTCO
 from producers.errors import ProducerError
 from serving.gateway.errors import CallError
 from serving.gateway.metering import tell_usage
+from serving.gateway.stopping import await_end, can_stop
 from serving.gateway.upstream import ASKED_AGAIN, RETRY_DELAY_S
 from serving.kserve import SERVICE_NAME, TensorError
 
@@ -28,14 +31,17 @@ METHOD = (SERVICE_NAME, "ModelInfer")
 
 
 async def _ask(gateway: Gateway, admitted: Admitted, caller: Caller) -> ModelInferResponse:
-    """The back end's response, asked again where it was not there."""
+    """The back end's response, asked again where it was not there. Counts it."""
     attempts_left = gateway.settings.limits.upstream_attempts
     while True:
         attempts_left -= 1
         try:
-            return await gateway.upstream.infer(
-                admitted.request, timeout=gateway.upstream_timeout_s(caller), metadata=caller.metadata
+            response = await gateway.upstream.infer(
+                admitted.request, timeout=gateway.upstream_timeout_s(caller, admitted.profile), metadata=caller.metadata
             )
+            admitted.meter.saw_response()
+            admitted.meter.counter.take(response)
+            return response
         except grpc.aio.AioRpcError as error:
             if not attempts_left or error.code() not in ASKED_AGAIN or caller.is_late():
                 raise
@@ -43,14 +49,31 @@ async def _ask(gateway: Gateway, admitted: Admitted, caller: Caller) -> ModelInf
         await asyncio.sleep(RETRY_DELAY_S)
 
 
+async def _ask_to_the_end(gateway: Gateway, admitted: Admitted, caller: Caller) -> ModelInferResponse:
+    """The same of a back end that can be stopped: when the client is gone, what it has produced is still counted."""
+    asking = asyncio.get_running_loop().create_task(_ask(gateway, admitted, caller))
+    try:
+        return await asyncio.shield(asking)
+    except asyncio.CancelledError:
+        if can_stop(gateway, admitted):
+            admitted.end = partial(await_end, gateway, admitted, _counted(asking), stream=False)
+        else:
+            asking.cancel()
+        raise
+
+
+async def _counted(asking: asyncio.Task[ModelInferResponse]) -> None:
+    with suppress(grpc.aio.AioRpcError, TensorError):
+        await asking
+
+
 async def _answer(gateway: Gateway, admitted: Admitted, caller: Caller, context: Any) -> ModelInferResponse:
     """Forward the request, bill it, and return what the client gets. Raises CallError."""
     meter = admitted.meter
     meter.forwarded()
     try:
-        response = await _ask(gateway, admitted, caller)
-        meter.saw_response()
-        meter.counter.take(response)
+        ask = _ask if admitted.profile.stop_input is None else _ask_to_the_end
+        response = await ask(gateway, admitted, caller)
     except grpc.aio.AioRpcError as error:
         late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and caller.is_late()
         await meter.close(OUTCOME_DEADLINE_EXCEEDED if late else OUTCOME_BACKEND_ERROR)

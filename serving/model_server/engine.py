@@ -74,6 +74,7 @@ class _Run:
 
     generation: Generation
     emit: Callable[[Piece | RequestError | None], None]
+    stop: asyncio.Event
     cancelled: threading.Event = field(default_factory=threading.Event)
     input_tokens: int = 0
     output_tokens: int = 0
@@ -95,10 +96,14 @@ class _Run:
         choice = chunk["choices"][0]
         text = choice["text"] if "text" in choice else choice["delta"].get("content")
         reason = choice["finish_reason"]
+        # Only read here, by another thread than its loop's.
+        stopped = reason is None and self.stop.is_set()
+        if stopped:
+            reason = "cancelled"
         if reason is not None or self.output_tokens > before or text:
             self.finished = reason is not None
             self.emit(Piece(text or "", self.input_tokens, self.output_tokens - before, reason))
-        return False
+        return stopped
 
 
 def _request_error(error: dict[str, Any]) -> RequestError:
@@ -133,8 +138,11 @@ class Engine:
     def settings(self) -> EngineSettings:
         return self._settings
 
-    def generate(self, generation: Generation, ended: Callable[[int, int], None]) -> AsyncGenerator[Piece, None]:
-        """Start the generation, or refuse it at once; then yield its pieces. Closing the generator cancels it.
+    def generate(
+        self, generation: Generation, ended: Callable[[int, int], None], stop: asyncio.Event
+    ) -> AsyncGenerator[Piece, None]:
+        """Start the generation, or refuse it at once; then yield its pieces. Closing the generator cancels it; where `stop` is
+        set, the next piece is the last and has all that was produced.
 
         `ended(input_tokens, output_tokens)` is called once, on the event loop, when the model has stopped working for
         this request: after the last piece, or after a cancel has reached it.
@@ -150,7 +158,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         # Not bounded by itself: one item a token, and max_output_tokens bounds those.
         pieces: asyncio.Queue[Piece | RequestError | None] = asyncio.Queue()
-        run = _Run(generation, lambda item: _call(loop, pieces.put_nowait, item))
+        run = _Run(generation, lambda item: _call(loop, pieces.put_nowait, item), stop)
 
         def end(_: object) -> None:
             self._runs.discard(run)
@@ -168,6 +176,14 @@ class Engine:
     async def _pieces(
         self, run: _Run, pieces: asyncio.Queue[Piece | RequestError | None], future: Future[None]
     ) -> AsyncGenerator[Piece, None]:
+        stopping = asyncio.get_running_loop().create_task(run.stop.wait())
+
+        def end_before_its_turn(_: object) -> None:
+            # One that has begun says itself what it has produced.
+            if future.cancel():
+                pieces.put_nowait(Piece("", 0, 0, "cancelled"))
+
+        stopping.add_done_callback(end_before_its_turn)
         try:
             while True:
                 item = await pieces.get()
@@ -181,6 +197,7 @@ class Engine:
         finally:
             run.cancelled.set()
             future.cancel()
+            stopping.cancel()
 
     def _work(self, run: _Run) -> None:
         generation = run.generation

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncGenerator
 
     from serving.kserve import ModelInferRequest, ModelInferResponse
 
-__all__ = ["VERSION", "Answer", "Model", "ModelStatistics", "TensorSpec"]
+__all__ = ["STOP_INPUT", "VERSION", "Answer", "Model", "ModelStatistics", "TensorSpec"]
 
 VERSION: Final = "1"
+# As TensorRT-LLM has it: a request that says so is none, but stops the one that has its ID.
+STOP_INPUT: Final = "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Model(Protocol):
     @property
     def card(self) -> ModelCard: ...
 
-    def infer(self, request: ModelInferRequest) -> AsyncGenerator[Answer, Any]:
+    def infer(self, request: ModelInferRequest, stop: asyncio.Event) -> AsyncGenerator[Answer, Any]:
         """Answer the request. Closing the generator cancels the work; asking for the next answer says that the last
-        one has been handed to the transport."""
+        one has been handed to the transport. Once `stop` is set the answer ends with what has been produced."""
         ...

@@ -3,13 +3,15 @@
 A decoupled model is asked by ModelStreamInfer only; unary ModelInfer on it is refused in Triton's words. On a stream,
 requests are answered side by side, each response has the id of its request and says whether it is the last one, and
 errors come in band with the id, unless the header `triton_grpc_error: true` asks that they close the stream. When the
-client cancels or its deadline passes, everything on that call is cancelled in the models too.
+client cancels or its deadline passes, everything on that call is cancelled in the models too. A request that says `stop` ends
+the one that has its ID, wherever that was asked: its last response has all that was produced, which a cancelled call's cannot.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +20,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from serving import kserve
 from serving.model_server.errors import RequestError
-from serving.model_server.models import VERSION, Model, ModelStatistics
+from serving.model_server.models import STOP_INPUT, VERSION, Model, ModelStatistics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -41,6 +43,8 @@ class InferenceService:
         self._version = version
         self._max_stream_requests = max_stream_requests
         self._statistics = {name: ModelStatistics() for name in models}
+        # By ID, the requests that run: several may have the same one.
+        self._stops: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self.ready = True
         self._active = 0
         self._idle = asyncio.Event()
@@ -160,6 +164,8 @@ class InferenceService:
                     grpc.StatusCode.UNIMPLEMENTED,
                     "ModelInfer RPC doesn't support models with decoupled transaction policy",
                 )
+            if self._stops_another(request):
+                return self._named(service_pb2.ModelInferResponse(), model, request)
             async with aclosing(self._answers(model, request)) as answers:
                 async for answer in answers:
                     response = answer.response
@@ -207,24 +213,43 @@ class InferenceService:
                 f"invalid value type for '{kserve.EMPTY_FINAL_PARAMETER}' parameter, expected bool_param."
             )
         final = False
+        if self._stops_another(request):
+            await write(self._empty_final(model, request))
+            return
         async with aclosing(self._answers(model, request)) as answers:
             async for answer in answers:
                 final = answer.final or not model.card.decoupled
                 kserve.set_parameter(answer.response, kserve.FINAL_PARAMETER, final)
                 await write(service_pb2.ModelStreamInferResponse(infer_response=answer.response))
         if not final and wants_empty:
-            last = self._named(service_pb2.ModelInferResponse(), model, request)
-            kserve.set_parameter(last, kserve.FINAL_PARAMETER, True)
-            await write(service_pb2.ModelStreamInferResponse(infer_response=last))
+            await write(self._empty_final(model, request))
+
+    def _empty_final(self, model: Model, request: ModelInferRequest) -> Any:
+        last = self._named(service_pb2.ModelInferResponse(), model, request)
+        kserve.set_parameter(last, kserve.FINAL_PARAMETER, True)
+        return service_pb2.ModelStreamInferResponse(infer_response=last)
+
+    def _stops_another(self, request: ModelInferRequest) -> bool:
+        """Whether the request is one that stops those of its ID; then it has. One that is not known yet goes on."""
+        try:
+            stops = bool(kserve.read_bool_input(request, STOP_INPUT))
+        except kserve.TensorError as error:
+            raise RequestError.invalid(str(error)) from error
+        if stops:
+            for stop in self._stops.get(request.id, ()):
+                stop.set()
+        return stops
 
     async def _answers(self, model: Model, request: ModelInferRequest) -> AsyncGenerator[Answer, None]:
         """The model's answers with names and id, counted; malformed tensors become refusals."""
         counts = self._statistics[model.card.name]
         self._active += 1
         self._idle.clear()
+        stop = asyncio.Event()
+        self._stops[request.id].add(stop)
         started_ns = time.monotonic_ns()
         try:
-            async with aclosing(model.infer(request)) as answers:
+            async with aclosing(model.infer(request, stop)) as answers:
                 async for answer in answers:
                     self._named(answer.response, model, request)
                     counts.responses += 1
@@ -241,6 +266,10 @@ class InferenceService:
             counts.cancelled += 1
             raise
         finally:
+            named = self._stops[request.id]
+            named.discard(stop)
+            if not named:
+                del self._stops[request.id]
             self._active -= 1
             if not self._active:
                 self._idle.set()

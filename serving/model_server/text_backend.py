@@ -3,7 +3,8 @@
 Inputs and outputs, their shapes and what they mean follow the vLLM back end: `num_input_tokens` is a scalar that every
 response repeats, `num_output_tokens` is what is new since the last response, `finish_reason` is the text "None" until
 the last one. `chat_template` is ours: true puts `text_input` into the model's chat template as a user's turn, and
-num_input_tokens then counts the template too, because the model sees it.
+num_input_tokens then counts the template too, because the model sees it. `stop` is TensorRT-LLM's: such a request ends the
+one that has its ID, whose last response then has the finish reason "cancelled" and the counts of all that was produced.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from tritonclient.grpc import service_pb2
 from serving import kserve
 from serving.model_server.engine import Generation
 from serving.model_server.errors import RequestError
-from serving.model_server.models import Answer, ModelCard, TensorSpec
+from serving.model_server.models import STOP_INPUT, Answer, ModelCard, TensorSpec
 from serving.model_server.sampling import read_sampling_parameters, to_llama_options
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncGenerator
 
     from serving.kserve import ModelInferRequest, ModelInferResponse
     from serving.model_server.engine import Engine, Piece
     from serving.model_server.production import ProductionLog
 
-__all__ = ["TextModel", "Wanted", "text_response"]
+__all__ = ["OUTPUTS", "STOPPED", "TextModel", "Wanted", "text_response"]
 
 _INPUTS: Final = (
     TensorSpec("text_input", "BYTES"),
@@ -35,6 +37,7 @@ _INPUTS: Final = (
     TensorSpec("sampling_parameters", "BYTES", optional=True),
     TensorSpec("exclude_input_in_output", "BOOL", optional=True),
     TensorSpec("chat_template", "BOOL", optional=True),
+    TensorSpec(STOP_INPUT, "BOOL", optional=True),
     TensorSpec("return_finish_reason", "BOOL", optional=True),
     TensorSpec("return_num_input_tokens", "BOOL", optional=True),
     TensorSpec("return_num_output_tokens", "BOOL", optional=True),
@@ -45,6 +48,9 @@ OUTPUTS: Final = (
     TensorSpec("num_input_tokens", "UINT32"),
     TensorSpec("num_output_tokens", "UINT32"),
 )
+
+# The finish reason of an answer that was stopped, as vLLM names it.
+STOPPED: Final = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +135,25 @@ class TextModel:
         options = to_llama_options(read_sampling_parameters(request), settings.max_output_tokens)
         return _Question(Generation(prompt, chat, options), stream, prepend, Wanted.read(request))
 
-    async def infer(self, request: ModelInferRequest) -> AsyncGenerator[Answer, Any]:
+    async def infer(self, request: ModelInferRequest, stop: asyncio.Event) -> AsyncGenerator[Answer, Any]:
         with self._log.account(request.id, self.card.name) as account:
             question = self._read(request)
-            pieces = self._engine.generate(question.generation, account.ended)
+            pieces = self._engine.generate(question.generation, account.ended, stop)
             account.await_end()
             async with aclosing(pieces):
-                async for answer, tokens in self._answers(question, pieces):
+                stopped = False
+                async for answer, tokens, reason in self._answers(question, pieces):
+                    stopped = reason == STOPPED
                     yield answer
                     # Whoever asks for the next answer has handed this one over.
                     account.production.delivered_tokens += tokens
-            account.complete()
+            if not stopped:
+                account.complete()
 
     async def _answers(
         self, question: _Question, pieces: AsyncGenerator[Piece, None]
-    ) -> AsyncGenerator[tuple[Answer, int], None]:
-        """The answers, and how many tokens each brings."""
+    ) -> AsyncGenerator[tuple[Answer, int, str | None], None]:
+        """The answers, how many tokens each brings, and why the last one is the last."""
         texts = [question.generation.prompt] if question.prepend_input else []
         tokens = input_tokens = 0
         reason = None
@@ -155,5 +164,5 @@ class TextModel:
             if question.stream or reason is not None:
                 text = "".join(texts).encode()
                 response = text_response(question.wanted, text, reason, input_tokens, tokens)
-                yield Answer(response, final=reason is not None and not self._empty_final), tokens
+                yield Answer(response, final=reason is not None and not self._empty_final), tokens, reason
                 texts, tokens = [], 0

@@ -10,14 +10,15 @@ overrides the server's setting.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from serving import kserve
 from serving.model_server.errors import RequestError
-from serving.model_server.models import Answer, ModelCard, TensorSpec
+from serving.model_server.models import STOP_INPUT, Answer, ModelCard, TensorSpec
 from serving.model_server.sampling import read_sampling_parameters, to_integer
-from serving.model_server.text_backend import OUTPUTS, Wanted, text_response
+from serving.model_server.text_backend import OUTPUTS, STOPPED, Wanted, text_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -31,6 +32,7 @@ _INPUTS: Final = (
     TensorSpec("text_input", "BYTES", optional=True),
     TensorSpec("stream", "BOOL", optional=True),
     TensorSpec("sampling_parameters", "BYTES"),
+    TensorSpec(STOP_INPUT, "BOOL", optional=True),
     TensorSpec("return_finish_reason", "BOOL", optional=True),
     TensorSpec("return_num_input_tokens", "BOOL", optional=True),
     TensorSpec("return_num_output_tokens", "BOOL", optional=True),
@@ -83,7 +85,7 @@ class TraceModel:
             empty_final=empty_final and self.card.decoupled,
         )
 
-    async def infer(self, request: ModelInferRequest) -> AsyncGenerator[Answer, Any]:
+    async def infer(self, request: ModelInferRequest, stop: asyncio.Event) -> AsyncGenerator[Answer, Any]:
         with self._log.account(request.id, self.card.name) as account:
             script = self._read(request)
             wanted = Wanted.read(request)
@@ -94,7 +96,11 @@ class TraceModel:
             left = script.output_tokens
             while True:
                 if script.chunk_delay_ms:
-                    await asyncio.sleep(script.chunk_delay_ms / 1000)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(stop.wait(), script.chunk_delay_ms / 1000)
+                if stop.is_set():
+                    yield Answer(text_response(wanted, b"", STOPPED, script.context_tokens, 0), final=not script.empty_final)
+                    return
                 chunk = min(size, left)
                 left -= chunk
                 production.output_tokens += chunk

@@ -19,6 +19,7 @@ ROWS = [
 ASKED = {
     "completed",
     "the client cancels mid-stream",
+    "the client cancels mid-stream, and the end of the call is all that the back end hears",
     "the client disconnects mid-stream",
     "deadline exceeded",
     "back end error before the first token",

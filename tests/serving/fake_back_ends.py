@@ -43,6 +43,7 @@ class FakeModel:
     empty_final: bool = False
     counts_at_end_only: bool = False
     stall_after: int | None = None
+    hears_stops: bool = True
     failures: int = 0
     """It is not there for so many requests."""
     asked: list[str] = field(default_factory=list)
@@ -200,7 +201,8 @@ def _handlers(models: Mapping[str, FakeModel]) -> dict[str, Any]:
             model = models[request.model_name]
             await _arrive(model, request, context)
             if kserve.read_bool_input(request, "stop"):
-                model.stopped[request.id].set()
+                if model.hears_stops:
+                    model.stopped[request.id].set()
                 yield _named(service_pb2.ModelInferResponse(), request, final=True)
                 continue
             try:

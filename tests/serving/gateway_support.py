@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -144,6 +144,17 @@ def journalled(meter: UsageMeter) -> list[UsageEvent]:
     return sorted(events, key=lambda event: (event.ended_ms, event.started_ms))
 
 
+def journalled_all(meter: UsageMeter) -> list[UsageEvent]:
+    """The same of a journal of any length, by partition and number."""
+    events: list[UsageEvent] = []
+    for partition in range(PARTITIONS):
+        after = 0
+        while page := meter.journal.read(partition, after, 1_000, 1_000_000).events:
+            events += map(UsageEvent.FromString, page)
+            after += len(page)
+    return events
+
+
 async def settled(server: GatewayServer, events: int = 1) -> list[UsageEvent]:
     """The journal's events once there are so many and no request is open: a cut-off request is billed after its end."""
     committed = threading.Event()
@@ -273,6 +284,34 @@ async def scripted_back_end(script: Script, seen: list[Any] | None = None) -> As
         await server.stop(None)
 
 
+@asynccontextmanager
+async def wire(target_port: int) -> AsyncIterator[tuple[int, Callable[[], None]]]:
+    """A relay of bytes to a port: its own port, and what resets every connection through it."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target_port)
+        writers.extend((writer, far_writer))
+        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+
+    def cut() -> None:
+        for writer in writers:
+            writer.transport.abort()
+
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], cut
+    finally:
+        server.close()
+        cut()
+
+
 def texts(found: Sequence[tuple[Any, Any]]) -> str:
     parts = [kserve.read_bytes_output(response, "text_output") for response, _ in found if response is not None]
     return b"".join(part for chunk in parts if chunk for part in chunk).decode()
@@ -296,7 +335,7 @@ def model_server_process(folder: Path, *, models: str, empty_final: bool = False
         process.wait(20)
 
 
-def await_file(path: Path, process: subprocess.Popen[bytes], timeout_s: float = 60.0) -> str:
+def await_file(path: Path, process: subprocess.Popen[bytes], timeout_s: float = 180.0) -> str:
     """What a process writes into the file when it is ready."""
     deadline = time.monotonic() + timeout_s
     while not path.exists():
@@ -306,12 +345,16 @@ def await_file(path: Path, process: subprocess.Popen[bytes], timeout_s: float = 
     return path.read_text().strip()
 
 
+def production_lines(folder: Path) -> list[dict[str, Any]]:
+    """What the back end says that it produced, a line a request that has ended there."""
+    return [json.loads(line) for line in (folder / "production.jsonl").read_text().splitlines()]
+
+
 def production(folder: Path, request_id: str, timeout_s: float = 20.0) -> dict[str, Any]:
     """What the back end says that it produced for a request; waits until it has ended there."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        for line in (folder / "production.jsonl").read_text().splitlines():
-            entry: dict[str, Any] = json.loads(line)
+        for entry in production_lines(folder):
             if entry["request_id"] == request_id:
                 return entry
         time.sleep(0.02)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from tests.serving.gateway_support import (
     texts,
     told,
     vllm_response,
+    wire,
 )
 
 ENTRY = {"model_name": "trace", "inputs": [tensor("text_input", "a prompt")], "request_id": "mine"}
@@ -297,7 +297,7 @@ async def test_a_connection_that_breaks_mid_stream_is_billed_as_a_cancel(tmp_pat
     async with (
         scripted_back_end(endless) as address,
         running(gateway_settings(tmp_path, address)) as server,
-        _wire(server.port) as (port, cut),
+        wire(server.port) as (port, cut),
         triton_aio.InferenceServerClient(f"127.0.0.1:{port}") as client,
     ):
         stream = aiter(client.stream_infer(_each((ENTRY,)), headers=HEADERS))
@@ -309,31 +309,3 @@ async def test_a_connection_that_breaks_mid_stream_is_billed_as_a_cancel(tmp_pat
     assert event.outcome == OUTCOME_CANCELLED
     assert event.uncached_input_tokens == 4
     assert event.output_tokens >= received == 3
-
-
-@asynccontextmanager
-async def _wire(target_port: int) -> AsyncIterator[tuple[int, Callable[[], None]]]:
-    """A relay of bytes to a port: its own port, and what resets every connection through it."""
-    writers: list[asyncio.StreamWriter] = []
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(65_536):
-                writer.write(data)
-                await writer.drain()
-
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target_port)
-        writers.extend((writer, far_writer))
-        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
-
-    def cut() -> None:
-        for writer in writers:
-            writer.transport.abort()
-
-    server = await asyncio.start_server(relay, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1], cut
-    finally:
-        server.close()
-        cut()
