@@ -1,130 +1,126 @@
-"""The command line. Exit codes: 0 well, 1 something was found wrong, 2 misused."""
+"""The command line. Exit codes: 0 well, 1 something was found wrong, 2 misused.
+
+A command loads the module that it stands in and no other: each part of an installation is such a process too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from typing import Final
 
 import typer
 
-from taximeter.commands import (
-    accounts,
-    checking,
-    configuration,
-    corrections,
-    credit,
-    demo,
-    exporting,
-    feeding,
-    invoices,
-    invoicing,
-    keys,
-    leases,
-    models,
-    operations,
-    parts,
-    prices,
-    reading,
-    running,
-    tenants,
-)
+__all__ = ["application", "main"]
 
-__all__ = ["app", "main"]
+_GROUPS: Final = {
+    "tenant": "Tenants.",
+    "key": "API keys.",
+    "credit": "Credit.",
+    "account": "What a balance consists of.",
+    "project": "Projects of tenants.",
+    "budget": "How much may be spent in a month.",
+    "report": "For bookkeepers.",
+    "lease": "What gateways hold of balances.",
+    "prices": "The price book.",
+    "invoice": "Invoices.",
+    "export": "Cost and usage for other tools.",
+    "events": "Corrections of single events.",
+    "topics": "Kafka's topics.",
+    "models": "Models behind the gateway.",
+    "config": "The configuration.",
+}
+# What a user types: the module of `taximeter.commands` and its function.
+_COMMANDS: Final = {
+    "demo": "demo.demo",
+    "up": "running.up",
+    "worker": "parts.worker",
+    "sink": "parts.sink",
+    "gateway": "parts.gateway",
+    "prepare": "operations.prepare",
+    "model-server": "parts.model_server",
+    "migrate": "operations.migrate",
+    "audit": "checking.audit",
+    "doctor": "checking.doctor",
+    "replay": "feeding.replay",
+    "import": "feeding.import_",
+    "sync": "feeding.sync",
+    "balance": "reading.balance",
+    "usage": "reading.usage",
+    "statement": "reading.statement",
+    "alerts": "reading.alerts",
+    "credit-note": "corrections.credit_note",
+    "rerate": "corrections.rerate",
+    "tenant create": "accounts.create_tenant",
+    "tenant suspend": "tenants.suspend_tenant",
+    "tenant activate": "tenants.activate_tenant",
+    "tenant close": "tenants.close_tenant",
+    "tenant show": "tenants.show_tenant",
+    "key create": "keys.create",
+    "key list": "keys.list_",
+    "key revoke": "keys.revoke",
+    "key rotate": "keys.rotate",
+    "credit grant": "accounts.grant_credit",
+    "credit topup": "credit.topup_credit",
+    "account show": "credit.show_account",
+    "project create": "tenants.create_project",
+    "project close": "tenants.close_project",
+    "budget set": "tenants.set_budget",
+    "budget list": "tenants.list_budgets",
+    "report credit": "credit.report_credit",
+    "lease key": "leases.key",
+    "lease retire": "leases.retire",
+    "prices check": "prices.check",
+    "prices show": "prices.show",
+    "prices diff": "prices.diff",
+    "prices apply": "prices.apply",
+    "prices simulate": "prices.simulate",
+    "invoice draft": "invoicing.draft_invoice",
+    "invoice finalize": "invoicing.finalize_invoices",
+    "invoice list": "invoicing.list_invoices",
+    "invoice show": "invoicing.show_invoice",
+    "invoice export": "invoices.export_invoice",
+    "invoice explain": "invoices.explain_invoice",
+    "export focus": "exporting.export_focus",
+    "events void": "corrections.void",
+    "events amend": "corrections.amend",
+    "topics apply": "operations.apply_topics",
+    "models check": "models.check",
+    "config show": "configuration.show",
+}
+_HIDDEN: Final = frozenset({"prepare", "model-server"})
 
-app = typer.Typer(
-    name="taximeter",
-    help="The meter for AI inference: every token of every request becomes a balance within seconds, charged once.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-models_app = typer.Typer(no_args_is_help=True, help="Models behind the gateway.")
-config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
-tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
-key_app = typer.Typer(no_args_is_help=True, help="API keys.")
-credit_app = typer.Typer(no_args_is_help=True, help="Credit.")
-account_app = typer.Typer(no_args_is_help=True, help="What a balance consists of.")
-project_app = typer.Typer(no_args_is_help=True, help="Projects of tenants.")
-budget_app = typer.Typer(no_args_is_help=True, help="How much may be spent in a month.")
-report_app = typer.Typer(no_args_is_help=True, help="For bookkeepers.")
-lease_app = typer.Typer(no_args_is_help=True, help="What gateways hold of balances.")
-topics_app = typer.Typer(no_args_is_help=True, help="Kafka's topics.")
-prices_app = typer.Typer(no_args_is_help=True, help="The price book.")
-invoice_app = typer.Typer(no_args_is_help=True, help="Invoices.")
-events_app = typer.Typer(no_args_is_help=True, help="Corrections of single events.")
-export_app = typer.Typer(no_args_is_help=True, help="Cost and usage for other tools.")
 
-app.command("demo")(demo.demo)
-app.command("up")(running.up)
-app.command("worker")(parts.worker)
-app.command("sink")(parts.sink)
-app.command("gateway")(parts.gateway)
-app.command("prepare", hidden=True)(operations.prepare)
-app.command("model-server", hidden=True)(parts.model_server)
-app.command("migrate")(operations.migrate)
-app.command("audit")(checking.audit)
-app.command("doctor")(checking.doctor)
-app.command("replay")(feeding.replay)
-app.command("import")(feeding.import_)
-app.command("sync")(feeding.sync)
-app.command("balance")(reading.balance)
-app.command("usage")(reading.usage)
-app.command("statement")(reading.statement)
-app.command("alerts")(reading.alerts)
-app.command("credit-note")(corrections.credit_note)
-app.command("rerate")(corrections.rerate)
-for group, name in (
-    (tenant_app, "tenant"),
-    (key_app, "key"),
-    (credit_app, "credit"),
-    (account_app, "account"),
-    (project_app, "project"),
-    (budget_app, "budget"),
-    (report_app, "report"),
-    (lease_app, "lease"),
-    (prices_app, "prices"),
-    (invoice_app, "invoice"),
-    (export_app, "export"),
-    (events_app, "events"),
-    (topics_app, "topics"),
-    (models_app, "models"),
-    (config_app, "config"),
-):
-    app.add_typer(group, name=name)
-tenant_app.command("create")(accounts.create_tenant)
-key_app.command("create")(keys.create)
-key_app.command("list")(keys.list_)
-key_app.command("revoke")(keys.revoke)
-key_app.command("rotate")(keys.rotate)
-tenant_app.command("suspend")(tenants.suspend_tenant)
-tenant_app.command("activate")(tenants.activate_tenant)
-tenant_app.command("close")(tenants.close_tenant)
-tenant_app.command("show")(tenants.show_tenant)
-project_app.command("create")(tenants.create_project)
-project_app.command("close")(tenants.close_project)
-budget_app.command("set")(tenants.set_budget)
-budget_app.command("list")(tenants.list_budgets)
-account_app.command("show")(credit.show_account)
-report_app.command("credit")(credit.report_credit)
-lease_app.command("key")(leases.key)
-lease_app.command("retire")(leases.retire)
-credit_app.command("grant")(accounts.grant_credit)
-credit_app.command("topup")(credit.topup_credit)
-invoice_app.command("draft")(invoicing.draft_invoice)
-invoice_app.command("finalize")(invoicing.finalize_invoices)
-invoice_app.command("list")(invoicing.list_invoices)
-invoice_app.command("show")(invoicing.show_invoice)
-invoice_app.command("export")(invoices.export_invoice)
-invoice_app.command("explain")(invoices.explain_invoice)
-events_app.command("void")(corrections.void)
-events_app.command("amend")(corrections.amend)
-export_app.command("focus")(exporting.export_focus)
-prices_app.command("check")(prices.check)
-prices_app.command("show")(prices.show)
-prices_app.command("diff")(prices.diff)
-prices_app.command("apply")(prices.apply)
-prices_app.command("simulate")(prices.simulate)
-topics_app.command("apply")(operations.apply_topics)
-models_app.command("check")(models.check)
-config_app.command("show")(configuration.show)
+@functools.cache
+def application(word: str = "") -> typer.Typer:
+    """All commands, or those alone whose first word this is; all, where there is none such."""
+    app = typer.Typer(
+        name="taximeter",
+        help="The meter for AI inference: every token of every request becomes a balance within seconds, charged once.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    # A command that is the only one stays a command, with its name before it.
+    app.callback()(lambda: None)
+    groups: dict[str, typer.Typer] = {}
+    chosen = {name: place for name, place in _COMMANDS.items() if name.partition(" ")[0] == word}
+    for name, place in (chosen or _COMMANDS).items():
+        module, _, function = place.partition(".")
+        called = getattr(importlib.import_module(f"taximeter.commands.{module}"), function)
+        first, _, second = name.partition(" ")
+        if not second:
+            app.command(name, hidden=name in _HIDDEN)(called)
+            continue
+        if first not in groups:
+            groups[first] = typer.Typer(no_args_is_help=True, help=_GROUPS[first])
+            app.add_typer(groups[first], name=first)
+        groups[first].command(second)(called)
+    return app
 
 
 def main() -> None:
     """The entry point of the script `taximeter`."""
-    app()
+    application(sys.argv[1] if len(sys.argv) > 1 else "")()

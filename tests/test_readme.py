@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from taximeter.cli import app
+from taximeter.cli import application
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,7 +17,7 @@ PROMISES = re.findall(r"^\| [^|]+ \| `(tests/[^`]+)::(test_[^`]+)` \|$", README,
 
 
 def command_names() -> list[str]:
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(application())
     names = []
     for name, command in group.commands.items():  # type: ignore[attr-defined]  # it is a group
         if not command.hidden:

@@ -11,7 +11,7 @@ import typer.main
 import yaml
 
 from billing.limits import RECORD_BYTES_MAX
-from taximeter.cli import app
+from taximeter.cli import application
 from taximeter.config import Config, load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -38,7 +38,7 @@ def config() -> Config:
 
 @pytest.mark.parametrize("name", OURS)
 def test_each_service_runs_a_command_that_there_is(compose: dict[str, Any], name: str) -> None:
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(application())
     for word in compose["services"][name]["command"]:
         commands = getattr(command, "commands", {})
         assert word in commands, f"{name}: `{word}` is no command"

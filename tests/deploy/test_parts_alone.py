@@ -20,9 +20,9 @@ import yaml
 
 from taximeter.embedded.process import Child, free_port
 from tests.services.kafka import KafkaCluster
-from tests.taximeter.support import ROOT, environment, until
+from tests.taximeter.support import ROOT, environment, said, until
 
-pytestmark = [pytest.mark.apache_kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.apache_kafka, pytest.mark.timeout(900)]
 
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 
@@ -67,12 +67,8 @@ class Installation:
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "taximeter", *arguments, "--config", str(self.folder / "taximeter.toml")]
 
-    def run(self, *arguments: str, expected: int = 0) -> str:
-        ended = subprocess.run(
-            self.command(*arguments), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert ended.returncode == expected, f"{arguments}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
-        return ended.stdout
+    def run(self, *arguments: str) -> str:
+        return said(*arguments, "--config", self.folder / "taximeter.toml")
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self.run(*arguments, "--json"))

@@ -60,7 +60,7 @@ def journaled(journal: Journal) -> dict[int, dict[int, UsageEvent]]:
     return held
 
 
-def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 180.0) -> None:
     """For what happens in another process: there is no event to wait for."""
     deadline = time.monotonic() + timeout_s
     while not holds():
@@ -154,7 +154,7 @@ class LedgerStandIn:
         self._follower.close()
 
 
-def read_batches(topics: Topics, until: Callable[[list[UsageBatch]], bool], timeout_s: float = 30.0) -> list[UsageBatch]:
+def read_batches(topics: Topics, until: Callable[[list[UsageBatch]], bool], timeout_s: float = 180.0) -> list[UsageBatch]:
     """All batches in the topic, from its beginning, until there is enough."""
     consumer = Consumer(
         {"bootstrap.servers": topics.bootstrap, "group.id": "test", "enable.auto.commit": False, "fetch.queue.backoff.ms": 5}

@@ -350,7 +350,7 @@ def production_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "production.jsonl").read_text().splitlines()]
 
 
-def production(folder: Path, request_id: str, timeout_s: float = 20.0) -> dict[str, Any]:
+def production(folder: Path, request_id: str, timeout_s: float = 180.0) -> dict[str, Any]:
     """What the back end says that it produced for a request; waits until it has ended there."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -13,7 +13,7 @@ from tests.simulation.many import attempt
 SEEDS_MAX = 60
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_broken_rule_is_seen(name: str) -> None:
     with CONTROLS[name]():

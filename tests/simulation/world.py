@@ -598,6 +598,8 @@ def run(seed: int) -> Report:
     folder = Path(tempfile.mkdtemp(prefix="simulation-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     collecting = gc.isenabled()
     gc.disable()
+    # What the run leaves is collected in the end, without a look at everything that was imported.
+    gc.freeze()
     levels = logging.root.manager.disable
     if levels < logging.CRITICAL and not _is_told():
         logging.disable(logging.CRITICAL)
@@ -621,6 +623,7 @@ def run(seed: int) -> Report:
         if collecting:
             gc.enable()
             gc.collect()
+        gc.unfreeze()
     return report
 
 

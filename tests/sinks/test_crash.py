@@ -15,7 +15,7 @@ import pytest
 
 from tests.billing.ledgers import Ledger, batch, tenants_in, usage
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 TENANT = tenants_in(1)[0]
 BATCHES, EVENTS = 20, 300

@@ -28,7 +28,7 @@ from sinks.focus import focus_rows
 from sinks.focus_rows import COLUMNS
 from sinks.follow import feed
 from sinks.invoices import invoice_by_number, invoices_of, is_of_requests
-from taximeter.cli import app
+from taximeter.cli import application
 from tests.billing.invoice_volume import DAY_MS, DOLLARS, FOREIGN, JANUARY_MS, NOVEMBER_MS, YUAN, invoices, volume
 from tests.billing.ledgers import KEYS, Ledger
 from tests.sinks.focus_rules import focus_problems
@@ -191,7 +191,7 @@ def test_the_commands_write_a_document_and_show_a_lines_requests(reader: Reader,
     ]
 
     def run(*arguments: str) -> Result:
-        return CliRunner().invoke(app, [*arguments, *where])
+        return CliRunner().invoke(application(), [*arguments, *where])
 
     try:
         issued = invoices_of(reader, YUAN)[0]

@@ -33,7 +33,7 @@ from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
 PARTITION = 1
 TENANT = tenants_in(PARTITION)[0]
 ROOT = Path(__file__).parents[2]
-WAIT_S = 30.0
+WAIT_S = 180.0
 
 
 def make_topics(bootstrap: str, prefix: str, partitions: int = 4) -> SinkSettings:

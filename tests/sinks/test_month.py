@@ -283,7 +283,7 @@ def drawn_again(state: LedgerState, stored: list[bytes], after: int) -> list[byt
     return made
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_month_is_closed_to_the_pico_and_comes_again_from_the_log(engine: ChdbEngine, tmp_path: Path) -> None:
     ledger = opened()
     events = list(month_events(rows_max=20_000))

@@ -197,7 +197,7 @@ class Ledger:
             expected[one.tenant_id, "output"] += one.output_tokens
         assert tokens == expected
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 180.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
@@ -205,7 +205,7 @@ class Ledger:
                 raise AssertionError(f"{what} did not come in {timeout_s:g} s\n{tails}")
             time.sleep(0.2)
 
-    def wait_charged(self, timeout_s: float = 60.0) -> None:
+    def wait_charged(self, timeout_s: float = 180.0) -> None:
         self.wait(lambda: len(self.charged()) >= len(self.sent), f"{len(self.sent)} charges", timeout_s)
 
 

@@ -14,7 +14,7 @@ from tests.services.kafka import KafkaCluster
 from tests.stream_processors.harness import ROOT, Ledger, event
 from tests.stream_processors.worker_main import REFUSED, SEAL_KEY
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.apache_kafka]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.apache_kafka]
 
 READERS = ("publisher", "sink/clickhouse")
 

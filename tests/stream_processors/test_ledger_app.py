@@ -21,7 +21,7 @@ from tests.services.kafka import KafkaCluster
 from tests.stream_processors.harness import Ledger, PartitionLog, charged_in, event
 from tests.stream_processors.worker_main import REFUSED
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(900)
 
 # Two members in one group: Tansu's coordinator was seen, on a loaded machine, to let both join again and again in the same
 # generation, so that neither ever worked. The embedded set-up runs one worker; several are for Apache Kafka.

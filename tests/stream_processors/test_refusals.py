@@ -22,7 +22,7 @@ from tests.services.kafka import KafkaCluster
 from tests.stream_processors.harness import Ledger, event
 from tests.stream_processors.worker_main import REFUSED
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.apache_kafka]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.apache_kafka]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.services.kafka import KafkaCluster
 from tests.stream_processors.harness import Ledger, charged_in, event
 from tests.stream_processors.worker_main import SEAL_KEY
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture

@@ -61,8 +61,8 @@ class Trial:
     requests: int
     at_once: int
     lease_wait_ms: int = 1_500
-    ready_timeout_s: float = 60.0
-    spend_timeout_s: float = 120.0
+    ready_timeout_s: float = 300.0
+    spend_timeout_s: float = 400.0
 
     @property
     def worst_pico(self) -> int:

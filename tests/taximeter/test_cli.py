@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from taximeter.cli import app
+from taximeter.cli import application
 from tests.taximeter.support import ROOT
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("arguments", READING, ids=lambda arguments: arguments[0])
 def test_where_nothing_runs_every_reading_command_says_so_in_json_too(arguments: list[str]) -> None:
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    result = CliRunner().invoke(application(), [*arguments, "--json"])
     assert result.exit_code == 1
     assert "start `taximeter up`" in json.loads(result.stdout)["error"]
     assert "Traceback" not in result.output
@@ -55,9 +55,9 @@ def test_where_nothing_runs_every_reading_command_says_so_in_json_too(arguments:
 
 def test_misuse_is_2() -> None:
     runner = CliRunner()
-    assert runner.invoke(app, ["balance", "--no-such-option"]).exit_code == 2
-    assert runner.invoke(app, ["no-such-command"]).exit_code == 2
-    wrong_key = runner.invoke(app, ["config", "show", "--set", "kafka.bootstrapp=x", "--json"])
+    assert runner.invoke(application(), ["balance", "--no-such-option"]).exit_code == 2
+    assert runner.invoke(application(), ["no-such-command"]).exit_code == 2
+    wrong_key = runner.invoke(application(), ["config", "show", "--set", "kafka.bootstrapp=x", "--json"])
     assert wrong_key.exit_code == 2
     assert json.loads(wrong_key.stdout) == {"error": "kafka.bootstrapp (a flag) is no key: the nearest is kafka.bootstrap"}
 
@@ -89,13 +89,13 @@ def test_misuse_is_2() -> None:
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], problem: str) -> None:
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(application(), arguments)
     assert result.exit_code == 2, result.output
     assert problem in " ".join(result.output.replace("│", " ").split())
 
 
 def test_the_configuration_is_shown_without_its_secrets() -> None:
-    result = CliRunner().invoke(app, ["config", "show", "--set", "clickhouse.password=canary"])
+    result = CliRunner().invoke(application(), ["config", "show", "--set", "clickhouse.password=canary"])
     assert result.exit_code == 0
     assert "# password is set" in result.stdout
     assert "canary" not in result.output
@@ -103,13 +103,13 @@ def test_the_configuration_is_shown_without_its_secrets() -> None:
 
 def test_a_price_book_is_checked_without_anything_running() -> None:
     book = ROOT / "taximeter" / "data" / "prices.toml"
-    result = CliRunner().invoke(app, ["prices", "apply", str(book), "--dry-run", "--json"])
+    result = CliRunner().invoke(application(), ["prices", "apply", str(book), "--dry-run", "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["applied"] is False
 
 
 def test_the_deployments_configuration_is_one() -> None:
-    result = CliRunner().invoke(app, ["config", "show", "--config", str(ROOT / "deploy" / "taximeter.toml")])
+    result = CliRunner().invoke(application(), ["config", "show", "--config", str(ROOT / "deploy" / "taximeter.toml")])
     assert result.exit_code == 0, result.output
 
 
@@ -118,8 +118,8 @@ def test_the_command_line_comes_up_without_what_other_roles_install() -> None:
         "import sys\n"
         f"for name in {OF_ROLES!r}: sys.modules[name] = None\n"
         "from typer.testing import CliRunner\n"
-        "from taximeter.cli import app\n"
-        "sys.exit(CliRunner().invoke(app, ['--help']).exit_code)\n"
+        "from taximeter.cli import application\n"
+        "sys.exit(CliRunner().invoke(application(), ['--help']).exit_code)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 0, ended.stderr

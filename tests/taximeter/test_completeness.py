@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sqlite3
@@ -11,14 +10,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from typer.testing import CliRunner
 
 from billing.v1.usage_pb2 import UsageEvent
 from producers.meter import UsageMeter
 from producers.publisher import Publisher
 from sinks.completeness import completeness
 from taximeter import health
-from taximeter.cli import app
 from taximeter.compose import meter_settings, open_reader, publisher_settings
 from taximeter.config import load
 from taximeter.times import now_ms
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
     from sinks.completeness import CompletenessReport
     from taximeter.config import Config
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 GRACE_S, SILENCE_S = 1, 4
 # A producer that dies after its heartbeat, as under kill -9.
@@ -77,15 +74,8 @@ def lose(config: Config, folder: Path) -> tuple[str, int, dict[int, str]]:
     return producer_id, partition, {sequence: one.request_id for sequence, one in held.items()}
 
 
-def ask(up: Up, *arguments: str, expected: int = 0) -> str:
-    """A command of this process: one of its own would take seconds to begin."""
-    result = CliRunner().invoke(app, [*arguments, "--data-dir", str(up.data_dir.path)])
-    assert result.exit_code == expected, result.output
-    return result.stdout
-
-
 def audited(up: Up, expected: int = 0) -> Any:
-    return json.loads(ask(up, "audit", "--completeness", "--json", expected=expected))
+    return up.json("audit", "--completeness", expected=expected)
 
 
 def seen(config: Config) -> CompletenessReport:
@@ -125,7 +115,7 @@ def test_a_loss_is_named_with_its_neighbours_and_silence_is_told_from_it(
         until(lambda: seen(config).incomplete, what="the loss")
 
         def raised() -> list[dict[str, Any]]:
-            return [alert for alert in json.loads(ask(up, "alerts", "--json")) if alert["rule"] == "missing_sequence"]
+            return [alert for alert in up.json("alerts") if alert["rule"] == "missing_sequence"]
 
         # The ledger looks every few seconds of its own time.
         until(raised, what="the alert")
@@ -141,7 +131,7 @@ def test_a_loss_is_named_with_its_neighbours_and_silence_is_told_from_it(
         assert (hole["after"]["sequence"], hole["after"]["request_id"]) == (8, requests[8])
         assert hole["before"]["arrived"] <= hole["since"] <= hole["after"]["arrived"]
         assert [producer["producer_id"] for producer in report["silent"]] == [silent_id]
-        said = ask(up, "audit", "--completeness", expected=1)
+        said = up.run("audit", "--completeness", expected=1)
         assert "5-7" in said
         assert requests[4] in said
         assert f"start {lost_id} on its journal" in said

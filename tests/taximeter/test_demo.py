@@ -12,7 +12,7 @@ from tests.taximeter.support import ROOT, environment
 
 
 @pytest.mark.model
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_the_demonstration_matches_to_the_token() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "taximeter", "demo"],
@@ -20,7 +20,7 @@ def test_the_demonstration_matches_to_the_token() -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=220,
+        timeout=800,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -25,7 +25,7 @@ from taximeter.embedded.process import free_port
 from tests.serving.gateway_support import trace_inputs
 from tests.taximeter.support import ROOT, Up, environment, until
 
-pytestmark = [pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.timeout(900)]
 
 EFFECTIVE_S: Final = 2.0
 

@@ -12,7 +12,7 @@ from tests.taximeter.lease_trial import Trial, run
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.timeout(900)]
 
 
 def test_many_gateways_never_overspend_one_balance(tmp_path: Path) -> None:

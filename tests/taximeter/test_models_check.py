@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serving.model_server import find_smollm2_weights
-from taximeter.cli import app
+from taximeter.cli import application
 from tests.serving.gateway_support import model_server_process
 
 
@@ -26,7 +26,7 @@ def check(model: str, upstream: str, *options: str, **profile: Any) -> tuple[int
     settings = [f"models.profiles.{model}.{name}={value}" for name, value in profile.items()]
     settings += [f"models.tokenizers.smollm2={find_smollm2_weights()}"]
     flags = [part for setting in settings for part in ("--set", setting)]
-    result = CliRunner().invoke(app, ["models", "check", model, "--upstream", upstream, "--json", *options, *flags])
+    result = CliRunner().invoke(application(), ["models", "check", model, "--upstream", upstream, "--json", *options, *flags])
     document: dict[str, Any] = json.loads(result.stdout)
     return result.exit_code, document
 
@@ -60,5 +60,7 @@ def test_what_cannot_be_tried_says_why(back_end: str, free_port: Any, tmp_path: 
     assert (code, "does not describe model" in shown["error"]) == (1, True)
     code, shown = check("smollm2", back_end, "--input", f"image=@{tmp_path / 'none'}", backend="vllm")
     assert (code, "cannot be read" in shown["error"]) == (2, True)
-    result = CliRunner().invoke(app, ["models", "check", "nobody", "--json", "--set", "models.profiles.m.backend=vllm"])
+    result = CliRunner().invoke(
+        application(), ["models", "check", "nobody", "--json", "--set", "models.profiles.m.backend=vllm"]
+    )
     assert (result.exit_code, "has no profile" in result.stdout) == (2, True)
