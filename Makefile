@@ -13,9 +13,10 @@ LOCKS := requirements/dev.txt requirements/model.txt
 CODE := billing producers serving sinks stream_processors taximeter tests $(if $(wildcard benchmarks/*.py),benchmarks)
 PROTOS := $(sort $(wildcard proto/billing/v1/*.proto))
 PYTEST_ARGS ?=
-# Most tests wait for another process: two at a time keep two cores busy, and more starve the language model. A file stays together, for what its tests share.
-TEST_WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+# Most tests wait for another process: three at a time keep two cores busy. A file stays together, for what its tests share, and
+# those that take long come first (tests/conftest.py), so that all three end together.
+TEST_WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -287,7 +287,7 @@ class EmbeddedConfig(_Section):
     models: Literal["smollm2,trace", "smollm2", "trace"] = "smollm2,trace"
     gateway: bool = True
     workers: Annotated[int, Field(ge=1, le=16)] = 1
-    ready_timeout_s: Annotated[float, Field(gt=0, le=600)] = 60.0
+    ready_timeout_s: Annotated[float, Field(gt=0, le=600)] = 120.0
     stop_timeout_s: Annotated[float, Field(gt=0, le=600)] = 20.0
 
 

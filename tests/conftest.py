@@ -1,18 +1,71 @@
-"""Services that many tests share, started once a session on first use; a test that kills one starts its own."""
+"""Services that many tests share, started once a session on first use; a test that kills one starts its own. And in which
+order the files come: those that take long first, so that no process of the run is alone with one in the end.
+"""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from taximeter.embedded.broker import TansuBroker, TansuSettings
 from taximeter.embedded.process import free_port as find_free_port
 from tests.services import require
 from tests.services.clickhouse import MISSING_MESSAGE, ClickHouseServer, server_command
 from tests.services.kafka import KafkaCluster, KafkaUnavailableError, kafka_libs
+
+__all__ = ["LONGEST_FIRST"]
+
+LONGEST_FIRST: Final = (
+    "taximeter/test_up.py",
+    "taximeter/test_kill9.py",
+    "taximeter/test_gateway_replay.py",
+    "simulation/test_controls.py",
+    "simulation/test_simulation.py",
+    "taximeter/test_leases.py",
+    "chaos/test_chaos.py",
+    "taximeter/test_demo.py",
+    "deploy/test_parts_alone.py",
+    "taximeter/test_keys.py",
+    "stream_processors/test_ledger_app.py",
+    "stream_processors/test_refusals.py",
+    "stream_processors/test_cut_log.py",
+    "stream_processors/test_snapshots_kafka.py",
+    "sinks/test_crash.py",
+    "sinks/test_explain.py",
+    "billing/test_ledger_model_controls.py",
+    "billing/test_ledger_model.py",
+    "billing/test_cost_bounds.py",
+    "billing/test_rating_property.py",
+    "taximeter/test_completeness.py",
+    "services/test_kafka.py",
+    "serving/triton/test_triton.py",
+    "producers/test_publisher.py",
+    "sinks/test_month.py",
+    "sinks/test_corrections.py",
+    "sinks/test_invoices.py",
+    "serving/test_gateway.py",
+    "serving/test_gateway_crash.py",
+    "serving/test_model_server.py",
+    "serving/documents/test_documents.py",
+    "producers/test_journal_model.py",
+)
+
+# A machine that is slow for a moment is no finding: no example has a time limit, nor has drawing it.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files keep their tests together and in order; `--no-loadscope-reorder` lets the processes take them in this order."""
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_a_tenants_command_goes_to_the_tenant_and_a_price_book_to_all(
 
     follower = TopicFollower(bootstrap, topic, take)
     follower.start()
-    assert complete.wait(20)
+    assert complete.wait(180)
     follower.close()
     assert (partition_of("acme", PARTITIONS), b"acme", grant()) in heard
     assert sorted(partition for partition, _, command in heard if command == price_book()) == [0, 1, 2, 3]

@@ -159,7 +159,7 @@ async def settled(server: GatewayServer, events: int = 1) -> list[UsageEvent]:
     """The journal's events once there are so many and no request is open: a cut-off request is billed after its end."""
     committed = threading.Event()
     server.meter.journal.subscribe(committed)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(180):
         while len(found := journalled(server.meter)) < events or server.meter.metrics()["open_requests"]:
             # The journal wakes whoever waits after each commit; one that came before is found by looking again.
             await asyncio.to_thread(committed.wait, 0.1)
@@ -332,7 +332,7 @@ def model_server_process(folder: Path, *, models: str, empty_final: bool = False
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(180)
 
 
 def await_file(path: Path, process: subprocess.Popen[bytes], timeout_s: float = 180.0) -> str:

@@ -34,6 +34,7 @@ from billing.v1.usage_pb2 import (
     REFUSAL_REASON_PROMPT_TOO_LARGE,
     REFUSAL_REASON_RATE,
     REFUSAL_REASON_SUSPENDED,
+    UsageEvent,
 )
 from producers.meter import MeterSettings
 from serving.gateway import GatewayServer, LimitSettings, generic
@@ -165,7 +166,7 @@ async def test_the_sync_client_works_too(server: GatewayServer) -> None:
         with triton.InferenceServerClient(address) as sync_client:
             inputs = text_inputs(PROMPTS[0], stream=False)
             return sync_client.infer(
-                "smollm2-unary", inputs, headers={"x-api-key": SECRET}, compression_algorithm="gzip", client_timeout=60
+                "smollm2-unary", inputs, headers={"x-api-key": SECRET}, compression_algorithm="gzip", client_timeout=240
             )
 
     result = await asyncio.to_thread(work)
@@ -434,14 +435,15 @@ async def test_no_request_escapes_its_bill_when_clients_go_at_random(
 ) -> None:
     """Also while a chunk is being written: each request that reached the back end is closed, once, for what came of it."""
     chance = random.Random(7)
-    requests = 60
+    requests = 0
+    wanted = {OUTCOME_COMPLETED, OUTCOME_CANCELLED, OUTCOME_DEADLINE_EXCEEDED}
 
-    async def go(number: int) -> None:
+    async def go(number: int, slowness: float) -> None:
         inputs = trace_inputs(5, 60, chunk_tokens=1, chunk_delay_ms=1)
         ends = chance.choice(("cancel", "deadline", "complete"))
-        after_s = chance.uniform(0.01, 0.15)
+        after_s = chance.uniform(0.01, 0.15) * slowness
         entry = {"model_name": "trace", "inputs": inputs, "request_id": str(number)}
-        stream = client.stream_infer(one(entry), headers=HEADERS, stream_timeout=after_s if ends == "deadline" else 60)
+        stream = client.stream_infer(one(entry), headers=HEADERS, stream_timeout=after_s if ends == "deadline" else 240)
         if ends == "cancel":
             asyncio.get_running_loop().call_later(after_s, stream.cancel)
         try:
@@ -450,10 +452,13 @@ async def test_no_request_escapes_its_bill_when_clients_go_at_random(
         except (grpc.aio.AioRpcError, asyncio.CancelledError):
             assert ends != "complete"
 
-    for first in range(0, requests, 10):
-        await asyncio.gather(*(go(number) for number in range(first, first + 10)))
-    events = await settled(server, 1)
-    assert {event.outcome for event in events} == {OUTCOME_COMPLETED, OUTCOME_CANCELLED, OUTCOME_DEADLINE_EXCEEDED}
+    events: list[UsageEvent] = []
+    # On a busy machine all of the first may go before they are forwarded: the later ones go later.
+    while requests < 60 or (requests < 400 and not wanted <= {event.outcome for event in events}):
+        await asyncio.gather(*(go(requests + number, max(1.0, requests / 60)) for number in range(10)))
+        requests += 10
+        events = await settled(server, 0)
+    assert {event.outcome for event in events} == wanted
     assert len({event.request_id for event in events}) == len(events) <= requests
     for event in events:
         # A request that was cancelled before it was forwarded has no line there, and costs nothing.
@@ -468,16 +473,23 @@ async def test_no_request_escapes_its_bill_when_clients_go_at_random(
 async def test_a_deadline_is_billed_as_a_cancel(
     server: GatewayServer, client: Any, stream: bool, production_folder: Path
 ) -> None:
-    inputs = trace_inputs(3, 100, stream=stream, chunk_tokens=1, chunk_delay_ms=100 if stream else 1_000)
-    if stream:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await answers(client, {"model_name": "trace", "inputs": inputs}, stream_timeout=0.45)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    else:
-        with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
-            await client.infer("trace-unary", inputs, headers=HEADERS, client_timeout=0.3)
-    (event,) = await settled(server)
-    assert event.outcome == OUTCOME_DEADLINE_EXCEEDED
+    events: list[UsageEvent] = []
+    # Until one was met at the back end, on a stream with an answer on its way: a busy machine may need longer to come so far.
+    for deadline_s in (0.45, 1.5, 5.0, 15.0, 45.0):
+        tokens = int(40 * deadline_s)
+        inputs = trace_inputs(3, tokens, stream=stream, chunk_tokens=1, chunk_delay_ms=100 if stream else 1_000)
+        if stream:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await answers(client, {"model_name": "trace", "inputs": inputs}, stream_timeout=deadline_s)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        else:
+            with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
+                await client.infer("trace-unary", inputs, headers=HEADERS, client_timeout=deadline_s)
+        events = await settled(server, 0)
+        assert {event.outcome for event in events} <= {OUTCOME_DEADLINE_EXCEEDED}
+        if events and (events[-1].output_tokens or not stream):
+            break
+    event = events[-1]
     produced = await asyncio.to_thread(production, production_folder, event.request_id)
     assert produced["outcome"] == "cancelled"
     if stream:
@@ -607,7 +619,7 @@ async def test_health(server: GatewayServer) -> None:
 async def test_a_key_that_is_revoked_mid_stream_starts_nothing_more(server: GatewayServer, directory: Directory) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        call = stub.ModelStreamInfer(metadata=(("x-api-key", SECRET),), timeout=20)
+        call = stub.ModelStreamInfer(metadata=(("x-api-key", SECRET),), timeout=180)
         request = service_pb2.ModelInferRequest(model_name="trace", id="first")
         for made in trace_inputs(1, 1):
             request.inputs.append(made._get_tensor())

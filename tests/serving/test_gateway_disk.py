@@ -42,7 +42,7 @@ from tests.serving.gateway_support import (
     vllm_response,
 )
 
-_BACK_TIMEOUT_S = 8.0
+_BACK_TIMEOUT_S = 120.0
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ async def play(
     status = None
     async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(180):
                 async for result, error in client.stream_infer(_each(entries), headers={**HEADERS, **(headers or {})}):
                     found.append((None if result is None else result.get_response(), error))
         except grpc.aio.AioRpcError as error:
@@ -248,7 +248,7 @@ async def test_without_hold_back_no_chunk_waits_for_the_next(tmp_path: Path, hol
         running(gateway_settings(tmp_path, address, hold_back_last_chunk=hold_back)) as server,
         triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
     ):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(180):
             async for _ in client.stream_infer(_each((ENTRY,)), headers=HEADERS):
                 first_seen.set()
     assert first_seen.is_set()

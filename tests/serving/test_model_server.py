@@ -44,7 +44,7 @@ class Served:
 
     def production(self, request_id: str) -> dict[str, Any]:
         """The request's line; waits for it, since it is written when the model has stopped."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             for line in self._log.read_text().splitlines():
                 entry: dict[str, Any] = json.loads(line)
@@ -259,17 +259,23 @@ async def test_cancel_stops_the_model_within_a_token(served: Served) -> None:
 
 
 def test_deadline_stops_the_model(served: Served) -> None:
-    request = service_pb2.ModelInferRequest(model_name="smollm2-unary", id="deadline")
-    for one in inputs(PROMPT, stream=False, max_tokens=200, temperature=0, ignore_eos=True):
+    request = service_pb2.ModelInferRequest(model_name="smollm2-unary")
+    for one in inputs(PROMPT, stream=False, max_tokens=1_000, temperature=0, ignore_eos=True):
         request.inputs.append(one._get_tensor())
         request.raw_input_contents.append(one._get_content())
     with grpc.insecure_channel(served.url) as channel:
-        with pytest.raises(grpc.RpcError) as late:
-            service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=0.3)
-        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    entry = served.production("deadline")
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        # The channel stands, so that the deadline meets the model and not the way there.
+        stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=120)
+        for number, deadline_s in enumerate((0.3, 0.6, 1.2, 2.4)):
+            request.id = f"deadline-{number}"
+            with pytest.raises(grpc.RpcError) as late:
+                stub.ModelInfer(request, timeout=deadline_s)
+            assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    # Those that came to the model; on a busy machine the shortest may have ended before.
+    entry = served.production(request.id)
     assert entry["outcome"] == "cancelled"
-    assert entry["output_tokens"] < 200
+    assert entry["output_tokens"] < 1_000
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -329,7 +335,7 @@ def test_prompt_beyond_the_context_is_refused_by_its_limit(client: triton.Infere
 def raw_stream(served: Served, requests: list[Any], **options: Any) -> list[Any]:
     with grpc.insecure_channel(served.url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return list(stub.ModelStreamInfer(iter(requests), timeout=30, **options))
+        return list(stub.ModelStreamInfer(iter(requests), timeout=240, **options))
 
 
 def malformed(request_id: str, raw: bytes) -> Any:
@@ -398,13 +404,13 @@ def test_command_serves_and_stops_cleanly_on_sigterm(tmp_path: Path) -> None:
                 answer = ask_stream(client, "smollm2", "x", inputs(PROMPT, max_tokens=2, temperature=0))
                 assert sum(answer.output_tokens) == 2
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
 
 
 def test_command_says_why_it_cannot_start(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "serving.model_server", "--port", "0", "--weights", str(tmp_path / "no.gguf")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert result.returncode == 1
     assert "no.gguf: not a file" in result.stderr

@@ -13,7 +13,7 @@ from sinks.parameters import TEXT_CHARS_MAX, VALUES_MAX, bind
 TEXT = st.text(max_size=40) | st.sampled_from(["'", "\\", "\\'", "';--", "{a:String}", "\0", "%(a)s", "'||1||'"])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=TEXT, texts=st.lists(TEXT, max_size=4), number=st.integers(-(2**63), 2**63 - 1))
 def test_values_read_back_as_themselves(engine: ChdbEngine, text: str, texts: list[str], number: int) -> None:
     [row] = engine.query(

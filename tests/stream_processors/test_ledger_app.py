@@ -110,7 +110,7 @@ def test_kill_9_at_random_while_two_workers_share_the_partitions(ledger: Ledger)
         workers[name] = ledger.worker(name)
         if round_number == 1:
             ledger.send(list(ledger.sent.values())[:40])
-    ledger.wait_charged(90)
+    ledger.wait_charged()
     ledger.assert_exact()
 
 
@@ -123,7 +123,7 @@ def test_a_zombie_changes_nothing(ledger: Ledger) -> None:
     zombie.pause()
     heir = ledger.worker("heir", publish=False)
     ledger.send([event(f"tenant-{i}") for i in range(20)])
-    ledger.wait_charged(90)
+    ledger.wait_charged()
     zombie.resume()
     ledger.send([event(f"tenant-{i}") for i in range(20)])
 
@@ -135,7 +135,7 @@ def test_a_zombie_changes_nothing(ledger: Ledger) -> None:
                 worker.start()
         return len(ledger.charged()) >= len(ledger.sent)
 
-    ledger.wait(charged, "the charges", 90)
+    ledger.wait(charged, "the charges")
     ledger.assert_exact()
 
 

@@ -52,6 +52,7 @@ class Up:
     def __init__(self, data_dir: Path, *flags: str, gateway: bool = False) -> None:
         self.data_dir = DataDir(data_dir)
         flags = (*flags, f"embedded.gateway={gateway}", f"embedded.model_server={gateway}", "embedded.models=trace")
+        flags = (f"embedded.ready_timeout_s={START_TIMEOUT_S}", *flags)
         settings = [part for flag in flags for part in ("--set", flag)]
         self.child = Child(
             "taximeter up",

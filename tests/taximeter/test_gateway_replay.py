@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 SEED: Final = 20_231_116
 KILLS: Final = 2
+# More at once are more in each batch, and less work for each request.
+AT_ONCE: Final = ("--concurrency", "64")
 
 
 def completed(up: Up, tenants: int) -> tuple[int, int, int]:
@@ -40,7 +42,7 @@ def test_a_killed_gateway_bills_every_request_of_the_trace_once(tmp_path: Path) 
     draw = random.Random(SEED)
     trace: Trace = read_trace(azure_trace())
     with Up(tmp_path / "data", gateway=True) as up:
-        replay = up.start("replay", azure_trace(), "--tenants", "5", "--through", "gateway", "--start", "2h")
+        replay = up.start("replay", azure_trace(), "--tenants", "5", "--through", "gateway", "--start", "2h", *AT_ONCE)
         attempts = tmp_path / "data" / "replays"
         until(lambda: list(attempts.glob("*/attempts.jsonl")), what="the first request")
         for _ in range(KILLS):
