@@ -21,7 +21,7 @@ from billing.v1.usage_pb2 import UsageEvent
 from serving import kserve
 from serving.gateway.directory import AccountView
 from serving.gateway.leases import LeaseKeeper
-from serving.gateway.output_limits import read_output_limit
+from serving.gateway.output_limits import read_output_asked
 from serving.gateway.profiles import ModelProfile, vllm
 from serving.gateway.settings import LeaseSettings
 from serving.gateway.spending import Spending
@@ -78,7 +78,7 @@ async def _measure() -> tuple[list[int], list[int]]:
         money.settle(event)
         paid.append(time.thread_time_ns() - begun)
         begun = time.thread_time_ns()
-        read_output_limit(request, profile.output_limit)
+        read_output_asked(request, profile.output_limit)
         bare.append(time.thread_time_ns() - begun)
     return sorted(paid), sorted(bare)
 

@@ -2,7 +2,9 @@
 
 chDB holds the minute totals and the accounts as the sink would have written them for the events of a month; the largest of
 the tenants has 3 % of the events. What is asked is what `taximeter balance` and `taximeter usage` ask: totals and accounts, no
-event. The totals are made in SQL from 20 million numbered events, for the sink itself would take a quarter of an hour.
+event. The totals are made in SQL from 20 million numbered events, for the sink itself would take a quarter of an hour. It is
+the month's last day; those before it are summed as the sink does now and then, and since then late usage came to every third
+day of each hundredth tenant.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.measure import Measurement
 from sinks import queries
+from sinks.day_totals import sum_days
 from sinks.engines.chdb import ChdbEngine
 from sinks.migrate import migrate
 
@@ -31,12 +34,12 @@ _TOTALS = """
 INSERT INTO usage_totals
 SELECT
     tenant_id, minute, project_id, model, 'chat' AS operation, 'standard' AS service_class, 0 AS ledger_partition,
-    'bench' AS generation, 1 AS opened_sequence, 1 AS price_version, count() AS events, 0 AS refused_events,
+    'bench' AS generation, {opened} AS opened_sequence, 1 AS price_version, count() AS events, 0 AS refused_events,
     0 AS unrated_events, sum(input) AS uncached_input_tokens, sum(output) AS output_tokens, 0 AS cache_read_tokens,
     0 AS cache_write_tokens, 0 AS reasoning_tokens, 0 AS image_input_tokens, 0 AS audio_input_tokens,
     0 AS audio_output_tokens, [] AS unit_names, [] AS unit_quantities,
-    CAST(sum(input * 150000 + output * 600000) AS Decimal(38, 12)) / 1000000000000 AS cost, 'USD' AS currency, 1 AS sequence,
-    1 AS version
+    CAST(sum(input * 150000 + output * 600000) AS Decimal(38, 12)) / 1000000000000 AS cost, 'USD' AS currency,
+    {opened} AS sequence, {opened} AS version
 FROM
 (
     SELECT
@@ -49,6 +52,15 @@ FROM
     FROM numbers({first}, {count})
 )
 GROUP BY tenant_id, minute, project_id, model
+"""
+_POSITION = f"""
+INSERT INTO sink_positions (ledger_partition, generation, sequence, log_time, version)
+SELECT 0, 'bench', {DAYS}, toDateTime64({MONTH_START_S + DAYS * 86_400 - 1}, 3), {DAYS}
+"""
+_LATE = f"""
+INSERT INTO usage_totals SELECT * REPLACE ({DAYS + 1} AS opened_sequence, {DAYS + 1} AS sequence, {DAYS + 1} AS version)
+FROM usage_totals WHERE toUInt32(substring(tenant_id, 8)) % 100 = 0 AND toDayOfMonth(minute) % 3 = 0
+LIMIT 1 BY tenant_id, toDayOfMonth(minute)
 """
 _ACCOUNTS = """
 INSERT INTO accounts (tenant_id, status, currency, credit, spend, events, version)
@@ -73,14 +85,27 @@ def _measure(engine: ChdbEngine) -> list[Measurement]:
         count = EVENTS // DAYS
         engine.execute(
             _TOTALS.format(
-                tenants=TENANTS, start=MONTH_START_S, day=day, projects=PROJECTS, models=MODELS, first=day * count, count=count
+                tenants=TENANTS,
+                start=MONTH_START_S,
+                opened=day + 1,
+                day=day,
+                projects=PROJECTS,
+                models=MODELS,
+                first=day * count,
+                count=count,
             )
         )
     engine.execute(_ACCOUNTS)
+    engine.execute(_POSITION)
     built_s = time.perf_counter() - began
+    began = time.perf_counter()
+    days = sum_days(engine, (0,))
+    summed_s = time.perf_counter() - began
+    engine.execute(_LATE)
     [[rows, events]] = engine.query("SELECT count(), sum(events) FROM usage_totals", timeout_s=120.0).rows
     assert isinstance(rows, int)
-    assert events == EVENTS // DAYS * DAYS
+    assert isinstance(events, int)
+    assert events > EVENTS // DAYS * DAYS
     [*known] = engine.query("SELECT tenant_id FROM accounts FINAL ORDER BY tenant_id").rows
     asked = random.Random(1).choices([str(tenant_id) for [tenant_id] in known], k=ASKED)
 
@@ -95,6 +120,8 @@ def _measure(engine: ChdbEngine) -> list[Measurement]:
     return [
         Measurement(f"month: minute totals of {EVENTS:,} events", rows, "rows"),
         Measurement("month: to build them", built_s, "s"),
+        Measurement("month: totals of days", days, "rows"),
+        Measurement("month: to sum 29 days of all tenants at once", summed_s, "s"),
         *_times("balance", balance, asked),
         *_times("month-to-date by project and model", month_to_date, asked),
     ]

@@ -10,7 +10,7 @@ what comes under further names is summed in lines of project and model "(other)"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
 from billing import line_parts
@@ -22,7 +22,8 @@ from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
 
 __all__ = ["KEPT_MS", "OTHER_NAME", "Line", "LineKey", "PeriodLines", "line_key_of"]
 
-# A period that was not invoiced so long after its end is let go here; ClickHouse keeps its lines.
+# A period that has no invoice so long after its end is let go here; ClickHouse keeps its lines. What came after its invoice
+# waits for the next one.
 KEPT_MS = 400 * 86_400_000
 OTHER_NAME = "(other)"
 
@@ -203,6 +204,17 @@ class PeriodLines:
         """Every line, in a stated order."""
         return (line for tenant_id in sorted(self._lines) for line in self.of(tenant_id))
 
-    def forget(self, before_ms: int) -> None:
-        """Let go of usage of periods that ended before then. Adjustments wait for an invoice, however old their period is."""
-        self.remove([line.key for line in list(self) if line.key.period.end_ms < before_ms and not line.key.adjustment_id])
+    def forget(self, before_ms: int, invoiced_through_ms: Callable[[str], int]) -> None:
+        """Let go of usage of periods that ended before then without an invoice; the function says up to when a tenant has any.
+
+        Adjustments, and what came late for an invoiced period, wait for an invoice, however old their period is.
+        """
+        self.remove(
+            [
+                line.key
+                for line in list(self)
+                if line.key.period.end_ms < before_ms
+                and not line.key.adjustment_id
+                and line.key.period.end_ms > invoiced_through_ms(line.key.tenant_id)
+            ]
+        )

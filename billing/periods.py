@@ -57,14 +57,18 @@ def period_start_ms(calendar: Calendar, month: int) -> int:
     return month_start_ms(month) - calendar.offset_minutes[place] * _MINUTE_MS
 
 
-def period_at(calendar: Calendar, time_ms: int) -> Period:
-    """The period in which `time_ms` lies."""
+def month_at(calendar: Calendar, time_ms: int) -> int:
+    """Months since 1970-01 of the period in which `time_ms` lies."""
     month = month_of(time_ms)
     # An offset moves a month's start by a day at most, so the period is that of this month or of a neighbour.
     if time_ms < period_start_ms(calendar, month):
-        month -= 1
-    elif time_ms >= period_start_ms(calendar, month + 1):
-        month += 1
+        return month - 1
+    return month + 1 if time_ms >= period_start_ms(calendar, month + 1) else month
+
+
+def period_at(calendar: Calendar, time_ms: int) -> Period:
+    """The period in which `time_ms` lies."""
+    month = month_at(calendar, time_ms)
     return Period(period_start_ms(calendar, month), period_start_ms(calendar, month + 1))
 
 

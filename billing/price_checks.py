@@ -17,7 +17,8 @@ from billing.v1.command_pb2 import (
 from billing.v1.usage_pb2 import SERVICE_CLASS_TEST
 from billing.validation import TOKEN_FIELDS
 
-# 10^15 pico = 1,000 currency units per token: beyond it, a price is a unit mistake.
+# 10^15 pico = 1,000 currency units per token, times a class's factor too: beyond it, a price is a unit mistake. Within it no
+# event costs more than 2^95 pico, and 2^32 of the dearest still sum to less than the 128 bits of an amount.
 PRICE_PICO_MAX = 10**15
 PRICES_MAX = 10_000
 COMMITMENTS_MAX = 10_000
@@ -173,8 +174,10 @@ def _band_problems(price: Price) -> Iterator[str]:
 def _factor_problems(price: Price) -> Iterator[str]:
     amounts = flat_amounts(price)
     amounts.append(("minimum_pico", price.minimum_pico))
+    packages = {}
     for number, schedule in enumerate(price.schedules, start=1):
         amounts.append((f"schedules[{number}].package_pico", schedule.package_pico))
+        packages[f"schedules[{number}].package_pico"] = max(schedule.package_units, 1)
         amounts += [(f"schedules[{number}].tiers[{n}].unit_pico", tier.unit_pico) for n, tier in enumerate(schedule.tiers, 1)]
     for number, band in enumerate(price.context_bands, start=1):
         amounts += [(f"context_bands[{number}].{unit.quantity}", unit.unit_pico) for unit in band.prices]
@@ -191,6 +194,11 @@ def _factor_problems(price: Price) -> Iterator[str]:
             yield f"{where}.factor_millionths: {millionths}; write a factor over 0, at most {FACTOR_MILLIONTHS_MAX // MILLION}"
             continue
         for name, pico in amounts:
+            if pico * millionths > PRICE_PICO_MAX * MILLION * packages.get(name, 1):
+                yield (
+                    f".{name}: {pico} pico times {millionths} millionths for service class {factor.service_class} is over "
+                    f"{PRICE_PICO_MAX} pico a unit; check the unit, or lower the factor"
+                )
             if pico * millionths % MILLION:
                 yield (
                     f".{name}: {pico} pico times {millionths} millionths for service class {factor.service_class} is no whole "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter, mul
 from types import MappingProxyType
+from typing import NamedTuple
 
 from billing.prices import Rate, Terms
 from billing.schedules import Part
@@ -20,7 +22,11 @@ FREE_OUTCOMES = frozenset({OUTCOME_REJECTED, OUTCOME_BACKEND_ERROR})
 MINIMUM = "minimum"
 MINIMUM_TERMS = "up to the least price of a request"
 
+# The unit of which every request is one.
+REQUESTS = "requests"
+
 _CLASSES = frozenset(TOKEN_FIELDS)
+_TOKENS = attrgetter(*TOKEN_FIELDS)
 _INPUT_CLASSES = tuple(
     TOKEN_FIELDS.index(name)
     for name in (
@@ -38,7 +44,8 @@ _TEXT_OUTPUT_CLASSES = tuple(map(TOKEN_FIELDS.index, ("output_tokens", "reasonin
 
 def token_quantities(event: UsageEvent) -> tuple[int, ...]:
     """The event's eight classes of tokens, in the order of validation.TOKEN_FIELDS."""
-    return tuple(getattr(event, name) for name in TOKEN_FIELDS)
+    tokens: tuple[int, ...] = _TOKENS(event)
+    return tokens
 
 
 def input_tokens(tokens: Sequence[int]) -> int:
@@ -53,7 +60,8 @@ def unit_quantities(event: UsageEvent) -> dict[str, int]:
 
 def cost_pico(tokens: Sequence[int], units: Mapping[str, int], rate: Rate) -> int:
     """The cost of quantities under a rate without terms; a unit that the rate does not name is free."""
-    cost = sum(quantity * price for quantity, price in zip(tokens, rate.token_pico, strict=True))
+    assert len(tokens) == len(rate.token_pico)
+    cost: int = sum(map(mul, tokens, rate.token_pico))
     for unit, quantity in units.items():
         cost += quantity * rate.unit_pico.get(unit, 0)
     return cost
@@ -130,19 +138,38 @@ def cost_bound_pico(event: UsageEvent, rate: Rate | None) -> int:
     return max(bound, rate.terms.minimum_pico)
 
 
-def worst_case_pico(
-    rate: Rate | None, input_tokens: int, output_tokens: int, units: Mapping[str, int] = MappingProxyType({})
-) -> int:
-    """The most that a request costs whose model sees so much and writes so much, however its tokens fall into classes; `units`:
-    what it uses beside text, and beside being one request."""
-    if rate is None:
-        return 0
-    input_pico = max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in _TEXT_INPUT_CLASSES])
-    output_pico = max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in _TEXT_OUTPUT_CLASSES])
-    bound = input_tokens * input_pico + output_tokens * output_pico
-    for unit, quantity in {**units, "requests": 1}.items():
-        bound += quantity * _dearest_pico(rate, unit, rate.unit_pico.get(unit, 0))
-    return max(bound, rate.terms.minimum_pico if rate.terms else 0)
+class WorstPrices(NamedTuple):
+    """The most that a rate asks for a token of text in, one out and a request, however tokens fall into classes."""
+
+    rate: Rate
+    input_pico: int
+    output_pico: int
+    request_pico: int
+    minimum_pico: int
+
+    def cost_pico(self, input_tokens: int, output_tokens: int, units: Mapping[str, int] = MappingProxyType({})) -> int:
+        """The most that a request costs whose model sees so much and writes so much; `units`: what it uses beside text, and
+        beside being one request."""
+        bound = input_tokens * self.input_pico + output_tokens * self.output_pico + self.request_pico
+        for unit, quantity in units.items():
+            if unit != REQUESTS:
+                bound += quantity * _dearest_pico(self.rate, unit, self.rate.unit_pico.get(unit, 0))
+        return max(bound, self.minimum_pico)
+
+
+def worst_prices(rate: Rate) -> WorstPrices:
+    """What the worst case of any request is computed from; the same for as long as the rate is."""
+
+    def dearest_pico(places: Sequence[int]) -> int:
+        return max([_dearest_pico(rate, TOKEN_FIELDS[place], rate.token_pico[place]) for place in places])
+
+    return WorstPrices(
+        rate,
+        dearest_pico(_TEXT_INPUT_CLASSES),
+        dearest_pico(_TEXT_OUTPUT_CLASSES),
+        _dearest_pico(rate, REQUESTS, rate.unit_pico.get(REQUESTS, 0)),
+        rate.terms.minimum_pico if rate.terms else 0,
+    )
 
 
 def _priced(event: UsageEvent, rate: Rate) -> list[tuple[str, int, int]]:

@@ -180,7 +180,7 @@ class LedgerState:
             del self.commands[command_id]
         self.quantities.forget(log_time_ms - KEPT_MS)
         self.credits.forget(log_time_ms - credit.KEPT_MS)
-        self.lines.forget(log_time_ms - LINES_KEPT_MS)
+        self.lines.forget(log_time_ms - LINES_KEPT_MS, lambda tenant_id: self.accounts[tenant_id].invoiced_through_ms)
         for key in [key for key, by in self.corrected.items() if by.corrected_ms < log_time_ms - CORRECTED_KEPT_MS]:
             del self.corrected[key]
 

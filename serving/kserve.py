@@ -174,7 +174,10 @@ def has_shared_memory(tensor: _Tensor) -> bool:
 
 def find_input(request: ModelInferRequest, name: str) -> _Tensor | None:
     """The input tensor called `name`."""
-    return next((tensor for tensor in request.inputs if tensor.name == name), None)
+    for tensor in request.inputs:
+        if tensor.name == name:
+            return tensor
+    return None
 
 
 def find_output(response: ModelInferResponse, name: str) -> _Tensor | None:
@@ -223,9 +226,11 @@ def _raw_input(request: ModelInferRequest, tensor: _Tensor) -> bytes:
 
 
 def _elements(tensor: _Tensor) -> int:
-    if len(tensor.shape) > _MAX_RANK:
-        raise TensorError(tensor.name, f"a shape of {len(tensor.shape)} dimensions", f"at most {_MAX_RANK} dimensions")
     shape: list[int] = list(tensor.shape)
+    if shape == [1]:
+        return 1
+    if len(shape) > _MAX_RANK:
+        raise TensorError(tensor.name, f"a shape of {len(shape)} dimensions", f"at most {_MAX_RANK} dimensions")
     if any(dimension < 0 for dimension in shape):
         raise TensorError(tensor.name, f"shape {shape}", "dimensions are not negative")
     count = math.prod(shape)
@@ -256,12 +261,14 @@ def _refuse_shared_memory(tensor: _Tensor) -> None:
 
 def _decode_bytes(tensor: _Tensor, raw: bytes | None) -> list[bytes]:
     _check_dtype(tensor, ("BYTES",))
-    elements = (
-        list(tensor.contents.bytes_contents)
-        if raw is None
-        else unpack_bytes(raw, tensor=tensor.name, max_elements=_elements(tensor))
-    )
-    _check_count(tensor, len(elements))
+    if raw is None:
+        elements = list(tensor.contents.bytes_contents)
+        _check_count(tensor, len(elements))
+        return elements
+    expected = _elements(tensor)
+    elements = unpack_bytes(raw, tensor=tensor.name, max_elements=expected)
+    if len(elements) != expected:
+        _check_count(tensor, len(elements))
     return elements
 
 

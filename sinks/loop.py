@@ -2,7 +2,8 @@
 
 Two threads: one reads, checks and makes columns, the other writes; between them stands one batch, so what the sink holds is
 bounded by three batches. Many records in few batches are what ClickHouse likes, and people want to see balances at once, so a
-third thread shows the accounts of the batch that is being collected, unless the sink has to catch up.
+third thread shows the accounts of the batch that is being collected, unless the sink has to catch up. Now and then a fourth
+one sums by day what is over (`day_totals`).
 ClickHouse away: the writing thread waits and repeats, the reading one stops at its bound, nothing is shown.
 Kafka away: the reading thread waits. A record that cannot be read, a log that does not fit the database (one that was cut and
 written on while the sink ran, too), a refused insert: the sink ends with the error; it never skips.
@@ -26,6 +27,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from billing.limits import RECORD_BYTES_MAX
 from sinks.collecting import Collected
 from sinks.columns import NO_OFFSET, Accepted
+from sinks.day_totals import sum_days
 from sinks.engine import Engine
 from sinks.errors import EngineUnavailable, LedgerError, LedgerUnavailable, SinkError
 from sinks.follow import Follower, generation_of
@@ -46,6 +48,8 @@ _METADATA_TIMEOUT_S = 10.0
 _SILENCE_S = 5.0
 # A writer that is well follows a zombie's record with one of its own, a tick at least, within about so long.
 _DOUBT_S = 2.0
+# How often days that are over are summed; until then they are read by the minute.
+_SUM_DAYS_S = 900.0
 # The log is not what it was: look for our place in it again.
 _MOVED = frozenset(
     {
@@ -99,6 +103,7 @@ class _Sink:
         self._settings = settings
         self._stop = stop
         self._status = status
+        self._engine = engine
         self._writer = Writer(engine, usage_topic=settings.usage_topic)
         self._consumer = Consumer(
             {
@@ -135,6 +140,9 @@ class _Sink:
         self._shower = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink-preview")
         self._showing: Future[None] = Future()
         self._showing.set_result(None)
+        self._summer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink-days")
+        self._summing: Future[None] = self._showing
+        self._sum_days_at_s = time.monotonic() + _SUM_DAYS_S
 
     def run(self) -> None:
         positions = self._persist("reading the position", self._writer.positions)
@@ -151,6 +159,9 @@ class _Sink:
                 heard_s = now_s
             if any(now_s - since_s > _DOUBT_S for since_s in self._doubted_s.values()):
                 self._look_at_doubts()
+            if now_s >= self._sum_days_at_s and self._summing.done():
+                self._sum_days_at_s = now_s + _SUM_DAYS_S
+                self._summing = self._summer.submit(self._sum_days)
             # What is due and was not done waits for another thread.
             found = self._poll(max(min(collected.wait_s(now_s), _POLL_S_MAX), _POLL_S_MIN))
             now_s = time.monotonic()
@@ -169,6 +180,7 @@ class _Sink:
         if self._storing.is_alive():
             self._storing.join()
         self._shower.shutdown()
+        self._summer.shutdown()
         self._consumer.close()
         self._progress.close()
 
@@ -324,6 +336,12 @@ class _Sink:
         except SinkError as error:
             # The batch writes the same rows, again and again if need be, and says what is wrong.
             _LOG.debug("balances are shown later: %s", error)
+
+    def _sum_days(self) -> None:
+        try:
+            sum_days(self._engine, self._followers, self._stop.is_set)
+        except SinkError as error:
+            _LOG.warning("days are summed later, and read by the minute until then: %s", error)
 
     def _check(self) -> None:
         if self._failure is not None:

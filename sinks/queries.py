@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import cast
 
+from sinks.day_totals import DAY_S, TrustedDays, trusted_days
 from sinks.engine import Parameter, Reader, decimal_to_pico
 from sinks.errors import ParameterError
 from sinks.rows import AlertRow, Balance, EventRow, Freshness, Quantities, RejectedRow, Totals, UsageRow
@@ -56,6 +57,13 @@ _EVENT_GROUPS = {"user": "user_id", "key": "api_key_id", "outcome": "outcome", "
 USAGE_BY = (*_GROUPS, *_EVENT_GROUPS)
 
 _TOKEN_SUMS = ", ".join(f"sum({name}) AS sum_{name}" for name in TOKEN_COLUMNS)
+_SUMMED = ", ".join(
+    (
+        "tenant_id, project_id, model, operation, service_class, currency, events, refused_events, unrated_events",
+        *TOKEN_COLUMNS,
+        "unit_names, unit_quantities, cost",
+    )
+)
 _UNIT_SUMS = "sumMap(unit_names, unit_quantities) AS unit_sums"
 
 
@@ -99,8 +107,8 @@ def usage(
 ) -> list[UsageRow]:
     """Usage that ended in [start_ms, end_ms), grouped by names of USAGE_BY; groups of another currency are rows of their own.
 
-    Read from the minute totals, so the bounds must be whole minutes, unless `by` names what only events have (user, key,
-    outcome, region, source): that needs a tenant, and reads its events.
+    Read from the totals, of days where they are summed, so the bounds must be whole minutes; unless `by` names what only
+    events have (user, key, outcome, region, source): that needs a tenant, and reads its events.
     """
     unknown = [name for name in by if name not in USAGE_BY]
     if unknown or len(set(by)) != len(by):
@@ -123,11 +131,13 @@ def usage(
     else:
         if start_ms % 60_000 or (end_ms % 60_000 and end_ms != _TIME_MS_MAX):
             raise ParameterError(f"start {start_ms} ms, end {end_ms} ms: totals are kept by the minute; give whole minutes")
-        source, time = "usage_totals FINAL", "minute"
+        start_s, end_s = min(start_ms // 1000, 2**32 - 1), min(-(-end_ms // 1000), 2**32 - 1)
+        by_day = tenant_id is not None and not {"hour", "minute"} & set(by)
+        days = trusted_days(reader, tenant_id, start_s) if by_day and tenant_id is not None else TrustedDays()
+        source, time = _totals_between(start_s, end_s, days, _where(conditions)), "minute"
+        conditions = []
         counts = "sum(events) AS event_count, sum(refused_events) AS refused_count, sum(unrated_events) AS unrated_count"
         token_sums, unit_sums = _TOKEN_SUMS, _UNIT_SUMS
-        conditions += ["minute >= toDateTime({start:Int64}, 'UTC')", "minute < toDateTime({end:Int64}, 'UTC')"]
-        parameters |= {"start": min(start_ms // 1000, 2**32 - 1), "end": min(-(-end_ms // 1000), 2**32 - 1)}
     groups = [(_GROUPS | _EVENT_GROUPS)[name].replace("{time}", time) for name in by]
     group_columns = "".join(f"{expression} AS group_{index}, " for index, expression in enumerate(groups))
     group_names = "".join(f"group_{index}, " for index in range(len(groups)))
@@ -150,6 +160,27 @@ def usage(
         )
         for row in rows
     ]
+
+
+def _totals_between(start_s: int, end_s: int, days: TrustedDays, where: str) -> str:
+    """The totals of [start_s, end_s) and `where`: days that are trusted as one row for each name, the rest by the minute."""
+    first_s, last_s = -(-start_s // DAY_S) * DAY_S, min(end_s // DAY_S * DAY_S, days.before_s)
+    joined = f"{where} AND" if where else " WHERE"
+    if first_s >= last_s:
+        return f"(SELECT * FROM usage_totals FINAL{joined} {_minutes([(start_s, end_s)])})"  # noqa: S608
+    stale_s = [day_s for day_s in days.stale_s if first_s <= day_s < last_s]
+    minutes = [(start_s, first_s), *((day_s, day_s + DAY_S) for day_s in stale_s), (last_s, end_s)]
+    return (
+        f"(SELECT day AS minute, {_SUMMED} FROM usage_days FINAL{joined} {_minutes([(first_s, last_s)], 'day')} "  # noqa: S608
+        f"AND NOT {_minutes([(day_s, day_s + DAY_S) for day_s in stale_s], 'day')} "
+        f"UNION ALL SELECT minute, {_SUMMED} FROM usage_totals FINAL{joined} {_minutes(minutes)})"
+    )
+
+
+def _minutes(ranges: Sequence[tuple[int, int]], column: str = "minute") -> str:
+    """The condition of times that lie in one of `ranges`."""
+    within = [f"({column} >= toDateTime({first}, 'UTC') AND {column} < toDateTime({end}, 'UTC'))" for first, end in ranges]
+    return f"({' OR '.join(within) or '0'})"
 
 
 def totals(reader: Reader) -> Totals:

@@ -73,6 +73,7 @@ class RecomputedLines:
     def __init__(self, partition: int) -> None:
         self.partition = partition
         self.lines = PeriodLines()
+        self._invoiced_through_ms: dict[str, int] = {}
         self.series: dict[str, SeriesHead] = {}
         # Final invoices and lines that they took, since they were last taken from here.
         self.invoices: list[ExpectedInvoice] = []
@@ -117,12 +118,13 @@ class RecomputedLines:
 
     def forget(self, log_time_ms: int) -> None:
         """As a tick does."""
-        self.lines.forget(log_time_ms - KEPT_MS)
+        self.lines.forget(log_time_ms - KEPT_MS, lambda tenant_id: self._invoiced_through_ms.get(tenant_id, 0))
 
     def take_stated(self, record: LedgerRecord) -> None:
         """Begin with what a founding record carries on."""
         for line in record.lines:
             self.lines.set(line)
+        self._invoiced_through_ms = {account.tenant_id: account.invoiced_through_ms for account in record.accounts}
         for series in record.invoice_series:
             self.series[series.series] = SeriesHead(series.number, series.head_hash)
 
@@ -164,6 +166,7 @@ class RecomputedLines:
         issue = Issue(name, 0, b"", *place) if said.draft else Issue(name, number, head.hash, *place)
         stored = draw(said, payer, period, taken, paid, issue).SerializeToString(deterministic=True)
         if not said.draft:
+            self._invoiced_through_ms[said.tenant_id] = period.end_ms
             self.series[name] = SeriesHead(number, hashlib.sha256(stored).digest())
             self.invoices.append(ExpectedInvoice(said.tenant_id, name, number, stored))
             self.invoiced += [line.to_line() for line in taken]

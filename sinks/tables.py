@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from sinks.engine import Kind, Table
+from sinks.engine import Kind
+from sinks.money_tables import (
+    ADJUSTMENTS,
+    BUDGETS,
+    CORRECTED_EVENTS,
+    CREDIT_ALLOCATIONS,
+    CREDIT_GRANTS,
+    INVOICE_LINES,
+    INVOICED_LINES,
+    INVOICES,
+    PERIOD_LINES,
+    PRICE_BOOKS,
+    PRICE_COMMITMENTS,
+    table,
+)
 
 __all__ = [
     "ACCOUNTS",
@@ -29,6 +43,8 @@ __all__ = [
     "REJECTED",
     "SINK_POSITIONS",
     "TOKEN_COLUMNS",
+    "USAGE_DAYS",
+    "USAGE_DAYS_SUMMED",
     "USAGE_EVENTS",
     "USAGE_TOTALS",
 ]
@@ -45,13 +61,9 @@ TOKEN_COLUMNS = (
 )
 
 
-def _table(name: str, **columns: Kind) -> Table:
-    return Table(name, columns)
-
-
 _TOKENS = dict.fromkeys(TOKEN_COLUMNS, Kind.UINT64)
 
-USAGE_EVENTS = _table(
+USAGE_EVENTS = table(
     "usage_events",
     tenant_id=Kind.TEXT,
     request_id=Kind.TEXT,
@@ -91,7 +103,7 @@ USAGE_EVENTS = _table(
     record_index=Kind.UINT32,
     version=Kind.UINT64,
 )
-USAGE_TOTALS = _table(
+USAGE_TOTALS = table(
     "usage_totals",
     tenant_id=Kind.TEXT,
     minute=Kind.SECONDS,
@@ -114,7 +126,27 @@ USAGE_TOTALS = _table(
     sequence=Kind.UINT64,
     version=Kind.UINT64,
 )
-ACCOUNTS = _table(
+USAGE_DAYS = table(
+    "usage_days",
+    tenant_id=Kind.TEXT,
+    day=Kind.SECONDS,
+    project_id=Kind.TEXT,
+    model=Kind.TEXT,
+    operation=Kind.TEXT,
+    service_class=Kind.TEXT,
+    currency=Kind.TEXT,
+    ledger_partition=Kind.UINT32,
+    events=Kind.UINT64,
+    refused_events=Kind.UINT64,
+    unrated_events=Kind.UINT64,
+    **_TOKENS,
+    unit_names=Kind.TEXTS,
+    unit_quantities=Kind.UINT64S,
+    cost=Kind.PICO,
+    version=Kind.UINT64,
+)
+USAGE_DAYS_SUMMED = table("usage_days_summed", ledger_partition=Kind.UINT32, before_day=Kind.SECONDS, version=Kind.UINT64)
+ACCOUNTS = table(
     "accounts",
     tenant_id=Kind.TEXT,
     display_name=Kind.TEXT,
@@ -140,52 +172,7 @@ ACCOUNTS = _table(
     calendar_offset_minutes=Kind.INT64S,
     leased=Kind.PICO,
 )
-CREDIT_GRANTS = _table(
-    "credit_grants",
-    tenant_id=Kind.TEXT,
-    grant_id=Kind.TEXT,
-    at=Kind.MILLIS,
-    currency=Kind.TEXT,
-    kind=Kind.TEXT,
-    priority=Kind.UINT32,
-    granted=Kind.MILLIS,
-    expires=Kind.MILLIS,
-    amount=Kind.PICO,
-    used=Kind.PICO,
-    expired=Kind.PICO,
-    reference=Kind.TEXT,
-    ledger_partition=Kind.UINT32,
-    generation=Kind.TEXT,
-    sequence=Kind.UINT64,
-    version=Kind.UINT64,
-)
-CREDIT_ALLOCATIONS = _table(
-    "credit_allocations",
-    tenant_id=Kind.TEXT,
-    at=Kind.MILLIS,
-    allocated=Kind.PICO,
-    due=Kind.PICO,
-    uninvoiced=Kind.PICO,
-    uncovered=Kind.PICO,
-    version=Kind.UINT64,
-)
-BUDGETS = _table(
-    "budgets",
-    tenant_id=Kind.TEXT,
-    project_id=Kind.TEXT,
-    user_id=Kind.TEXT,
-    amount=Kind.PICO,
-    thresholds_millionths=Kind.UINT64S,
-    hard_stop=Kind.UINT8,
-    period_start=Kind.MILLIS,
-    period_end=Kind.MILLIS,
-    spend=Kind.PICO,
-    warned=Kind.UINT32,
-    used_up=Kind.UINT8,
-    gone=Kind.UINT8,
-    version=Kind.UINT64,
-)
-PROJECTS = _table(
+PROJECTS = table(
     "projects",
     tenant_id=Kind.TEXT,
     project_id=Kind.TEXT,
@@ -193,7 +180,7 @@ PROJECTS = _table(
     closed=Kind.UINT8,
     version=Kind.UINT64,
 )
-LEASES = _table(
+LEASES = table(
     "leases",
     tenant_id=Kind.TEXT,
     holder_id=Kind.TEXT,
@@ -205,7 +192,7 @@ LEASES = _table(
     gone=Kind.UINT8,
     version=Kind.UINT64,
 )
-ALERTS = _table(
+ALERTS = table(
     "alerts",
     tenant_id=Kind.TEXT,
     alert_id=Kind.TEXT,
@@ -223,7 +210,7 @@ ALERTS = _table(
     sequence=Kind.UINT64,
     version=Kind.UINT64,
 )
-REJECTED = _table(
+REJECTED = table(
     "rejected",
     ledger_partition=Kind.UINT32,
     generation=Kind.TEXT,
@@ -243,49 +230,7 @@ REJECTED = _table(
     rejected=Kind.MILLIS,
     version=Kind.UINT64,
 )
-PRICE_BOOKS = _table(
-    "price_books",
-    currency=Kind.TEXT,
-    book_version=Kind.UINT32,
-    model=Kind.TEXT,
-    operation=Kind.TEXT,
-    service_class=Kind.TEXT,
-    effective=Kind.MILLIS,
-    uncached_input_price=Kind.PICO,
-    output_price=Kind.PICO,
-    cache_read_price=Kind.PICO,
-    cache_write_price=Kind.PICO,
-    reasoning_price=Kind.PICO,
-    image_input_price=Kind.PICO,
-    audio_input_price=Kind.PICO,
-    audio_output_price=Kind.PICO,
-    unit_names=Kind.TEXTS,
-    unit_prices_pico=Kind.UINT64S,
-    version=Kind.UINT64,
-    tenant_id=Kind.TEXT,
-    line=Kind.UINT32,
-    minimum_price=Kind.PICO,
-    tier_quantities=Kind.TEXTS,
-    tier_modes=Kind.TEXTS,
-    tier_free_units=Kind.UINT64S,
-    tier_up_to_units=Kind.UINT64S,
-    tier_prices_pico=Kind.UINT64S,
-    tier_package_units=Kind.UINT64S,
-    context_above_tokens=Kind.UINT64S,
-    context_quantities=Kind.TEXTS,
-    context_prices_pico=Kind.UINT64S,
-    factor_classes=Kind.TEXTS,
-    factor_millionths=Kind.UINT64S,
-)
-PRICE_COMMITMENTS = _table(
-    "price_commitments",
-    currency=Kind.TEXT,
-    book_version=Kind.UINT32,
-    tenant_id=Kind.TEXT,
-    amount=Kind.PICO,
-    version=Kind.UINT64,
-)
-COMMANDS = _table(
+COMMANDS = table(
     "commands",
     ledger_partition=Kind.UINT32,
     generation=Kind.TEXT,
@@ -304,46 +249,7 @@ COMMANDS = _table(
     version=Kind.UINT64,
     outcome=Kind.TEXT,
 )
-ADJUSTMENTS = _table(
-    "adjustments",
-    tenant_id=Kind.TEXT,
-    adjustment_id=Kind.TEXT,
-    line=Kind.UINT32,
-    part=Kind.UINT32,
-    kind=Kind.TEXT,
-    period_start=Kind.MILLIS,
-    period_end=Kind.MILLIS,
-    project_id=Kind.TEXT,
-    model=Kind.TEXT,
-    operation=Kind.TEXT,
-    service_class=Kind.TEXT,
-    price_version=Kind.UINT32,
-    quantity_of=Kind.TEXT,
-    terms=Kind.TEXT,
-    units=Kind.PICO,
-    unit_price=Kind.PICO,
-    amount=Kind.PICO,
-    currency=Kind.TEXT,
-    invoice=Kind.TEXT,
-    issuer=Kind.TEXT,
-    reason=Kind.TEXT,
-    log_time=Kind.MILLIS,
-    ledger_partition=Kind.UINT32,
-    generation=Kind.TEXT,
-    sequence=Kind.UINT64,
-    version=Kind.UINT64,
-)
-CORRECTED_EVENTS = _table(
-    "corrected_events",
-    tenant_id=Kind.TEXT,
-    request_id=Kind.TEXT,
-    adjustment_id=Kind.TEXT,
-    kind=Kind.TEXT,
-    log_time=Kind.MILLIS,
-    ledger_partition=Kind.UINT32,
-    version=Kind.UINT64,
-)
-API_KEYS = _table(
+API_KEYS = table(
     "api_keys",
     key_id=Kind.TEXT,
     tenant_id=Kind.TEXT,
@@ -355,7 +261,7 @@ API_KEYS = _table(
     revoked=Kind.UINT8,
     version=Kind.UINT64,
 )
-PRODUCER_MARKS = _table(
+PRODUCER_MARKS = table(
     "producer_marks",
     producer_id=Kind.TEXT,
     ledger_partition=Kind.UINT32,
@@ -367,89 +273,7 @@ PRODUCER_MARKS = _table(
     missing_since=Kind.MILLIS,
     version=Kind.UINT64,
 )
-_LINE_NAMES = {
-    "project_id": Kind.TEXT,
-    "model": Kind.TEXT,
-    "operation": Kind.TEXT,
-    "service_class": Kind.TEXT,
-    "price_version": Kind.UINT32,
-    "adjustment_id": Kind.TEXT,
-}
-_LINE_PART = {
-    "quantity_of": Kind.TEXT,
-    "terms": Kind.TEXT,
-    "unit_price": Kind.PICO,
-    "units": Kind.PICO,
-    "amount": Kind.PICO,
-}
-PERIOD_LINES = _table(
-    "period_lines",
-    tenant_id=Kind.TEXT,
-    period_start=Kind.MILLIS,
-    period_end=Kind.MILLIS,
-    currency=Kind.TEXT,
-    **_LINE_NAMES,
-    line_id=Kind.TEXT,
-    **_LINE_PART,
-    events=Kind.UINT64,
-    refused_events=Kind.UINT64,
-    unrated_events=Kind.UINT64,
-    ledger_partition=Kind.UINT32,
-    version=Kind.UINT64,
-)
-INVOICED_LINES = _table(
-    "invoiced_lines",
-    tenant_id=Kind.TEXT,
-    line_id=Kind.TEXT,
-    series=Kind.TEXT,
-    number=Kind.UINT64,
-    ledger_partition=Kind.UINT32,
-    version=Kind.UINT64,
-)
-INVOICES = _table(
-    "invoices",
-    tenant_id=Kind.TEXT,
-    series=Kind.TEXT,
-    number=Kind.UINT64,
-    period_start=Kind.MILLIS,
-    period_end=Kind.MILLIS,
-    time_zone=Kind.TEXT,
-    issued=Kind.MILLIS,
-    currency=Kind.TEXT,
-    events=Kind.UINT64,
-    unrated_events=Kind.UINT64,
-    usage=Kind.PICO,
-    adjustments=Kind.PICO,
-    net_exact=Kind.PICO,
-    net=Kind.PICO,
-    tax=Kind.PICO,
-    total=Kind.PICO,
-    credits=Kind.PICO,
-    due=Kind.PICO,
-    invoice_hash=Kind.TEXT,
-    previous_hash=Kind.TEXT,
-    invoice=Kind.BYTES,
-    ledger_partition=Kind.UINT32,
-    generation=Kind.TEXT,
-    sequence=Kind.UINT64,
-    version=Kind.UINT64,
-)
-INVOICE_LINES = _table(
-    "invoice_lines",
-    tenant_id=Kind.TEXT,
-    series=Kind.TEXT,
-    number=Kind.UINT64,
-    line_number=Kind.UINT32,
-    adjustment=Kind.UINT8,
-    period_start=Kind.MILLIS,
-    period_end=Kind.MILLIS,
-    currency=Kind.TEXT,
-    **_LINE_NAMES,
-    **_LINE_PART,
-    ledger_partition=Kind.UINT32,
-    version=Kind.UINT64,
-)
-LEDGER_RECORDS = _table(
+LEDGER_RECORDS = table(
     "ledger_records",
     ledger_partition=Kind.UINT32,
     generation_ordinal=Kind.UINT32,
@@ -462,7 +286,7 @@ LEDGER_RECORDS = _table(
     ledger_offset=Kind.INT64,
     record=Kind.BYTES,
 )
-GENERATIONS = _table(
+GENERATIONS = table(
     "generations",
     ledger_partition=Kind.UINT32,
     generation_ordinal=Kind.UINT32,
@@ -473,7 +297,7 @@ GENERATIONS = _table(
     predecessor_sequence=Kind.UINT64,
     version=Kind.UINT64,
 )
-SINK_POSITIONS = _table(
+SINK_POSITIONS = table(
     "sink_positions",
     ledger_partition=Kind.UINT32,
     generation=Kind.TEXT,
@@ -512,4 +336,7 @@ ALL_TABLES = (
     ACCOUNTS,
     COMMANDS,
     SINK_POSITIONS,
+    # Not the writer's: summed from its minutes now and then.
+    USAGE_DAYS,
+    USAGE_DAYS_SUMMED,
 )

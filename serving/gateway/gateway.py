@@ -35,7 +35,7 @@ from serving.gateway.directory import scopes_of
 from serving.gateway.errors import CallError
 from serving.gateway.limits import Breach, RateLimits, RequestSlot, Scope
 from serving.gateway.metering import MeterParts, Price, RequestMeter, new_event, now_ms
-from serving.gateway.output_limits import read_output_limit, read_texts_asked
+from serving.gateway.output_limits import read_output_asked
 from serving.gateway.scoping import RunningRequests, SequenceScope
 from serving.gateway.tokens import TextCount
 from serving.gateway.tracing import own_span, with_span
@@ -311,8 +311,7 @@ class Gateway:
     ) -> None:
         """Refuse an answer longer than key, tenant or model may have, and tokens beyond this minute's."""
         try:
-            stated = read_output_limit(request, profile.output_limit, profile.output_limit_input)
-            texts = read_texts_asked(request, profile.output_limit)
+            stated, texts = read_output_asked(request, profile.output_limit, profile.output_limit_input)
         except TensorError as error:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error

@@ -166,6 +166,8 @@ class RequestMeter:
         self._first_token_ms = 0
         self._forwarded = False
         self._closed = False
+        # Whether the money covered any count yet.
+        self._any_paid = False
         # Of the text that was delivered: parts counted for good, their tokens, and up to where parts are counted at all.
         self._settled_parts = 0
         self._settled_tokens = 0
@@ -207,17 +209,22 @@ class RequestMeter:
         return min(int((time.monotonic() - self._started) * 1000), 2**32 - 1)
 
     async def progress(self, delivered: Counted) -> bool:
-        """Return when `delivered` is durable: the responses that it counts may leave then. False: nothing more is paid for."""
+        """Return when `delivered` is durable: the responses that it counts may leave then.
+
+        False: it is not paid for. Then nothing of it counts, none of it may leave, and `close_as_delivered` bills the request.
+        """
         input_tokens, output_tokens = delivered.input_tokens, delivered.output_tokens
         exact = input_tokens is not None and output_tokens is not None
         if input_tokens is None:
             input_tokens = (await self._count_prompt()).tokens
         if output_tokens is None:
             output_tokens = await self._delivered_text_tokens(delivered.text_parts)
-        self._fill(input_tokens, output_tokens, delivered.units, COUNT_SOURCE_BACKEND if exact else COUNT_SOURCE_ESTIMATE)
+        source = COUNT_SOURCE_BACKEND if exact else COUNT_SOURCE_ESTIMATE
+        if not self._fill_paid(input_tokens, output_tokens, delivered.units, source):
+            return False
         assert self._open is not None, "progress comes after open"
         await self._open.progress(self._event).wait(self._parts.durable_timeout_s)
-        return self._money is None or self._money.covers(self._event)
+        return True
 
     async def _count_prompt(self) -> TextCount:
         if self._prompt_count is None or not self._prompt_count.exact:
@@ -255,14 +262,46 @@ class RequestMeter:
         # The wall clock may have been set back since the start.
         event.ended_ms = max(now_ms(), event.started_ms)
 
+    def _fill_paid(self, input_tokens: int, output_tokens: int, units: Sequence[int], source: int) -> bool:
+        """Fill in counts if the money covers them; else leave those before, of which the first is the prompt alone."""
+        if self._money is None:
+            self._fill(input_tokens, output_tokens, units, source)
+            return True
+        before = UsageEvent()
+        before.CopyFrom(self._event)
+        self._fill(input_tokens, output_tokens, units, source)
+        if self._money.covers(self._event):
+            self._any_paid = True
+            return True
+        self._event.CopyFrom(before)
+        if not self._any_paid:
+            self._fill(input_tokens, 0, (0,) * len(units), source)
+        return False
+
     def _was_cut(self, input_tokens: int) -> bool:
         """Whether the back end saw less of the prompt than was counted before it was forwarded."""
         count = self._prompt_count
         return self._forwarded and count is not None and count.exact and input_tokens < count.tokens
 
+    async def close_paid(self, outcome: int) -> Usage | None:
+        """As `close`, but None where the responses so far are not paid for: none of those that no progress counted may leave,
+        and `close_as_delivered` bills the request."""
+        return await self._close(outcome, paid_only=True)
+
+    async def close_as_delivered(self, outcome: int) -> Usage:
+        """Bill what the last progress counted, and return when that is durable."""
+        if not self._closed:
+            await self._close_event(outcome)
+        return self._usage()
+
     async def close(self, outcome: int) -> Usage:
         """Count what the responses so far brought, and return when the bill is durable. Later calls change nothing, unless
         the journal failed."""
+        usage = await self._close(outcome, paid_only=False)
+        assert usage is not None, "whatever it costs"
+        return usage
+
+    async def _close(self, outcome: int, *, paid_only: bool) -> Usage | None:
         counted = self.counter.counted()
         input_tokens, output_tokens = counted.input_tokens, counted.output_tokens
         source: int = COUNT_SOURCE_BACKEND
@@ -280,23 +319,33 @@ class RequestMeter:
             count = await self._count(self.counter.texts(), Framing.OUTPUT) if counted.text_parts else _NOTHING
             output_tokens = count.tokens
             source = _weaker(source, count)
-        event = self._event
         if not self._closed:
-            self._closed = True
-            self._fill(input_tokens, output_tokens, units, source)
-            event.outcome = outcome  # type: ignore[assignment]
+            if not paid_only:
+                self._fill(input_tokens, output_tokens, units, source)
+            elif not self._fill_paid(input_tokens, output_tokens, units, source):
+                return None
             if source == COUNT_SOURCE_TOKENIZER and self._profile.tokenizer is not None:
-                event.tokenizer = self._parts.tokens.fingerprint(self._profile.tokenizer)
-            assert self._open is not None, "close comes after open"
-            try:
-                await self._open.close(event).wait(self._parts.durable_timeout_s)
-            except JournalError:
-                self._closed = False
-                raise
-            if self._money is not None:
-                self._money.settle(event)
-            if self._parts.genai is not None:
-                self._parts.genai.observe(event)
+                self._event.tokenizer = self._parts.tokens.fingerprint(self._profile.tokenizer)
+            await self._close_event(outcome)
+        return self._usage()
+
+    async def _close_event(self, outcome: int) -> None:
+        event = self._event
+        self._closed = True
+        event.outcome = outcome  # type: ignore[assignment]
+        assert self._open is not None, "close comes after open"
+        try:
+            await self._open.close(event).wait(self._parts.durable_timeout_s)
+        except JournalError:
+            self._closed = False
+            raise
+        if self._money is not None:
+            self._money.settle(event)
+        if self._parts.genai is not None:
+            self._parts.genai.observe(event)
+
+    def _usage(self) -> Usage:
+        event = self._event
         told = tuple((entry.unit, entry.quantity) for entry in event.units)
         price = None if self._price_of is None else self._price_of(event)
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told, price)

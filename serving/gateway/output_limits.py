@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import enum
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from serving import kserve
 
 if TYPE_CHECKING:
     from serving.kserve import ModelInferRequest
 
-__all__ = ["OutputLimit", "read_output_limit", "read_texts_asked", "set_output_limit"]
+__all__ = ["OutputAsked", "OutputLimit", "read_output_asked", "set_output_limit"]
 
 _JSON_INPUT = "sampling_parameters"
 _NAME = "max_tokens"
@@ -34,34 +34,34 @@ class OutputLimit(enum.Enum):
     NOWHERE = "nowhere"
 
 
-def read_output_limit(request: ModelInferRequest, where: OutputLimit, name: str = _NAME) -> int | None:
-    """The tokens that the answer may have at most; None where the request does not say, or says what the back end will refuse.
+class OutputAsked(NamedTuple):
+    """What a request says of its answer."""
 
-    Raises TensorError for a tensor that cannot be read.
-    """
+    # That it may have at most; None where the request does not say, or says what the back end will refuse.
+    tokens: int | None
+    # How many, each as long as that.
+    texts: int
+
+
+def read_output_asked(request: ModelInferRequest, where: OutputLimit, name: str = _NAME) -> OutputAsked:
+    """How long the answer may be, and how many texts it has. Raises TensorError for a tensor that cannot be read."""
     value: object = None
-    if where is OutputLimit.TENSOR:
-        value = kserve.read_integer_input(request, name)
-    elif where is OutputLimit.SAMPLING_PARAMETERS:
-        parameters = _sampling_parameters(request)
-        value = kserve.get_parameter(request, _NAME) if parameters is None else parameters.get(_NAME)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def read_texts_asked(request: ModelInferRequest, where: OutputLimit) -> int:
-    """How many texts the request asks for, each as long as the limit allows. Raises TensorError for a tensor that cannot be
-    read."""
     texts = 1
     if where is OutputLimit.TENSOR:
-        for name in _TENSOR_TEXTS:
-            texts *= kserve.read_integer_input(request, name) or 1
+        value = kserve.read_integer_input(request, name)
+        for texts_name in _TENSOR_TEXTS:
+            texts *= kserve.read_integer_input(request, texts_name) or 1
     elif where is OutputLimit.SAMPLING_PARAMETERS:
-        parameters = _sampling_parameters(request) or {}
-        stated = [parameters.get(name) for name in _JSON_TEXTS]
-        texts = max((value for value in stated if isinstance(value, int)), default=1)
-    return min(max(texts, 1), _TEXTS_MAX)
+        parameters = _sampling_parameters(request)
+        if parameters is None:
+            value = kserve.get_parameter(request, _NAME)
+        else:
+            value = parameters.get(_NAME)
+            texts = max([stated for key in _JSON_TEXTS if isinstance(stated := parameters.get(key), int)], default=1)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    tokens = value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return OutputAsked(tokens, min(max(texts, 1), _TEXTS_MAX))
 
 
 def set_output_limit(request: ModelInferRequest, where: OutputLimit, tokens: int, name: str = _NAME) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from serving.gateway.output_limits import read_output_limit, read_texts_asked, set_output_limit
+from serving.gateway.output_limits import read_output_asked, set_output_limit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,12 +40,13 @@ class RequestMoney:
     _step_pico: int = 0
 
     def covers(self, event: UsageEvent) -> bool:
-        """Whether what `event` says by now, and as much again as its last step brought, is paid for."""
+        """Whether what `event` says by now is paid for. Where more is needed, as much again as a step brought is set aside."""
         cost_pico = self.worth.cost_pico(event, self.currency)
         self._step_pico = max(self._step_pico, cost_pico - self._cost_pico)
         self._cost_pico = cost_pico
-        needed_pico = cost_pico + self._step_pico
-        return needed_pico <= self.reservation.pico or self.reservation.extend(needed_pico)
+        if cost_pico <= self.reservation.pico:
+            return True
+        return self.reservation.extend(cost_pico + self._step_pico) or self.reservation.extend(cost_pico)
 
     def settle(self, event: UsageEvent) -> None:
         """The request is over, and this is its bill."""
@@ -78,11 +79,10 @@ class Spending:
 
         Raises TensorError where the request's limit of output cannot be read.
         """
-        stated = read_output_limit(request, profile.output_limit, profile.output_limit_input)
+        stated, texts = read_output_asked(request, profile.output_limit, profile.output_limit_input)
         output_tokens = account.output_tokens_default or self._settings.output_tokens_default if stated is None else stated
         if not profile.counts_output:
             output_tokens = 0
-        texts = read_texts_asked(request, profile.output_limit)
 
         def worst_pico(tokens: int) -> int:
             return self.worth.worst_case_pico(event, account.currency, prompt_tokens, tokens * texts, until_ms, units)

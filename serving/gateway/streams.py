@@ -10,7 +10,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from tritonclient.grpc import service_pb2
@@ -79,9 +79,9 @@ class _RequestFlow:
         self._prepared = admitted.prepared
         self._write = write
         self._arrived: asyncio.Queue[StreamResponse | _End] = asyncio.Queue(gateway.settings.limits.request_chunks_max)
-        # The newest chunk while it may be the last that the client sees, and what had come before it.
+        # The newest chunk while it may be the last that the client sees.
         self._held: StreamResponse | None = None
-        self._before_held: Counted | None = None
+        self._counted = self._meter.counter.counted()
         self._delivered_any = False
         self._call: Any = None
         self._read_any = False
@@ -183,7 +183,8 @@ class _RequestFlow:
 
     async def _deliver(self) -> None:
         while True:
-            ready: list[StreamResponse] = []
+            # Each with what had come when it had.
+            ready: list[tuple[StreamResponse, Counted]] = []
             for item in await self._next_batch():
                 if isinstance(item, _End):
                     await self._finish(ready, None, item)
@@ -192,13 +193,14 @@ class _RequestFlow:
                     # In band it has no status; the request ends with it.
                     await self._finish(ready, None, _End(None, item.error_message, item))
                     return
-                before = self._meter.counter.counted()
+                before = self._counted
                 try:
                     self._meter.counter.take(item.infer_response)
                 except TensorError as error:
                     message = f"the back end's answer cannot be metered: {error}"
                     await self._finish(ready, None, _End(grpc.StatusCode.INTERNAL, message))
                     return
+                self._counted = self._meter.counter.counted()
                 self._meter.saw_response()
                 final = kserve.get_parameter(item.infer_response, FINAL_PARAMETER)
                 item.infer_response.id = self._prepared.client_id
@@ -206,21 +208,17 @@ class _RequestFlow:
                     await self._finish(ready, item, _End(None, ""))
                     return
                 if self._held is not None:
-                    ready.append(self._held)
-                    self._held = self._before_held = None
+                    ready.append((self._held, before))
+                    self._held = None
                 if self._may_be_last(final):
-                    self._held, self._before_held = item, before
+                    self._held = item
                 else:
-                    ready.append(item)
+                    ready.append((item, self._counted))
             if ready:
-                paid = await self._meter.progress(self._before_held or self._meter.counter.counted())
+                if not await self._meter.progress(ready[-1][1]):
+                    await self._end_with_the_money(ready)
                 self._delivered_any = True
-                await self._write(ready)
-                if not paid:
-                    await self._finish(
-                        [], None, _End(grpc.StatusCode.RESOURCE_EXHAUSTED, _MONEY_ENDED), OUTCOME_BALANCE_EXHAUSTED
-                    )
-                    return
+                await self._write([response for response, _ in ready])
 
     def _may_be_last(self, final: object) -> bool:
         """Whether the client may get nothing after this chunk: it has not asked for an empty final response, or the back
@@ -229,22 +227,35 @@ class _RequestFlow:
             return False
         return not self._prepared.empty_final_asked or final is None
 
-    async def _finish(
-        self, ready: list[StreamResponse], last: StreamResponse | None, end: _End, outcome: int | None = None
-    ) -> None:
+    async def _end_with_the_money(self, ready: Sequence[tuple[StreamResponse, Counted]]) -> NoReturn:
+        """Deliver what is paid for of what is ready, and bill that. The rest stays here."""
+        self._ended = True
+        paid, unpaid = 0, len(ready)
+        while unpaid - paid > 1:
+            middle = (paid + unpaid) // 2
+            if await self._meter.progress(ready[middle - 1][1]):
+                paid = middle
+            else:
+                unpaid = middle
+        await self._meter.close_as_delivered(OUTCOME_BALANCE_EXHAUSTED)
+        if paid:
+            await self._write([response for response, _ in ready[:paid]])
+        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, self._prepared.in_clients_words(_MONEY_ENDED))
+
+    async def _finish(self, ready: list[tuple[StreamResponse, Counted]], last: StreamResponse | None, end: _End) -> None:
         """Bill the request, then let go of what is left of the answer, the usage on the last response that is visible."""
         self._ended = True
         if self._held is not None:
-            ready.append(self._held)
+            ready.append((self._held, self._counted))
         # An empty last response is for those who asked for it.
         if last is not None and (last.infer_response.outputs or self._prepared.empty_final_asked):
-            ready.append(last)
-        if outcome is None:
-            outcome = self._outcome(end, delivered=self._delivered_any or bool(ready))
-        usage = await self._meter.close(outcome)
+            ready.append((last, self._counted))
+        usage = await self._meter.close_paid(self._outcome(end, delivered=self._delivered_any or bool(ready)))
+        if usage is None:
+            await self._end_with_the_money(ready)
         if ready:
-            tell_usage(ready[-1].infer_response, usage)
-            await self._write(ready)
+            tell_usage(ready[-1][0].infer_response, usage)
+            await self._write([response for response, _ in ready])
         if end.message:
             message = self._prepared.in_clients_words(end.message)
             if end.answer is not None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
-from billing.prices import PriceBookRefused, PriceBooks
-from billing.rating import cost_bound_pico, worst_case_pico
+from billing.prices import PriceBookRefused, PriceBooks, Rate
+from billing.rating import WorstPrices, cost_bound_pico, worst_prices
 from billing.v1.command_pb2 import PriceBook
 from billing.v1.usage_pb2 import UsageEvent
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 __all__ = ["Worth"]
+
+_WORST_REMEMBERED_MAX = 65_536
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class Worth:
     def __init__(self, books: Iterable[PriceBook] = ()) -> None:
         self._known: dict[tuple[str, int], PriceBook] = {(book.currency, book.version): book for book in books}
         self._books = PriceBooks()
+        # By the identity of their rates, which they hold.
+        self._worst: dict[int, WorstPrices] = {}
         self.unreadable = 0
         self._rebuild()
 
@@ -59,6 +63,7 @@ class Worth:
                 # A version before it is still to come: a topic is read one partition after the other.
                 _LOG.debug("price book %s of %s waits: %s", place[1], place[0], refused)
         self._books = books
+        self._worst.clear()
 
     def worst_case_pico(
         self,
@@ -71,11 +76,20 @@ class Worth:
     ) -> int:
         """The most that the request of `event` can cost if it ends by `until_ms`; 0 where nothing prices it."""
         books = self._books
-        rates = (
-            books.rate(currency, moment_ms, event.model, event.operation, event.service_class, event.tenant_id)
-            for moment_ms in books.moments(currency, event.started_ms, until_ms)
-        )
-        return max(worst_case_pico(rate, input_tokens, output_tokens, units) for rate in rates)
+        worst_pico = 0
+        for moment_ms in books.moments(currency, event.started_ms, until_ms):
+            rate = books.rate(currency, moment_ms, event.model, event.operation, event.service_class, event.tenant_id)
+            if rate is not None:
+                worst_pico = max(worst_pico, self._worst_prices(rate).cost_pico(input_tokens, output_tokens, units))
+        return worst_pico
+
+    def _worst_prices(self, rate: Rate) -> WorstPrices:
+        worst = self._worst.get(id(rate))
+        if worst is None:
+            if len(self._worst) >= _WORST_REMEMBERED_MAX:
+                self._worst.clear()
+            worst = self._worst[id(rate)] = worst_prices(rate)
+        return worst
 
     def cost_pico(self, event: UsageEvent, currency: str) -> int:
         """What `event` costs; where that depends on what its period has seen, the most that it can."""

@@ -15,7 +15,7 @@ import typer
 
 from billing.amounts import decimal_text, format_pico, from_amount
 from billing.line_parts import from_units
-from billing.periods import month_of, month_start_ms, period_start_ms
+from billing.periods import month_at, month_start_ms, period_start_ms
 from billing.v1.command_pb2 import InvoiceFinalization
 from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_EVEN, ROUNDING_RULE_HALF_UP, Invoice, TaxRate
 from serving.documents import DocumentFormat, render
@@ -103,7 +103,7 @@ def finalize_invoices(
     if bool(tenant) == everyone:
         raise MisuseError("TENANT: name tenants, or give --all")
     with open_reader(context.config()) as reader:
-        known = _unbilled(reader, _month(month, 1)) if everyone else [_payer(reader, name) for name in tenant or ()]
+        known = _unbilled(reader, month) if everyone else [_payer(reader, name) for name in tenant or ()]
         drawn = [Invoice.FromString(stored) for stored in _draw(context, reader, known, month, 1, terms, draft=False)]
     if json:
         context.output.json(
@@ -203,7 +203,7 @@ def _draw(
     for payer in known:
         said = InvoiceFinalization(
             tenant_id=payer.tenant_id,
-            period_start_ms=period_start_ms(payer.calendar, _month(month, months_back)),
+            period_start_ms=period_start_ms(payer.calendar, _month(payer, month, months_back)),
             draft=draft,
             currency_decimals=_DECIMALS.get(payer.currency, 2),
             **terms,
@@ -213,8 +213,9 @@ def _draw(
     return [drawn_invoice(reader, command.command_id) for command in commands]
 
 
-def _month(text: str, back: int) -> int:
-    return parse_month(text) if text else month_of(now_ms()) - back
+def _month(payer: Payer, text: str, back: int) -> int:
+    """Which month of the payer's calendar."""
+    return parse_month(text) if text else month_at(payer.calendar, now_ms()) - back
 
 
 def _payer(reader: Reader, tenant_id: str) -> Payer:
@@ -224,15 +225,20 @@ def _payer(reader: Reader, tenant_id: str) -> Payer:
     return found[0]
 
 
-def _unbilled(reader: Reader, month: int) -> list[Payer]:
-    """The tenants that used something in a month of their calendar and have no invoice of it."""
+def _unbilled(reader: Reader, month: str) -> list[Payer]:
+    """The tenants that used something in a month of their calendar, or in the last, and have no invoice of it."""
+    asked = [(payer, _month(payer, month, 1)) for payer in payers(reader)]
+    numbers = [number for _, number in asked] or [0]
     rows = reader.query(
         "SELECT tenant_id, toUnixTimestamp64Milli(period_start) FROM uninvoiced_lines GROUP BY 1, 2 "
         # What is in windows that are open still is in no line. No zone's months begin within a quarter of an hour.
         "UNION DISTINCT SELECT tenant_id, toInt64(toUnixTimestamp(toStartOfInterval(minute, INTERVAL 15 MINUTE))) * 1000 "
         "FROM usage_totals WHERE minute >= toDateTime({start:Int64}, 'UTC') - INTERVAL 1 DAY "
         "AND minute < toDateTime({end:Int64}, 'UTC') + INTERVAL 1 DAY GROUP BY 1, 2",
-        {"start": month_start_ms(month) // 1_000, "end": month_start_ms(month + 1) // 1_000},
+        {
+            "start": month_start_ms(min(numbers)) // 1_000,
+            "end": month_start_ms(max(numbers) + 1) // 1_000,
+        },
         timeout_s=_TIMEOUT_S,
     ).rows
     invoiced = reader.query("SELECT tenant_id, toUnixTimestamp64Milli(period_start) FROM invoices FINAL").rows
@@ -241,8 +247,8 @@ def _unbilled(reader: Reader, month: int) -> list[Payer]:
         assert isinstance(time_ms, int)
         used.setdefault(str(tenant_id), set()).add(time_ms)
     found = []
-    for payer in payers(reader):
-        start_ms, end_ms = period_start_ms(payer.calendar, month), period_start_ms(payer.calendar, month + 1)
+    for payer, number in asked:
+        start_ms, end_ms = period_start_ms(payer.calendar, number), period_start_ms(payer.calendar, number + 1)
         uses = any(start_ms <= time_ms < end_ms for time_ms in used.get(payer.tenant_id, ()))
         if uses and (payer.tenant_id, start_ms) not in invoiced:
             found.append(payer)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from billing import budgets
 from billing.amounts import from_amount, to_amount
 from billing.limits import BATCH_EVENTS_MAX, BUDGET_ALERTS_MAX, RECORD_BYTES_MAX
-from billing.periods import month_of, month_start_ms, period_at
+from billing.periods import month_at, month_of, month_start_ms, period_at
 from billing.v1.account_pb2 import Amount, BudgetState, Calendar
 from billing.v1.alert_pb2 import ALERT_RULE_BUDGET, SEVERITY_CRITICAL, SEVERITY_WARNING, Alert
 from billing.v1.command_pb2 import BudgetUpsert, TenantUpsert
@@ -152,6 +152,13 @@ steps = st.one_of(
     st.tuples(st.just("set"), places, st.integers(0, 6)),
     st.tuples(st.just("wait"), st.sampled_from((1, HOUR_MS, 9 * 24 * HOUR_MS))),
 )
+
+
+def test_a_month_is_the_tenants_own() -> None:
+    assert [month_at(SHANGHAI, MONTH_END_MS + offset_ms) - month_of(NOW_MS) for offset_ms in (-1, 0)] == [0, 1]
+    assert month_at(Calendar(), MONTH_END_MS) == month_of(MONTH_END_MS) == month_of(NOW_MS)
+
+
 THRESHOLDS = (300_000, 1_000_000)
 
 

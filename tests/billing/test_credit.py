@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from billing import commands, credit
+from billing import commands, credit, grants
 from billing.amounts import PICO, from_amount, to_amount
 from billing.commands import CommandRefused
 from billing.credit import Credits
 from billing.limits import GRANTS_LIVE_MAX, RECORD_BYTES_MAX, UNINVOICED_PARTS_MAX
 from billing.periods import month_of, month_start_ms
+from billing.tenant_credit import TenantCredit
 from billing.v1.account_pb2 import Calendar
 from billing.v1.command_pb2 import CreditGrant, LeaseRequest, TenantUpsert
 from billing.v1.invoice_pb2 import CREDIT_KIND_CORRECTION, CREDIT_KIND_PAID, CREDIT_KIND_PROMOTIONAL, CreditKind
@@ -195,22 +196,22 @@ TestCreditModel = CreditMachine.TestCase
 
 
 def _newest_first() -> Any:
-    return mock.patch.object(credit.Grant, "order", lambda self: -self.number)
+    return mock.patch.object(grants.Grant, "order", lambda self: -self.number)
 
 
 def _expired_credit_stays() -> Any:
     """What expires is still in the balance."""
-    expire_grant = credit._TenantCredit._expire_grant
+    expire_grant = TenantCredit._expire_grant
 
-    def expire(tenant: Any, grant: credit.Grant, _: Any, now_ms: int) -> None:
+    def expire(tenant: Any, grant: grants.Grant, _: Any, now_ms: int) -> None:
         expire_grant(tenant, grant, Purse(), now_ms)
 
-    return mock.patch.object(credit._TenantCredit, "_expire_grant", expire)
+    return mock.patch.object(TenantCredit, "_expire_grant", expire)
 
 
 def _paid_once_more() -> Any:
     """What a new grant pays for is not named."""
-    return mock.patch.object(credit._TenantCredit, "_name_parts")
+    return mock.patch.object(TenantCredit, "_name_parts")
 
 
 @pytest.mark.parametrize("control", [_newest_first, _expired_credit_stays, _paid_once_more])
@@ -263,7 +264,7 @@ def test_a_grant_that_comes_again_is_harmless_and_another_of_its_name_is_refused
         ({"kind": 99}, "kind: 99"),
         ({"reference": "x" * 257}, "reference"),
         ({"name": "ü" * 129}, "grant_id"),
-        ({"name": credit.SEVERAL}, "grant_id"),
+        ({"name": grants.SEVERAL}, "grant_id"),
     ],
 )
 def test_a_grant_that_cannot_be_meant_is_refused(fields: dict[str, Any], names: str) -> None:
@@ -384,7 +385,7 @@ def test_the_largest_statement_of_a_tenant_is_small() -> None:
             purse.spend_pico += 10**30
     [held] = made.all()
     assert len(held.uninvoiced) == UNINVOICED_PARTS_MAX
-    assert held.uninvoiced[0].grant_id == credit.SEVERAL
+    assert held.uninvoiced[0].grant_id == grants.SEVERAL
     purse.spend_pico += GRANTS_LIVE_MAX * 10**30
     record = LedgerRecord(log_time_ms=held.period_end_ms)
     made.advance({A: purse}, record)

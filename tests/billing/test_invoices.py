@@ -181,6 +181,22 @@ def test_late_usage_is_an_adjustment_on_the_next_invoice(ledger: Ledger) -> None
     assert owed(ledger.state, ONE) == 0
 
 
+def test_usage_that_comes_years_after_its_invoice_stands_on_the_next_one(ledger: Ledger) -> None:
+    """Only periods that have no invoice are ever let go."""
+    use(ledger, "r1", NOVEMBER + DAY_MS)
+    use(ledger, "r1", NOVEMBER + DAY_MS, TWO)
+    invoice(ledger, DECEMBER)
+    much_later = JANUARY + 450 * DAY_MS
+    use(ledger, "late", NOVEMBER + 2 * DAY_MS, log_time_ms=much_later, backfill=True)
+    ledger.tick(much_later + DAY_MS)
+    ledger.tick(much_later + 40 * DAY_MS)
+    assert owed(ledger.state, ONE) == 1_400_000
+    assert owed(ledger.state, TWO) == 0, "its November was never invoiced, and is in ClickHouse alone"
+    second = invoice(ledger, much_later + 40 * DAY_MS, start_ms=DECEMBER)
+    assert from_amount(second.adjustments) == from_amount(second.net_exact) == 1_400_000
+    assert owed(ledger.state, ONE) == 0
+
+
 def test_periods_are_invoiced_when_they_are_over_once_and_in_order(ledger: Ledger) -> None:
     use(ledger, "r1", OCTOBER + 25 * DAY_MS)
     use(ledger, "r2", NOVEMBER + DAY_MS)

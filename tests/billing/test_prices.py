@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from billing.price_checks import book_problems
+from billing.amounts import from_amount, to_amount
+from billing.limits import QUANTITY_MAX, UNITS_MAX
+from billing.price_checks import PRICE_FIELDS, book_problems
 from billing.prices import PriceBookRefused, PriceBooks
 from billing.rating import event_cost_pico
-from billing.v1.command_pb2 import ClassFactor, Price, PriceBook
-from billing.v1.usage_pb2 import SERVICE_CLASS_STANDARD, SERVICE_CLASS_TEST, UsageEvent
+from billing.v1.command_pb2 import (
+    SCHEDULE_MODE_GRADUATED,
+    SCHEDULE_MODE_PACKAGE,
+    ClassFactor,
+    Price,
+    PriceBook,
+    Schedule,
+    Tier,
+)
+from billing.v1.usage_pb2 import SERVICE_CLASS_STANDARD, SERVICE_CLASS_TEST, UnitQuantity, UsageEvent
+from billing.validation import TOKEN_FIELDS
 
 
 def book(*prices: Price, version: int = 1, effective_ms: int = 0, currency: str = "USD") -> PriceBook:
@@ -75,6 +86,31 @@ def test_a_wrong_book_is_refused_whole(wrong: PriceBook, names: str) -> None:
         books.add(wrong)
     assert names in str(refused.value)
     assert [kept.version for kept in books.all()] == [1]
+
+
+def test_no_price_is_so_dear_that_sums_of_it_outgrow_an_amount() -> None:
+    """A class's factor counts: a book at the bound made the sum of twenty million of its dearest events end the step."""
+    thousandfold = [ClassFactor(service_class=SERVICE_CLASS_STANDARD, factor_millionths=1_000_000_000)]
+    tier = Schedule(quantity="output_tokens", mode=SCHEDULE_MODE_GRADUATED, tiers=[Tier(unit_pico=10**13)])
+    package = Schedule(quantity="requests", mode=SCHEDULE_MODE_PACKAGE, package_units=10, package_pico=10**14)
+    for price, name in (
+        (Price(model="m", output_pico=10**13, class_factors=thousandfold), "output_pico"),
+        (Price(model="m", minimum_pico=10**13, class_factors=thousandfold), "minimum_pico"),
+        (Price(model="m", schedules=[tier], class_factors=thousandfold), "schedules[1].tiers[1].unit_pico"),
+        (Price(model="m", schedules=[package], class_factors=thousandfold), "schedules[1].package_pico"),
+    ):
+        [problem] = book_problems(book(price))
+        assert problem.startswith(f"prices[1].{name}: ")
+        assert problem.endswith("check the unit, or lower the factor")
+    units = {f"unit-{number}": 10**12 for number in range(UNITS_MAX)}
+    dearest = Price(model="m", unit_pico=units, minimum_pico=10**12, class_factors=thousandfold)
+    event = UsageEvent(units=[UnitQuantity(unit=unit, quantity=QUANTITY_MAX) for unit in units])
+    for price_name, quantity_name in zip(PRICE_FIELDS, TOKEN_FIELDS, strict=True):
+        setattr(dearest, price_name, 10**12)
+        setattr(event, quantity_name, QUANTITY_MAX)
+    assert book_problems(book(dearest)) == []
+    rate = PriceBooks([book(dearest)]).rate("USD", 1, "m", 0, SERVICE_CLASS_STANDARD, "t")
+    assert from_amount(to_amount(event_cost_pico(event, rate, {}) * 2**32)) > 2**120
 
 
 def test_all_problems_are_named_at_once() -> None:

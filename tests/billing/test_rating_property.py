@@ -79,8 +79,10 @@ MODELS = ("cheap-1", "cheap-2", "long", "other")
 GRADUATED, VOLUME, PACKAGE = SCHEDULE_MODE_GRADUATED, SCHEDULE_MODE_VOLUME, SCHEDULE_MODE_PACKAGE
 
 
-# Even: half of it is whole. Up to 1,000 units of currency a token, so that sums pass 2^63 pico.
-picos = st.one_of(st.integers(0, 500).map(lambda n: 2 * n), st.integers(0, 5 * 10**14).map(lambda n: 2 * n))
+# Even: half of it is whole. Up to 600 units of currency a token, so that sums pass 2^63 pico, and half as much again is no
+# more than a price may be.
+PICO_MAX = 6 * 10**14
+picos = st.one_of(st.integers(0, 500).map(lambda n: 2 * n), st.integers(0, PICO_MAX // 2).map(lambda n: 2 * n))
 # Small ones meet the ends of tiers exactly.
 quantities = st.one_of(st.integers(0, 6), st.integers(0, 2**40))
 bounds = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 2**41)), max_size=4, unique=True).map(sorted)
@@ -93,7 +95,7 @@ def schedules(draw: st.DrawFn, quantity: str) -> Schedule:
     if mode == PACKAGE:
         units = draw(st.one_of(st.integers(1, 10), st.integers(1, 10**6)))
         return Schedule(
-            quantity=quantity, mode=PACKAGE, free_units=free, package_units=units, package_pico=draw(picos) * 2 % 10**15
+            quantity=quantity, mode=PACKAGE, free_units=free, package_units=units, package_pico=draw(picos) * 2 % PICO_MAX
         )
     ends = [*draw(bounds), 0]
     return Schedule(

@@ -50,6 +50,7 @@ def test_dry_run_then_once_then_nothing(empty: ChdbEngine) -> None:
         "0005_invoices",
         "0006_credit_budgets_leases",
         "0007_adjustments",
+        "0008_day_totals",
     ]
     assert empty.query("SELECT name FROM system.tables WHERE database = currentDatabase()").rows == []
     # A crash half-way through the first: some of its statements have run, and run again.

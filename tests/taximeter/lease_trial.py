@@ -2,8 +2,11 @@
 
 `python -m tests.taximeter.lease_trial` runs the full one: 8 gateways, $10.00, 2,000 requests at once.
 
-Checked against the ledger's own records: at no record is more leased than there is, the spend ends within the credit, and
-nobody was refused where, for all the time that a request waits, the ledger had enough free for its longest answer.
+Before anything else the broker stands still while as many come: gateways pass what they hold, and no more.
+
+Checked against the ledger's own records: at no record is more leased than there is, the spend ends within the credit, what
+gateways delivered while the broker stood still was leased to them before, and nobody was refused where, for all the time that a
+request waits, the ledger had enough free for its longest answer.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from bisect import bisect_right
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
@@ -29,6 +34,7 @@ from tritonclient.utils import InferenceServerException
 
 from billing.amounts import PICO, from_amount, parse_decimal_to_pico
 from billing.v1.ledger_pb2 import LedgerRecord
+from sinks.engine import decimal_to_pico
 from taximeter.compose import open_reader
 from taximeter.config import load
 from taximeter.embedded.process import free_port
@@ -82,7 +88,19 @@ class Seen:
     # Refusals for the money, and those of them before which enough was free for all the time that a request waits.
     refused_for_balance: int = 0
     refused_too_early: int = 0
+    # While the broker stood still: how requests ended, what was delivered cost, and what gateways held when it began.
+    ended_away: Counter[str] = field(default_factory=Counter)
+    delivered_away_pico: int = 0
+    held_away_pico: int = 0
     findings: list[Any] = field(default_factory=list)
+
+
+class Away(NamedTuple):
+    """When the broker stood still, until when, and when every gateway was granted something again."""
+
+    began_ms: int
+    resumed_ms: int
+    granted_ms: int
 
 
 class Gateways:
@@ -161,6 +179,35 @@ def spent_pico(up: Up) -> int:
     return parse_decimal_to_pico(row["spend"])
 
 
+def _without_kafka(up: Up, ports: list[int], headers: dict[str, str], trial: Trial, seen: Seen) -> Away:
+    """Requests while the broker stands still."""
+    # Each gateway holds something by then.
+    asyncio.run(spend(ports, headers, 2 * len(ports), len(ports), seen))
+    broker = up.pids()["broker"]
+    began_ms = _now_ms()
+    os.kill(broker, signal.SIGSTOP)
+    try:
+        meanwhile = Seen()
+        asyncio.run(spend(ports, headers, trial.requests, trial.at_once, meanwhile))
+        seen.ended_away = meanwhile.ended
+        resumed_ms = _now_ms()
+    finally:
+        os.kill(broker, signal.SIGCONT)
+
+    def granted_again() -> bool:
+        probe = Seen()
+        asyncio.run(spend(ports, headers, len(ports), len(ports), probe))
+        seen.ended += probe.ended
+        return probe.ended["ok"] == len(ports)
+
+    until(granted_again, trial.ready_timeout_s, what="a lease for every gateway")
+    return Away(began_ms, resumed_ms, _now_ms())
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 def run(trial: Trial, folder: Path) -> Seen:
     """Spend all of the credit through the gateways, two of which are killed on the way."""
     prices, seen = folder / "prices.toml", Seen()
@@ -177,6 +224,8 @@ def run(trial: Trial, folder: Path) -> Seen:
         headers = {"authorization": f"Bearer {up.json('key', 'create', TENANT)['secret']}"}
         gateways = Gateways(up, stack, trial)
         gateways.await_ready()
+
+        away = _without_kafka(up, gateways.ports, headers, trial, seen)
 
         # Two gateways die with leases and requests in their hands.
         async def with_kills() -> None:
@@ -198,13 +247,13 @@ def run(trial: Trial, folder: Path) -> Seen:
             return credit_pico - seen.spend_pico < trial.worst_pico
 
         until(used_up, trial.spend_timeout_s, what="the end of the money")
-        _look_at_the_ledger(up, trial, seen)
+        _look_at_the_ledger(up, trial, away, seen)
         seen.findings = up.json("audit")["findings"]
     return seen
 
 
-def _look_at_the_ledger(up: Up, trial: Trial, seen: Seen) -> None:
-    """What nobody held, record by record; and whom it would have paid for."""
+def _look_at_the_ledger(up: Up, trial: Trial, away: Away, seen: Seen) -> None:
+    """What nobody held, record by record; whom it would have paid for; and what was delivered while the broker stood still."""
     at_ms: list[int] = []
     free_pico: list[int] = []
     with open_reader(load(up.data_dir.config_path)) as reader:
@@ -216,17 +265,26 @@ def _look_at_the_ledger(up: Up, trial: Trial, seen: Seen) -> None:
         refused = reader.query(
             "SELECT toUnixTimestamp64Milli(ended) FROM usage_events FINAL WHERE refusal_reason = 'balance'", timeout_s=120.0
         ).rows
+        costs = reader.query("SELECT toUnixTimestamp64Milli(ended), cost FROM usage_events FINAL", timeout_s=120.0).rows
     for (text,) in stored:
         record = LedgerRecord.FromString(bytes.fromhex(str(text)))
         for account in record.accounts:
             if account.tenant_id == TENANT and account.credit.low:
                 at_ms.append(record.log_time_ms)
                 free_pico.append(from_amount(account.credit) - from_amount(account.spend) - from_amount(account.leased))
+                if record.log_time_ms <= away.began_ms:
+                    seen.held_away_pico = from_amount(account.leased)
     seen.records = len(at_ms)
     seen.least_free_pico = min(free_pico)
     seen.refused_for_balance = len(refused)
+    for ended, cost in costs:
+        assert isinstance(cost, Decimal)
+        if away.began_ms <= int(str(ended)) < away.resumed_ms:
+            seen.delivered_away_pico += decimal_to_pico(cost)
     for (decided,) in refused:
         decided_ms = int(str(decided))
+        if away.began_ms <= decided_ms < away.granted_ms + trial.lease_wait_ms:
+            continue
         # The ledger's word when the wait began, and each one until it was over.
         first = max(bisect_right(at_ms, decided_ms - trial.lease_wait_ms) - 1, 0)
         last = bisect_right(at_ms, decided_ms)
@@ -248,12 +306,17 @@ def main() -> int:
         seen = run(trial, Path(folder))
     print(f"requests: {dict(seen.ended)}")
     print(f"spend: {seen.spend_pico / PICO:.6f} of {trial.credit}; audit: {len(seen.findings)} findings")
+    print(
+        f"while the broker stood still: {dict(seen.ended_away)}; delivered for {seen.delivered_away_pico / PICO:.6f} of the "
+        f"{seen.held_away_pico / PICO:.6f} that gateways held"
+    )
     print(f"least that nobody held, over {seen.records} records: {seen.least_free_pico / PICO:.6f}")
     print(
         f"refused for the balance: {seen.refused_for_balance}; of them, though enough was free for {trial.lease_wait_ms} ms: "
         f"{seen.refused_too_early}"
     )
     holds = seen.spend_pico <= parse_decimal_to_pico(trial.credit) and seen.least_free_pico >= 0 and not seen.findings
+    holds = holds and seen.delivered_away_pico <= seen.held_away_pico
     return int(not holds or seen.refused_too_early > 0)
 
 

@@ -23,4 +23,7 @@ def test_many_gateways_never_overspend_one_balance(tmp_path: Path) -> None:
     # Whoever got an answer paid for it; a killed gateway may have billed some that got none.
     assert seen.ended["ok"] * trial.worst_pico // 2 <= seen.spend_pico <= credit_pico
     assert seen.least_free_pico >= 0, "more was leased than there was"
+    # There was money for more of them, had the gateways been able to ask for it.
+    assert seen.ended_away["ok"] < trial.requests
+    assert seen.delivered_away_pico <= seen.held_away_pico, "gateways pass what they hold, and no more"
     assert seen.findings == []

@@ -1,0 +1,114 @@
+"""Sums of minute totals by day, so that a month of a busy tenant is hundreds of rows and not hundreds of thousands.
+
+Promise: whoever reads by day what `trusted_days` says, and everything else by minute, has the sum of all minutes, at any moment
+and whatever comes late. A day is trusted only if it was summed and no minute of it was stated after the ledger position
+up to which that sum surely reaches. That position is written last, after every sum; a crash half-way leaves the earlier one,
+under which nothing that was replaced is trusted. Nothing needs the sums: without them, answers take longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from sinks.engine import Engine, Reader, decimal_to_pico
+from sinks.tables import TOKEN_COLUMNS, USAGE_DAYS, USAGE_DAYS_SUMMED
+
+__all__ = ["DAY_S", "TrustedDays", "sum_days", "trusted_days"]
+
+DAY_S = 86_400
+_TENANTS_AT_ONCE = 50
+_TIMEOUT_S = 120.0
+_KEY = "tenant_id, day, project_id, model, operation, service_class, currency, ledger_partition"
+_COUNTS = ("events", "refused_events", "unrated_events", *TOKEN_COLUMNS)
+# Minutes of one partition, of days that are over, that were stated since the last time, or were not over then.
+_CHANGED = (
+    "ledger_partition = {partition:UInt32} AND minute < toDateTime({today:Int64}, 'UTC') "
+    "AND (version > {version:UInt64} OR minute >= toDateTime({before:Int64}, 'UTC'))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedDays:
+    """Days, by the second in which they begin, that `usage_days` is right about: all before `before_s`, but for `stale_s`."""
+
+    before_s: int = 0
+    stale_s: tuple[int, ...] = ()
+
+
+def trusted_days(reader: Reader, tenant_id: str, start_s: int) -> TrustedDays:
+    """What may be read by day of the tenant's usage since then."""
+    summed = _summed(reader)
+    before_s = max((before_s for before_s, _ in summed.values()), default=0)
+    if before_s <= start_s:
+        return TrustedDays()
+    # One condition a partition, joined by AND: so the index over partition and version passes over all that is in the sums.
+    beyond = "".join(
+        f" AND (ledger_partition != {partition} OR version > {version} OR minute >= toDateTime({until_s}, 'UTC'))"
+        for partition, (until_s, version) in summed.items()
+    )
+    rows = reader.query(
+        "SELECT DISTINCT toUInt32(toStartOfDay(minute)) AS day FROM usage_totals WHERE tenant_id = {tenant:String} "  # noqa: S608
+        f"AND minute >= toDateTime({{start:Int64}}, 'UTC') AND minute < toDateTime({{before:Int64}}, 'UTC'){beyond}",
+        {"tenant": tenant_id, "start": start_s, "before": before_s},
+    ).rows
+    return TrustedDays(before_s, tuple(sorted(cast("int", day) for [day] in rows)))
+
+
+def _summed(reader: Reader) -> dict[int, tuple[int, int]]:
+    """By partition: before which day its tenants' days are summed, and up to which version surely."""
+    rows = reader.query("SELECT ledger_partition, toUInt32(before_day), version FROM usage_days_summed FINAL").rows
+    return {partition: (before_s, version) for partition, before_s, version in cast("list[tuple[int, int, int]]", rows)}
+
+
+def sum_days(engine: Engine, partitions: Collection[int], stopped: Callable[[], bool] = lambda: False) -> int:
+    """Sum the days that are over by their partition's log time and have changed since they were; returns the rows written.
+
+    Belongs beside the writer of these partitions. Raises EngineError; then sum again when the engine is back.
+    """
+    summed = _summed(engine)
+    # Read before the minutes are: what is stated meanwhile may be in a sum, and is not trusted to be.
+    positions = engine.query(
+        "SELECT ledger_partition, toUInt32(toStartOfDay(toDateTime(log_time, 'UTC'))), version FROM sink_positions FINAL "
+        "ORDER BY ledger_partition"
+    ).rows
+    written = 0
+    for partition, today_s, version in cast("list[tuple[int, int, int]]", positions):
+        before = summed.get(partition, (0, 0))
+        if partition not in partitions or before == (today_s, version):
+            continue
+        changed = {"partition": partition, "today": today_s, "before": before[0], "version": before[1]}
+        rows = engine.query(
+            f"SELECT DISTINCT tenant_id FROM usage_totals WHERE {_CHANGED} ORDER BY tenant_id",  # noqa: S608
+            changed,
+            timeout_s=_TIMEOUT_S,
+        ).rows
+        tenants = [str(tenant_id) for [tenant_id] in rows]
+        for first in range(0, len(tenants), _TENANTS_AT_ONCE):
+            if stopped():
+                return written
+            written += _sum(engine, changed, tenants[first : first + _TENANTS_AT_ONCE], version)
+        engine.insert(USAGE_DAYS_SUMMED, {"ledger_partition": [partition], "before_day": [today_s], "version": [version]})
+    return written
+
+
+def _sum(engine: Engine, changed: dict[str, int], tenants: Sequence[str], version: int) -> int:
+    """Sum those tenants' days in which something has changed, whole."""
+    whose = "tenant_id IN {tenants:Array(String)}"
+    sums = ", ".join(f"sum({name})" for name in _COUNTS)
+    rows = engine.query(
+        "SELECT tenant_id, toUInt32(toStartOfDay(minute)) AS day, project_id, model, operation, service_class, currency, "  # noqa: S608
+        f"ledger_partition, {sums}, sumMap(unit_names, unit_quantities), sum(cost) FROM usage_totals FINAL "
+        f"WHERE {whose} AND ledger_partition = {{partition:UInt32}} AND (tenant_id, toStartOfDay(minute)) IN "
+        f"(SELECT DISTINCT tenant_id, toStartOfDay(minute) FROM usage_totals WHERE {whose} AND {_CHANGED}) GROUP BY {_KEY}",
+        {**changed, "tenants": tenants},
+        timeout_s=_TIMEOUT_S,
+    ).rows
+    if not rows:
+        return 0
+    *plain, units, costs = zip(*rows, strict=True)
+    names, quantities = zip(*cast("list[tuple[list[str], list[int]]]", units), strict=True)
+    costs_pico = [decimal_to_pico(cost) for cost in costs]
+    values = [*plain, names, quantities, costs_pico, [version] * len(rows)]
+    return engine.insert(USAGE_DAYS, dict(zip(USAGE_DAYS.columns, values, strict=True)))
