@@ -89,7 +89,7 @@ def price_book() -> bytes:
     """A signed command with one price for every model."""
     book = PriceBook(version=1, currency="USD", effective_ms=1)
     book.prices.add(model="*", uncached_input_pico=150_000, output_pico=600_000)
-    command = Command(schema_version=1, command_id="book-1", issued_ms=1, issuer="bench", reason="bench", price_book=book)
+    command = Command(schema_version=1, command_id="book-1", issued_ms=time.time_ns() // 1_000_000, price_book=book)
     return sign(command, KEYS.command_key)
 
 

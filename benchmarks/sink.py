@@ -94,6 +94,7 @@ def make_records() -> list[bytes]:
     for offset, command in enumerate(actions):
         command.schema_version = SCHEMA_VERSION
         command.command_id = f"command-{offset}"
+        command.issued_ms = now_ms
         source = CommandInput("billing.commands", offset, sign(command, KEYS.command_key))
         records.append(step(state, source, now_ms, keys=KEYS, writer="benchmark").stored)
     for number in range(BATCHES):

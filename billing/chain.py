@@ -5,6 +5,10 @@ before it, so that one pass over the bytes gives both the seal and the hash. A r
 bytes, so anyone with the archive can follow the chain in SQL. A reader accepts a record only if it names the hash of the last
 one that it accepted and moves its source forward: the first valid record wins, and whatever a zombie, a retry or a replay
 writes changes nothing.
+
+What carries no valid seal was written by somebody else: it is refused, `refusal` says so, and the chain goes on over it, or
+whoever can write to the topic could stop the ledger with one message. But if sealed records follow that build on what this
+reader refused, it was damaged and not forged: the reader stops.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from billing.limits import SCHEMA_VERSION
+from billing.key_ring import Keys, UnknownKey, as_ring
+from billing.limits import SCHEMA_VERSION, WRITER_CHARS_MAX
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.snapshot_pb2 import SnapshotManifest
 
@@ -25,16 +30,22 @@ _SEAL_BYTES = len(_SEAL_TAG) + 32
 
 
 class UnreadableRecord(ValueError):
-    """A record that cannot be read, or not believed: the reader stops; it never skips one."""
+    """A record that cannot be read though it must be: the reader stops; it never skips one."""
 
 
-def seal(record: LedgerRecord, key: bytes) -> bytes:
+def seal(record: LedgerRecord, keys: Keys) -> bytes:
     """The stored bytes of `record`, which has no seal yet."""
-    return seal_and_hash(record, key)[0]
+    return seal_and_hash(record, keys)[0]
 
 
-def seal_and_hash(record: LedgerRecord | SnapshotManifest, key: bytes) -> tuple[bytes, bytes]:
+def seal_and_hash(record: LedgerRecord | SnapshotManifest, keys: Keys) -> tuple[bytes, bytes]:
     """The stored bytes of `record`, which has no seal yet, and their hash, in one pass over them."""
+    if isinstance(keys, bytes):
+        key = keys
+    else:
+        key_id, key = keys.signing
+        if isinstance(record, LedgerRecord):
+            record.seal_key_id = key_id
     body = record.SerializeToString()
     running = hashlib.sha256(body)
     seal_field = _SEAL_TAG + hmac.digest(key, running.digest(), "sha256")
@@ -50,6 +61,11 @@ def record_hash(stored: bytes) -> bytes:
 def sealed_with(stored: bytes, key: bytes) -> bool:
     """Whether the seal is that of `key`."""
     return _verify(stored, key)[0]
+
+
+def is_sealed(stored: bytes, keys: Keys) -> bool:
+    """Whether the seal is that of one of `keys`, whichever the record names: for bytes that may be no record."""
+    return any(sealed_with(stored, key) for key in as_ring(keys).all())
 
 
 def _verify(stored: bytes, key: bytes) -> tuple[bool, bytes]:
@@ -69,42 +85,88 @@ class Chain:
     """
 
     partition: int
-    seal_key: bytes | None = None
+    seal_key: Keys | None = None
     generation: bytes = b""
     sequence: int = -1
     record_hash: bytes = b""
     ignored: int = 0
+    # Of those ignored, the ones without a valid seal; and why the last one that was asked about was refused, if it was.
+    refused: int = 0
+    refusal: str = ""
+    # Something was refused since the last record that was accepted.
+    _refused_here: bool = False
 
     def accept(self, stored: bytes) -> LedgerRecord | None:
-        """The record if it is the next one, else None (a zombie's, a repeat, another fork's), counted in `ignored`.
+        """The record if it is the next one, else None: a zombie's, a repeat, another fork's, or forged (see `refusal`).
 
-        Raises UnreadableRecord for bytes that are no record, and for one that claims to be the next but has no valid seal.
+        Raises UnreadableRecord for what is sealed and cannot be read, or names a key that is not here, and where the chain went
+        on over a record that was refused here.
         """
+        self.refusal = ""
         try:
             record = LedgerRecord.FromString(stored)
         except DecodeError as error:
-            raise UnreadableRecord(
-                f"partition {self.partition}, after sequence {self.sequence}: {len(stored)} bytes are no ledger record; "
-                "restore the topic from its replica, or rebuild it from the archive in ClickHouse"
-            ) from error
+            if self.seal_key is None or is_sealed(stored, self.seal_key):
+                raise UnreadableRecord(
+                    f"{self._where}: {len(stored)} bytes are no ledger record; restore the topic from its replica, or rebuild "
+                    "it from the archive in ClickHouse"
+                ) from error
+            self._refuse(f"{len(stored)} bytes are no ledger record")
+            return None
+        sealed, stored_hash = self._verify_named(record, stored)
+        if not sealed:
+            writer = record.writer[:WRITER_CHARS_MAX]
+            self._refuse(f"the seal of sequence {record.sequence}, said to be by {writer!r}, is not the ledger key's")
+            return None
         if not self._links(record):
             self.ignored += 1
+            if self._refused_here and self._is_beyond(record):
+                raise UnreadableRecord(
+                    f"{self._where}: the next record was refused, its seal is not the ledger key's, and sequence "
+                    f"{record.sequence} was built on it: it was damaged; restore the topic from its replica or a backup"
+                )
             return None
         if record.schema_version != SCHEMA_VERSION:
             raise UnreadableRecord(
                 f"partition {self.partition}, sequence {record.sequence}: schema version {record.schema_version} is not "
                 f"known here (this reader speaks {SCHEMA_VERSION}); upgrade this reader first"
             )
-        is_sealed, stored_hash = (True, record_hash(stored)) if self.seal_key is None else _verify(stored, self.seal_key)
-        if not is_sealed:
-            raise UnreadableRecord(
-                f"partition {self.partition}, sequence {record.sequence}: the seal is not the ledger key's; somebody else "
-                "wrote this record, or it was damaged: find out who can write to the ledger topic"
-            )
         self.generation = record.generation
         self.sequence = record.sequence
         self.record_hash = stored_hash
+        self._refused_here = False
         return record
+
+    @property
+    def _where(self) -> str:
+        return f"partition {self.partition}, after sequence {self.sequence}"
+
+    def _verify_named(self, record: LedgerRecord, stored: bytes) -> tuple[bool, bytes]:
+        if self.seal_key is None:
+            return True, record_hash(stored)
+        if isinstance(self.seal_key, bytes) and not record.seal_key_id:
+            return _verify(stored, self.seal_key)
+        try:
+            key = as_ring(self.seal_key).find(record.seal_key_id)
+        except UnknownKey:
+            raise UnreadableRecord(
+                f"{self._where}: the record is sealed with the key {record.seal_key_id[:64]!r}, which is not here: add it to "
+                "this reader's ring of seal keys; if no such key was ever made, add it as revoked, and the record is refused"
+            ) from None
+        return (False, b"") if key is None else _verify(stored, key)
+
+    def _refuse(self, why: str) -> None:
+        self.ignored += 1
+        self.refused += 1
+        self.refusal = f"{why}; somebody else wrote it, or it was damaged: find out who can write to the ledger topic"
+        self._refused_here = True
+
+    def _is_beyond(self, record: LedgerRecord) -> bool:
+        return (
+            record.partition == self.partition
+            and record.generation == (self.generation or record.generation)
+            and record.sequence > self.sequence + 1
+        )
 
     def _links(self, record: LedgerRecord) -> bool:
         if record.partition != self.partition:

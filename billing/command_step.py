@@ -5,16 +5,18 @@ from __future__ import annotations
 from billing.accounts import AccountState
 from billing.adjustments import adjust
 from billing.amounts import format_pico
-from billing.commands import CommandRefused, remembered_id, verify
+from billing.commands import CommandRefused, check_time, remembered_id, verify
 from billing.identity import partition_of
 from billing.invoice_step import finalize
+from billing.key_ring import Keys
 from billing.limits import ID_CHARS_MAX, KEY_BYTES_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
+from billing.registrations import register, registration_problem
 from billing.state import DAY_MS, LedgerState
 from billing.tenant_step import check_key, close_tenant, upsert_budget, upsert_project
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
-from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
+from billing.v1.alert_pb2 import ALERT_RULE_STALE_COMMAND, ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import (
     Command,
     InvoiceFinalization,
@@ -27,27 +29,34 @@ from billing.v1.command_pb2 import (
 )
 from billing.v1.ledger_pb2 import CommandApplied, LedgerRecord
 
+# By the field that was refused, who should hear of it.
+_ALERTS = {
+    "signature": (
+        ALERT_RULE_UNSIGNED_COMMAND,
+        "a command without a valid signature was refused; find out who can write to the command topic",
+    ),
+    "issued_ms": (
+        ALERT_RULE_STALE_COMMAND,
+        "a command that was signed too long ago, or for a time to come, was refused; find out who repeats commands",
+    ),
+}
 
-def apply_command(state: LedgerState, signed: SignedCommand, record: LedgerRecord, command_key: bytes) -> None:
+
+def apply_command(state: LedgerState, signed: SignedCommand, record: LedgerRecord, command_key: Keys) -> None:
     """Apply `signed` to `state` and state its effect in `record`."""
     applied = CommandApplied(command=signed.command, signature=signed.signature)
     try:
         command = verify(signed, command_key)
+        check_time(command, record.log_time_ms, state.settings.dedupe_horizon_ms, state.settings.future_reject_ms)
         remembered = remembered_id(command)
         if remembered in state.commands:
             raise CommandRefused(f"command_id: {command.command_id} was applied before; a repeat changes nothing")
         _dispatch(state, command, record, applied)
     except (CommandRefused, PriceBookRefused) as refused:
         applied.refusal = str(refused)
-        if applied.refusal.startswith("signature:"):
-            record.alerts.append(
-                Alert(
-                    rule=ALERT_RULE_UNSIGNED_COMMAND,
-                    severity=SEVERITY_CRITICAL,
-                    raised_ms=record.log_time_ms,
-                    summary="a command without a valid signature was refused; find out who can write to the command topic",
-                )
-            )
+        if told := _ALERTS.get(applied.refusal.partition(":")[0]):
+            rule, summary = told
+            record.alerts.append(Alert(rule=rule, severity=SEVERITY_CRITICAL, raised_ms=record.log_time_ms, summary=summary))
     else:
         applied.applied = True
         if remembered:
@@ -73,6 +82,11 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
             _upsert_key(state, command.key_upsert, record)
         case "price_book":
             _take_book(state, command.price_book, applied)
+        case "producer_upsert":
+            said = command.producer_upsert.registration
+            if problem := registration_problem(state.registrations, said):
+                raise CommandRefused(problem)
+            register(state.registrations, said, record)
         case "lease_request":
             _lease(state, command.lease_request, record, applied)
         case "lease_retirement":

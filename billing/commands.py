@@ -6,6 +6,7 @@ import hmac
 
 from google.protobuf.message import DecodeError
 
+from billing.key_ring import Keys, UnknownKey, as_ring, derived
 from billing.limits import ID_CHARS_MAX, SCHEMA_VERSION
 from billing.v1.command_pb2 import Command, SignedCommand
 
@@ -14,22 +15,23 @@ class CommandRefused(ValueError):
     """A command that must not be applied: the message names the field, the value and the mend."""
 
 
-def sign(command: Command, key: bytes) -> bytes:
+def sign(command: Command, keys: Keys) -> bytes:
     """The message for `billing.commands`: the command's bytes and their HMAC-SHA256."""
+    key_id, key = as_ring(keys).signing
     body = command.SerializeToString(deterministic=True)
-    return SignedCommand(command=body, signature=hmac.digest(key, body, "sha256")).SerializeToString()
+    return SignedCommand(command=body, signature=hmac.digest(key, body, "sha256"), key_id=key_id).SerializeToString()
 
 
-def lease_key(command_key: bytes) -> bytes:
+def lease_key(command_key: Keys) -> Keys:
     """What gateways sign their lease requests with: derived from the command key, and good for nothing else."""
-    return hmac.digest(command_key, b"taximeter lease requests", "sha256")
+    return derived(command_key, b"taximeter lease requests")
 
 
-def verify(signed: SignedCommand, key: bytes) -> Command:
+def verify(signed: SignedCommand, keys: Keys) -> Command:
     """The command inside. Raises CommandRefused if the signature, the version or the command itself is not good."""
     by_gateway = False
-    if not hmac.compare_digest(signed.signature, hmac.digest(key, signed.command, "sha256")):
-        by_gateway = hmac.compare_digest(signed.signature, hmac.digest(lease_key(key), signed.command, "sha256"))
+    if not _is_signed(signed, keys):
+        by_gateway = _is_signed(signed, lease_key(keys))
         if not by_gateway:
             raise CommandRefused("signature: is not the command key's; sign with the key that the ledger was founded with")
     try:
@@ -46,6 +48,34 @@ def verify(signed: SignedCommand, key: bytes) -> Command:
     if by_gateway and action != "lease_request":
         raise CommandRefused(f"signature: the lease key does not sign a {action}; sign with the command key")
     return command
+
+
+def _is_signed(signed: SignedCommand, keys: Keys) -> bool:
+    return hmac.compare_digest(signed.signature, hmac.digest(_named_key(signed, keys), signed.command, "sha256"))
+
+
+def _named_key(signed: SignedCommand, keys: Keys) -> bytes:
+    try:
+        key = as_ring(keys).find(signed.key_id)
+    except UnknownKey:
+        raise CommandRefused(
+            f"signature: names the command key {signed.key_id[:64]!r}, which the workers do not have; give it to them first"
+        ) from None
+    if key is None:
+        raise CommandRefused(f"signature: names the command key {signed.key_id[:64]!r}, which is revoked; sign with another")
+    return key
+
+
+def check_time(command: Command, log_time_ms: int, remembered_ms: int, ahead_ms: int) -> None:
+    """Refuse what was issued before the IDs that are remembered, or far ahead: a repeat of it would not be known as one."""
+    age_ms = log_time_ms - command.issued_ms
+    if age_ms > remembered_ms:
+        raise CommandRefused(
+            f"issued_ms: {command.issued_ms} is {age_ms} ms ago, and a command's ID is remembered for {remembered_ms} ms; "
+            "issue it anew if it is meant"
+        )
+    if -age_ms > ahead_ms:
+        raise CommandRefused(f"issued_ms: {command.issued_ms} is {-age_ms} ms ahead of the ledger; set the sender's clock")
 
 
 def remembered_id(command: Command) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from billing.chain import seal
 from billing.completeness import MISSING_GRACE_MS, SILENCE_MS
+from billing.key_ring import Keys
 from billing.limits import SCHEMA_VERSION
+from billing.registrations import EVERYONE
 from billing.release import folded
 from billing.state import DAY_MS, LedgerState
-from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan
+from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan, ProducerRegistration
 from billing.v1.ledger_pb2 import CorrectedEvent, Founding, InvoiceSeries, LedgerRecord
 
 GENERATION_BYTES = 16
@@ -35,6 +38,8 @@ class LedgerSettings:
     default_burst_tokens_floor: int = 1_000_000
     default_burst_factor: int = 10
     default_duplicate_flood_events: int = 1_000
+    # Usage is taken of registered producers alone, from the first event on; else until a command says so.
+    registered_producers_only: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.partitions <= 10_000:
@@ -70,14 +75,22 @@ class LedgerSettings:
 
 
 def found(
-    settings: LedgerSettings, partition: int, generation: bytes, founded_ms: int, seal_key: bytes, writer: str
+    settings: LedgerSettings, partition: int, generation: bytes, founded_ms: int, seal_key: Keys, writer: str
 ) -> tuple[LedgerRecord, bytes]:
     """The founding record of `partition` and its stored bytes. `generation` is 16 random bytes, one for all partitions."""
-    return _founding_record(settings.to_founding(founded_ms), partition, generation, founded_ms, seal_key, writer)
+    return _founding_record(
+        settings.to_founding(founded_ms),
+        partition,
+        generation,
+        founded_ms,
+        seal_key,
+        writer,
+        registrations=[ProducerRegistration(producer_id=EVERYONE, revoked=True)] if settings.registered_producers_only else (),
+    )
 
 
 def found_again(
-    state: LedgerState, generation: bytes, founded_ms: int, seal_key: bytes, writer: str
+    state: LedgerState, generation: bytes, founded_ms: int, seal_key: Keys, writer: str
 ) -> tuple[LedgerRecord, bytes]:
     """A founding record that carries on `state`, whose log is gone: the same settings, and the state stated in full.
 
@@ -92,7 +105,14 @@ def found_again(
     founding.predecessor.CopyFrom(LedgerPosition(generation=state.generation, sequence=state.sequence))
     founding.predecessor_hash = state.record_hash
     return _founding_record(
-        founding, state.partition, generation, max(founded_ms, state.log_time_ms), seal_key, writer, carried=state
+        founding,
+        state.partition,
+        generation,
+        max(founded_ms, state.log_time_ms),
+        seal_key,
+        writer,
+        carried=state,
+        registrations=state.registrations.all(),
     )
 
 
@@ -101,9 +121,11 @@ def _founding_record(
     partition: int,
     generation: bytes,
     log_time_ms: int,
-    seal_key: bytes,
+    seal_key: Keys,
     writer: str,
+    *,
     carried: LedgerState | None = None,
+    registrations: Iterable[ProducerRegistration] = (),
 ) -> tuple[LedgerRecord, bytes]:
     if len(generation) != GENERATION_BYTES:
         raise ValueError(f"generation: {len(generation)} bytes; give {GENERATION_BYTES} random ones")
@@ -116,6 +138,7 @@ def _founding_record(
         partition=partition,
         writer=writer,
         founding=founding,
+        registrations=registrations,
     )
     if carried is not None:
         record.accounts.extend(

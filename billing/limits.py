@@ -94,3 +94,12 @@ ADJUSTMENT_LINES_KEPT_MAX = 20_000
 ADJUSTMENT_NAMES_BYTES_MAX = 1_000_000
 CORRECTED_EVENTS_MAX = 1_000_000
 REJECTED_PAYLOAD_BYTES_MAX = 65_536
+# Of a ring of keys.
+KEY_ID_CHARS_MAX = 64
+KEYS_MAX = 100
+# Forged records that one record describes; and what is kept of one's claim of who wrote it.
+REFUSED_RECORDS_NAMED = 10
+WRITER_CHARS_MAX = 200
+# Registrations of producers, and their bytes: a founding record states all of them.
+REGISTRATIONS_MAX = 1_000
+REGISTRATIONS_BYTES_MAX = 500_000

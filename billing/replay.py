@@ -77,6 +77,8 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
         state.keys[key.key_id] = key
     for mark in record.producers:
         state.producers[mark.producer_id] = ProducerSequences.from_mark(mark)
+    for registration in record.registrations:
+        state.registrations.set(registration)
     for total in record.totals:
         window_key = key_of(total.key)
         window = Window.from_total(total)

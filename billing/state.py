@@ -15,6 +15,7 @@ from billing.period_lines import KEPT_MS as LINES_KEPT_MS
 from billing.period_lines import PeriodLines
 from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
+from billing.registrations import Registrations
 from billing.sequences import ProducerSequences
 from billing.v1.account_pb2 import ApiKey, Project
 from billing.v1.ledger_pb2 import Founding
@@ -105,6 +106,7 @@ class LedgerState:
         self.accounts: dict[str, AccountState] = {}
         self.keys: dict[str, ApiKey] = {}
         self.windows: dict[Key, Window] = {}
+        self.registrations = Registrations()
         self.producers: dict[str, ProducerSequences] = {}
         self.leases = Leases()
         self.quantities = Quantities()
@@ -216,6 +218,8 @@ class LedgerState:
             add(window.to_total().SerializeToString(deterministic=True), window.release_minute)
         for producer_id in sorted(self.producers):
             add(self.producers[producer_id].to_mark().SerializeToString(deterministic=True))
+        for registration in self.registrations.all():
+            add(registration.SerializeToString(deterministic=True))
         for lease in self.leases:
             add(lease.to_lease(b"", 0).SerializeToString(deterministic=True))
         for quantities in self.quantities.all():

@@ -9,24 +9,28 @@ state away and starts over from the log.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
 from billing import chain, completeness
 from billing.command_step import apply_command
+from billing.key_ring import Keys, as_ring
 from billing.limits import (
     BATCH_BYTES_MAX,
     BATCH_EVENTS_MAX,
     REJECTED_PAYLOAD_BYTES_MAX,
     SCHEMA_VERSION,
 )
+from billing.registrations import alert_refused, forward_key, permission, sign_batch
 from billing.release import release_due
 from billing.state import DAY_MS, LedgerState
 from billing.usage_step import Forward, apply_usage
 from billing.v1.account_pb2 import LedgerPosition
+from billing.v1.alert_pb2 import ALERT_RULE_FORGED_RECORD, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import SignedCommand
-from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, Rejected, SnapshotTaken, Tick
+from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, RefusedRecord, Rejected, SnapshotTaken, Tick
 from billing.v1.usage_pb2 import UsageBatch
 
 
@@ -34,8 +38,8 @@ from billing.v1.usage_pb2 import UsageBatch
 class LedgerKeys:
     """The installation's secrets that a step uses: what seals records, and what commands are signed with."""
 
-    seal_key: bytes = field(repr=False)
-    command_key: bytes = field(repr=False)
+    seal_key: Keys = field(repr=False)
+    command_key: Keys = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,13 @@ class CommandInput:
 
 @dataclass(frozen=True, slots=True)
 class TickInput:
-    """No message: time has passed. It may announce a snapshot that was taken meanwhile."""
+    """No message: time has passed. It may announce a snapshot that was taken meanwhile, and what was found in the log that the
+    ledger's key did not seal: some of it, and how much there was in all.
+    """
 
     snapshot: SnapshotTaken | None = None
+    refused: Sequence[RefusedRecord] = ()
+    refused_records: int = 0
 
 
 Input = UsageInput | CommandInput | TickInput
@@ -103,7 +111,7 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
     forwards: list[Forward] = []
     match source:
         case UsageInput():
-            forwards = _usage(state, source, record)
+            forwards = _usage(state, source, record, keys)
         case CommandInput():
             _command(state, source, record, keys.command_key)
         case TickInput():
@@ -139,7 +147,7 @@ def _state_accounts(state: LedgerState, record: LedgerRecord) -> None:
         record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
 
 
-def _usage(state: LedgerState, source: UsageInput, record: LedgerRecord) -> list[Forward]:
+def _usage(state: LedgerState, source: UsageInput, record: LedgerRecord, keys: LedgerKeys) -> list[Forward]:
     if len(source.value) > BATCH_BYTES_MAX:
         _reject(record, source, f"batch: {len(source.value)} bytes; send at most {BATCH_BYTES_MAX}")
         return []
@@ -159,10 +167,21 @@ def _usage(state: LedgerState, source: UsageInput, record: LedgerRecord) -> list
     if len(batch.events) > BATCH_EVENTS_MAX:
         _reject(record, source, f"events: {len(batch.events)} in one batch; send at most {BATCH_EVENTS_MAX}")
         return []
-    return apply_usage(state, source.value, batch, record)
+    permitted = permission(state.registrations, batch, source.value, keys.command_key, keys.seal_key)
+    if permitted.refusal:
+        # Its numbers are not marked as taken: the producer keeps it.
+        _reject(record, source, permitted.refusal)
+        cooldown_ms = state.settings.alert_cooldown_ms
+        alert_refused(record, state.registrations, permitted, batch.producer_id, cooldown_ms, events=len(batch.events))
+        return []
+    forwards = apply_usage(state, source.value, batch, record, permitted)
+    if not forwards:
+        return forwards
+    _, key = as_ring(forward_key(keys.seal_key)).signing
+    return [Forward(each.partition, sign_batch(each.value, key)) for each in forwards]
 
 
-def _command(state: LedgerState, source: CommandInput, record: LedgerRecord, command_key: bytes) -> None:
+def _command(state: LedgerState, source: CommandInput, record: LedgerRecord, command_key: Keys) -> None:
     if len(source.value) > BATCH_BYTES_MAX:
         _reject(record, source, f"command: {len(source.value)} bytes; send at most {BATCH_BYTES_MAX}")
         return
@@ -181,7 +200,27 @@ def _tick(state: LedgerState, source: TickInput, record: LedgerRecord) -> None:
         state.seen.expire(through_day)
         state.expired_through_day = through_day
         state.forget(record.log_time_ms)
-    record.tick.CopyFrom(Tick(expired_through_day=state.expired_through_day, snapshot=source.snapshot))
+    record.tick.CopyFrom(
+        Tick(
+            expired_through_day=state.expired_through_day,
+            snapshot=source.snapshot,
+            refused=source.refused,
+            refused_records=source.refused_records,
+        )
+    )
+    if source.refused:
+        first = source.refused[0]
+        record.alerts.append(
+            Alert(
+                rule=ALERT_RULE_FORGED_RECORD,
+                severity=SEVERITY_CRITICAL,
+                raised_ms=record.log_time_ms,
+                summary=f"{source.refused_records} message(s) in the ledger's log were refused; the first, at offset "
+                f"{first.offset}: {first.reason}",
+                figures={"records": source.refused_records, "first_offset": first.offset},
+                labels={"partition": str(state.partition)},
+            )
+        )
 
 
 def _reject(record: LedgerRecord, source: UsageInput | CommandInput, reason: str) -> None:

@@ -18,10 +18,11 @@ from billing.amounts import to_amount
 from billing.budget_step import charge_budgets
 from billing.identity import identities, partition_of
 from billing.leases import Leases
-from billing.limits import BATCH_BYTES_MAX, RELEASED_LEASES_MAX, SCHEMA_VERSION, WINDOW_PARTS_HARD_MAX
+from billing.limits import BATCH_BYTES_MAX, ID_CHARS_MAX, RELEASED_LEASES_MAX, SCHEMA_VERSION, WINDOW_PARTS_HARD_MAX
 from billing.line_parts import add_rated
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
+from billing.registrations import SIGNATURE_BYTES, Permission, alert_refused
 from billing.release import release
 from billing.schedules import Part
 from billing.sequences import ProducerSequences, is_numbered
@@ -31,6 +32,7 @@ from billing.usage_columns import UsageColumns
 from billing.v1.ledger_pb2 import (
     DROP_REASON_CONFLICT,
     DROP_REASON_DUPLICATE,
+    DROP_REASON_FOREIGN_TENANT,
     DROP_REASON_FORWARDED,
     DROP_REASON_INVALID,
     DROP_REASON_TOO_FAR_IN_FUTURE,
@@ -65,7 +67,7 @@ class Forward:
 class _Batch:
     """One batch on its way into the state: its columns, and what came of it."""
 
-    def __init__(self, state: LedgerState, value: bytes, batch: UsageBatch, log_time_ms: int) -> None:
+    def __init__(self, state: LedgerState, value: bytes, batch: UsageBatch, log_time_ms: int, permitted: Permission) -> None:
         columns = UsageColumns(value, batch)
         self.state = state
         self.forwarded = batch.forwarded
@@ -74,6 +76,8 @@ class _Batch:
         self.events = columns.events
         self.raws = columns.raws
         self.tenant_ids = columns.tenant_ids
+        # Tenants that the producer may not bill.
+        self.foreign = permitted.foreign(columns.tenant_ids)
         self.request_ids = columns.request_ids
         self.ended_ms = columns.ended_ms
         self.with_units = columns.with_units
@@ -113,6 +117,7 @@ class _Batch:
             and columns.last_ended_ms <= self.log_time_ms + settings.future_alert_ms
             and columns.first_ended_ms >= self.log_time_ms - settings.dedupe_horizon_ms
             and all(map(self._lives_here, set(self.tenant_ids)))
+            and not self.foreign
         ):
             return range(count)
         return self._admit_each(known)
@@ -127,6 +132,14 @@ class _Batch:
         alert_after_ms = self.log_time_ms + self.state.settings.future_alert_ms
         oldest_ms = self.log_time_ms - self.state.settings.dedupe_horizon_ms
         for index, digest in enumerate(self.digests):
+            if self.tenant_ids[index] in self.foreign:
+                self._drop(
+                    index,
+                    DROP_REASON_FOREIGN_TENANT,
+                    f"tenant_id: {self.tenant_ids[index][:ID_CHARS_MAX]!r} is not one that this producer is registered for; "
+                    "register it for the tenant, and import the event",
+                )
+                continue
             before = known[index] or fresh.get(digest)
             # What is remembered was well formed and in its place when it came: the cheap question comes first.
             if before is not None and before == self.fingerprints[index]:
@@ -417,10 +430,12 @@ class _Batch:
         record.alerts.extend(rules.alerts)
 
 
-def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, record: LedgerRecord) -> list[Forward]:
+def apply_usage(
+    state: LedgerState, value: bytes, batch: UsageBatch, record: LedgerRecord, permitted: Permission
+) -> list[Forward]:
     """Apply a decoded batch (its bytes: `value`) to `state`, state its effect in `record`, return what must be sent on."""
     record.usage.batch = value
-    work = _Batch(state, value, batch, record.log_time_ms)
+    work = _Batch(state, value, batch, record.log_time_ms, permitted)
     admitted = work.admit()
     if admitted:
         work.charge(admitted, record)
@@ -433,6 +448,18 @@ def apply_usage(state: LedgerState, value: bytes, batch: UsageBatch, record: Led
     record.usage.conflicts = work.conflicts
     released = _mark(state, batch, record) if is_numbered(batch) else set()
     work.judge(record)
+    if work.foreign:
+        foreign = [index for index, tenant_id in enumerate(work.tenant_ids) if tenant_id in work.foreign]
+        alert_refused(
+            record,
+            state.registrations,
+            permitted,
+            batch.producer_id,
+            state.settings.alert_cooldown_ms,
+            tenant_ids=sorted(work.foreign),
+            request_ids=[work.request_ids[index] for index in foreign],
+            events=len(foreign),
+        )
     for tenant_id in sorted(released - work.evidence.keys()):
         account = state.accounts[tenant_id]
         record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
@@ -458,7 +485,7 @@ def _forwards(partition: int, raws: list[bytes]) -> list[Forward]:
     """
     head = UsageBatch(schema_version=SCHEMA_VERSION, forwarded=True).SerializeToString()
     value = head + RawUsageBatch(events=raws).SerializeToString()
-    if len(value) <= BATCH_BYTES_MAX or len(raws) == 1:
+    if len(value) + SIGNATURE_BYTES <= BATCH_BYTES_MAX or len(raws) == 1:
         return [Forward(partition, value)]
     middle = len(raws) // 2
     return _forwards(partition, raws[:middle]) + _forwards(partition, raws[middle:])

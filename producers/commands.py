@@ -17,6 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from billing.commands import sign
 from billing.identity import partition_of
+from billing.key_ring import Keys
 from billing.limits import ID_CHARS_MAX, SCHEMA_VERSION
 from billing.v1.command_pb2 import Command, LeaseRequest
 from producers.errors import CommandNotSent
@@ -49,7 +50,7 @@ def tenant_of(command: Command) -> str | None:
         raise ValueError(
             f"command_id: {command.command_id!r}; give it 1 to {ID_CHARS_MAX} characters, they make a repeat harmless"
         )
-    if action in ("price_book", "lease_retirement"):
+    if action in ("price_book", "lease_retirement", "producer_upsert"):
         return None
     tenant = {
         "credit_grant": command.credit_grant.tenant_id,
@@ -69,7 +70,7 @@ def tenant_of(command: Command) -> str | None:
 class CommandSender:
     """Sends commands one after the other. Each `send` has a connection of its own: commands are rare, brokers come and go."""
 
-    def __init__(self, settings: CommandSettings, key: bytes) -> None:
+    def __init__(self, settings: CommandSettings, key: Keys) -> None:
         """`key` is the installation's command key; the ledger refuses a command that was signed with another."""
         self.settings = settings
         self._key = key
@@ -133,7 +134,7 @@ class LeaseSender:
     A request that is lost is no harm: the keeper of leases asks again. `send` may be called from one thread at a time.
     """
 
-    def __init__(self, settings: CommandSettings, key: bytes) -> None:
+    def __init__(self, settings: CommandSettings, key: Keys) -> None:
         """`key` is the lease key: see `billing.commands.lease_key`."""
         self.lost = 0
         self._settings = settings

@@ -51,10 +51,11 @@ _FREE_RETRY_S = 1.0
 
 @dataclass(frozen=True)
 class JournalSettings:
-    """Bounds and identity. `producer_id` empty: one is made and kept in the journal."""
+    """Bounds and identity. `producer_id` empty: one is made, which begins with the prefix, and kept in the journal."""
 
     partitions: int
     producer_id: str = ""
+    producer_id_prefix: str = ""
     journal_bytes_max: int = 1 << 30
     # Of events that wait in memory for the disk.
     pending_bytes_max: int = 64 << 20
@@ -63,6 +64,8 @@ class JournalSettings:
         for name in ("partitions", "journal_bytes_max", "pending_bytes_max"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: set it to 1 or more")
+        if len(self.producer_id_prefix) > ID_CHARS_MAX // 2:
+            raise ValueError(f"producer_id_prefix: {len(self.producer_id_prefix)} characters; set at most {ID_CHARS_MAX // 2}")
         if len(self.producer_id) > ID_CHARS_MAX:
             raise ValueError(f"producer_id: {len(self.producer_id)} characters; set at most {ID_CHARS_MAX}")
 
@@ -297,7 +300,7 @@ class Journal:
                 f"set it back, or begin a new journal once this one has been published"
             )
         noted_id = store.mark("producer_id")
-        producer_id = settings.producer_id or noted_id or secrets.token_hex(16)
+        producer_id = settings.producer_id or noted_id or settings.producer_id_prefix + secrets.token_hex(16)
         if numbered and noted_id != producer_id:
             raise JournalMismatch(
                 f"producer_id={producer_id}: the journal {self.path} numbers its events as {noted_id}; "

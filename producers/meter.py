@@ -32,6 +32,7 @@ class MeterSettings:
     journal_path: Path
     partitions: int
     producer_id: str = ""
+    producer_id_prefix: str = ""
     journal_bytes_max: int = 1 << 30
     pending_bytes_max: int = 64 << 20
 
@@ -47,6 +48,7 @@ class UsageMeter:
             JournalSettings(
                 partitions=settings.partitions,
                 producer_id=settings.producer_id,
+                producer_id_prefix=settings.producer_id_prefix,
                 journal_bytes_max=settings.journal_bytes_max,
                 pending_bytes_max=settings.pending_bytes_max,
             ),

@@ -24,6 +24,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from billing.identity import partition_of
 from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, SCHEMA_VERSION
+from billing.registrations import sign_batch
 from billing.v1.account_pb2 import Progress
 from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
 from producers.delivery import Delivery
@@ -61,6 +62,8 @@ class PublisherSettings:
     # At the start, how long to wait for the ledger's word on what was sent before.
     progress_wait_s: float = 10.0
     security: Mapping[str, str] = field(default_factory=dict, repr=False)
+    # Of the producer's registration: batches are signed with it. Empty: they are not.
+    key: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         for name, lowest, highest in (
@@ -325,6 +328,8 @@ class Publisher:
         header.schema_version = SCHEMA_VERSION
         header.producer_id = self._journal.producer_id
         value = header.SerializeToString() + events
+        if self.settings.key:
+            value = sign_batch(value, self.settings.key)
         on_delivery = partial(self._on_delivery, delivery, delivery.epoch, header.first_sequence, last, count, len(value))
         try:
             producer.produce(self.settings.topic, value=value, partition=delivery.partition, on_delivery=on_delivery)

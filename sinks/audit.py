@@ -16,7 +16,9 @@ from decimal import Decimal
 from typing import cast
 
 from billing.chain import Chain, UnreadableRecord, record_hash
+from billing.key_ring import Keys
 from billing.v1.usage_pb2 import UsageEvent
+from sinks.anchors import Anchor, by_place
 from sinks.audit_invoices import InvoiceRows
 from sinks.columns import version_of
 from sinks.engine import Reader, decimal_to_pico
@@ -45,6 +47,7 @@ class AuditReport:
     windows: int = 0
     accounts: int = 0
     invoices: int = 0
+    anchors: int = 0
 
     @property
     def clean(self) -> bool:
@@ -53,26 +56,47 @@ class AuditReport:
 
 def audit(
     reader: Reader,
-    seal_key: bytes | None = None,
+    seal_key: Keys | None = None,
     *,
+    anchors: Sequence[Anchor] = (),
     findings_max: int = 1_000,
     on_progress: Callable[[AuditReport], None] | None = None,
 ) -> AuditReport:
-    """Compare everything. Stops early once there are `findings_max` findings: then something is wrong as a whole."""
+    """Compare everything, the chains' heads as they were with `anchors` too.
+
+    Stops early once there are `findings_max` findings: then something is wrong as a whole.
+    """
     report = AuditReport()
-    for position in freshness(reader):
-        partition = _PartitionAudit(reader, seal_key, position, report)
+    positions = freshness(reader)
+    present = {position.partition for position in positions}
+    for position in positions:
+        partition = _PartitionAudit(reader, seal_key, position, report, by_place(anchors, position.partition))
         for _ in partition.run():
             if on_progress is not None:
                 on_progress(report)
             if len(report.findings) >= findings_max:
                 return report
         report.partitions += 1
+    for anchor in anchors:
+        if anchor.partition not in present:
+            report.findings.append(_missing(anchor))
     return report
 
 
+def _missing(anchor: Anchor) -> Finding:
+    subject = f"anchor of generation {anchor.generation[:12]}, sequence {anchor.sequence}"
+    return Finding("anchor_missing", anchor.partition, subject, anchor.record_hash, "no such record in the archive")
+
+
 class _PartitionAudit:
-    def __init__(self, reader: Reader, seal_key: bytes | None, position: Freshness, report: AuditReport) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        seal_key: Keys | None,
+        position: Freshness,
+        report: AuditReport,
+        anchors: dict[tuple[str, int], Anchor],
+    ) -> None:
         self._reader = reader
         self._position = position
         self._report = report
@@ -80,6 +104,8 @@ class _PartitionAudit:
         self._chain = Chain(position.partition, seal_key)
         self._ordinal = 0
         self._last_hash = ""
+        # Those whose record has not been seen yet.
+        self._anchors = anchors
         self.recomputed = Recomputed(position.partition)
         self._repeated: dict[str, int] = {}
 
@@ -103,6 +129,7 @@ class _PartitionAudit:
         self._compare_accounts()
         self._compare_counts()
         self._compare_bills()
+        self._report.findings += map(_missing, self._anchors.values())
         yield
 
     # -- the chain ------------------------------------------------------------------------------------------------------
@@ -155,11 +182,19 @@ class _PartitionAudit:
         except UnreadableRecord as error:
             self._differs("record_unreadable", subject, "a sealed ledger record", str(error))
             return False
+        if self._chain.refusal:
+            self._differs("record_unreadable", subject, "a sealed ledger record", self._chain.refusal)
+            return False
         if record is None:
             self._differs(
                 "link_broken", subject, f"the record after {self._chain.sequence}", f"sequence {sequence}, other links"
             )
             return False
+        anchor = self._anchors.pop((record.generation.hex(), record.sequence), None)
+        if anchor is not None:
+            self._report.anchors += 1
+            if anchor.record_hash != found_hash:
+                self._differs("anchor_differs", subject, anchor.record_hash, found_hash)
         self._last_hash = found_hash
         self._ordinal = ordinal
         expected += self.recomputed.take(record)

@@ -5,6 +5,7 @@ SinkError
 │   └── EngineUnavailable  the engine is away, overloaded or out of time: the same statement may work later
 ├── ParameterError         a query's parameters do not fit its text
 ├── SchemaError            the database's schema is not the one that this version knows
+├── AnchorError            the file of anchors cannot be read or written, or is not as it was written
 └── LedgerError            the ledger cannot be followed from where this sink stands
     ├── LedgerGap          records between this sink's position and the log are missing from the log
     └── LedgerUnavailable  Kafka is away or slow; the same may work later
@@ -17,6 +18,7 @@ DISK_FULL = "No space left on device"
 
 __all__ = [
     "DISK_FULL",
+    "AnchorError",
     "EngineError",
     "EngineUnavailable",
     "LedgerError",
@@ -46,6 +48,10 @@ class ParameterError(SinkError, ValueError):
 
 class SchemaError(SinkError):
     """The database was made by another version, or a migration file was edited after it was applied."""
+
+
+class AnchorError(SinkError):
+    """The file of anchors is not as it was written, or cannot be read or written; the text names the line."""
 
 
 class LedgerError(SinkError):

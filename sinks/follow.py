@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from billing.chain import Chain
+from google.protobuf.message import DecodeError
+
+from billing.chain import Chain, is_sealed
+from billing.key_ring import Keys
 from billing.v1.account_pb2 import LedgerPosition
 from billing.v1.ledger_pb2 import Founding, LedgerRecord
 from sinks.columns import NO_OFFSET, Accepted
@@ -29,7 +32,7 @@ class Follower:
     missing here for good, and `audit` says so.
     """
 
-    def __init__(self, partition: int, position: Position | None, seal_key: bytes | None, *, accept_gap: bool = False) -> None:
+    def __init__(self, partition: int, position: Position | None, seal_key: Keys | None, *, accept_gap: bool = False) -> None:
         self._chain = Chain(partition, seal_key)
         self._ordinal = 0
         self._accept_gap = accept_gap
@@ -60,6 +63,20 @@ class Follower:
     def ignored(self) -> int:
         """Records that were not ours to accept: a zombie's, repeats, another fork's."""
         return self._chain.ignored
+
+    @property
+    def refused(self) -> int:
+        """Of those, what the ledger's key did not seal."""
+        return self._chain.refused
+
+    @property
+    def refusal(self) -> str:
+        """Why the last record was refused, if it was for its seal."""
+        return self._chain.refusal
+
+    def is_own(self, stored: bytes) -> bool:
+        """Whether one of this sink's keys sealed it; a sink without keys takes it as it is."""
+        return self._chain.seal_key is None or is_sealed(stored, self._chain.seal_key)
 
     def __str__(self) -> str:
         return describe(self._chain.generation, self._chain.sequence)
@@ -105,14 +122,18 @@ def generation_of(stored: bytes) -> bytes:
 
 
 def _founding(stored: bytes) -> Founding | None:
-    record = LedgerRecord.FromString(stored)
+    try:
+        record = LedgerRecord.FromString(stored)
+    except DecodeError:
+        # The chain says what it is.
+        return None
     return record.founding if record.WhichOneof("source") == "founding" else None
 
 
 def feed(
     engine: Engine,
     records: Iterable[bytes],
-    seal_key: bytes | None,
+    seal_key: Keys | None,
     *,
     usage_topic: str = "usage.events",
     accept_gap: bool = False,

@@ -44,12 +44,14 @@ def locate(consumer: Consumer, topic: str, follower: Follower, ledger_offset: in
     if not follower.generation:
         for message in _read(consumer, log, log.first_offset, timeout_s):
             _check_begins(log, message)
+            _check_key(log, message, follower)
             break
         return log.first_offset
     if log.first_offset <= ledger_offset < log.end_offset:
         for message in _read(consumer, log, ledger_offset, timeout_s):
             stored = message.value()
             if stored is not None and record_hash(stored) == follower.record_hash:
+                _check_key(log, message, follower)
                 return ledger_offset + 1
             break
     return _search(consumer, log, follower, timeout_s)
@@ -79,6 +81,15 @@ def _check_begins(log: _Log, message: Message) -> None:
         )
 
 
+def _check_key(log: _Log, message: Message, follower: Follower) -> None:
+    """A sink with another key than the ledger's would refuse everything, for ever."""
+    if not follower.is_own(message.value() or b""):
+        raise LedgerError(
+            f"{log}: the record at offset {message.offset()} is sealed with another key than this sink's: give it the "
+            "installation's seal key (ledger.seal_key), the older ones too"
+        )
+
+
 def _search(consumer: Consumer, log: _Log, follower: Follower, timeout_s: float) -> int:
     """Look through the whole log for the database's record, or for the founding record that carries on from it."""
     first: LedgerRecord | None = None
@@ -91,6 +102,7 @@ def _search(consumer: Consumer, log: _Log, follower: Follower, timeout_s: float)
         first = first or record
         if record.generation == follower.generation:
             if record.sequence == follower.sequence and record_hash(stored) == follower.record_hash:
+                _check_key(log, message, follower)
                 return offset + 1
             last_sequence = max(last_sequence, record.sequence)
         if record.WhichOneof("source") == "founding":
@@ -101,6 +113,7 @@ def _search(consumer: Consumer, log: _Log, follower: Follower, timeout_s: float)
                 and founding.predecessor.sequence == follower.sequence
                 and founding.predecessor_hash == follower.record_hash
             ):
+                _check_key(log, message, follower)
                 return offset
     raise _not_found(log, follower, first, last_sequence, foundings)
 

@@ -5,8 +5,9 @@ bounded by three batches. Many records in few batches are what ClickHouse likes,
 third thread shows the accounts of the batch that is being collected, unless the sink has to catch up. Now and then a fourth
 one sums by day what is over (`day_totals`).
 ClickHouse away: the writing thread waits and repeats, the reading one stops at its bound, nothing is shown.
-Kafka away: the reading thread waits. A record that cannot be read, a log that does not fit the database (one that was cut and
-written on while the sink ran, too), a refused insert: the sink ends with the error; it never skips.
+Kafka away: the reading thread waits. What the ledger's key did not seal is refused, and told. A record that cannot be read
+though it must be, a log that does not fit the database (one that was cut and written on while the sink ran, too), a refused
+insert: the sink ends with the error; it never skips.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sinks.collecting import Collected
 from sinks.columns import NO_OFFSET, Accepted
 from sinks.day_totals import sum_days
 from sinks.engine import Engine
-from sinks.errors import EngineUnavailable, LedgerError, LedgerUnavailable, SinkError
+from sinks.errors import EngineUnavailable, LedgerUnavailable, SinkError
 from sinks.follow import Follower, generation_of
 from sinks.locate import locate
 from sinks.progress import ProgressPublisher
@@ -133,6 +134,7 @@ class _Sink:
         # zombie's doing, the log being the one that we follow.
         self._doubted_s: dict[int, float] = {}
         self._last_ignored: dict[int, int] = {}
+        self._last_refused: dict[int, int] = {}
         self._cleared: dict[int, int] = {}
         self._ready: queue.Queue[Prepared] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
@@ -238,20 +240,22 @@ class _Sink:
         assert offset is not None
         follower = self._followers[partition]
         if stored is None:
-            raise LedgerError(
-                f"{self._settings.ledger_topic}[{partition}] offset {offset}: a record without a value; "
-                "the topic must not be compacted"
-            )
+            # Compaction leaves the like, and anybody can write it: it has no seal either.
+            stored = b""
         entry = follower.accept(stored, offset)
         if entry is not None:
             self._offsets[partition] = offset
             self._doubted_s.pop(partition, None)
             return entry
-        self._status.ignored(partition, follower.ignored)
+        self._status.ignored(partition, follower.ignored, follower.refused)
         self._last_ignored[partition] = offset
+        if follower.refusal and offset > self._last_refused.get(partition, NO_OFFSET):
+            self._last_refused[partition] = offset
+            _LOG.error("%s[%d]: offset %d was refused: %s", self._settings.ledger_topic, partition, offset, follower.refusal)
         if offset > self._cleared.get(partition, NO_OFFSET):
             self._doubted_s.setdefault(partition, time.monotonic())
-        self._look_at_foreign(follower, stored)
+        if not follower.refusal:
+            self._look_at_foreign(follower, stored)
         return None
 
     def _look_at_doubts(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from billing.key_ring import Keys
+
 __all__ = ["SinkSettings"]
 
 
@@ -19,7 +21,7 @@ class SinkSettings:
     # None: all of the topic's.
     partitions: tuple[int, ...] | None = None
     # None: links are checked, seals are not.
-    seal_key: bytes | None = field(default=None, repr=False)
+    seal_key: Keys | None = field(default=None, repr=False)
     # Names this reader in usage.progress: reader/<name>/<partition>.
     name: str = "sink/clickhouse"
     # librdkafka's own names (security.protocol, sasl.*, ssl.*).

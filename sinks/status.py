@@ -16,6 +16,7 @@ class SinkStatus:
         self._lock = threading.Lock()
         self._positions: dict[int, Position] = {}
         self._ignored: dict[int, int] = {}
+        self._refused: dict[int, int] = {}
         self._waiting = ""
         self._changed = threading.Condition(self._lock)
 
@@ -25,9 +26,11 @@ class SinkStatus:
                 self._positions[partition] = position
             self._changed.notify_all()
 
-    def ignored(self, partition: int, records: int) -> None:
+    def ignored(self, partition: int, records: int, refused: int) -> None:
+        """How many in all, and how many of them the ledger's key did not seal."""
         with self._lock:
             self._ignored[partition] = records
+            self._refused[partition] = refused
 
     def waiting(self, reason: str) -> None:
         """Empty: not any more."""
@@ -59,5 +62,6 @@ class SinkStatus:
                     for partition, position in sorted(self._positions.items())
                 },
                 "ignored_records": {str(partition): count for partition, count in sorted(self._ignored.items())},
+                "refused_records": {str(partition): count for partition, count in sorted(self._refused.items())},
                 "waiting_for": self._waiting,
             }

@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from billing import replay
-from billing.chain import Chain, UnreadableRecord
+from billing.chain import Chain, UnreadableRecord, record_hash
+from billing.limits import REFUSED_RECORDS_NAMED
 from billing.state import LedgerState
 from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
-from billing.v1.ledger_pb2 import LedgerRecord, SnapshotTaken
+from billing.v1.ledger_pb2 import LedgerRecord, RefusedRecord, SnapshotTaken
 from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefused
 from stream_processors.local_store import Acknowledged, LocalStore
 from stream_processors.log_place import Standing, find_place
@@ -104,6 +105,9 @@ class LedgerHost:
         self.state = LedgerState(store.seen)
         self.replayed_records = 0
         self.ignored_records = 0
+        # Of those, what the ledger's key did not seal; and what of it no record has told yet.
+        self.refused_records = 0
+        self._refused: list[RefusedRecord] = []
         self.acknowledged_records = 0
         # Of records that were replayed or acknowledged here.
         self.logged_bytes = 0
@@ -171,6 +175,11 @@ class LedgerHost:
                 "disk take snapshots (ledger.snapshot_url), and give this one the same"
             )
         if not self.state.founded:
+            if follow.refused:
+                raise RefusedToStart(
+                    f"{self.where}: {follow.refused} records are sealed with another key than this worker's, and none "
+                    "with it: give it the installation's seal key (ledger.seal_key)"
+                )
             raise RefusedToStart(
                 f"{self.where} holds no founding record ({end - first} messages from offset {first}); run: taximeter topics "
                 "apply. If there was a ledger before, restore the topic first"
@@ -182,6 +191,7 @@ class LedgerHost:
                 f"{self._settings.partitions}; tenants would move: give the topics {founded_with} partitions again"
             )
         self.ignored_records += follow.ignored
+        self.refused_records += follow.refused
         self._next_offset = end
         self._owned = True
         logger.info(
@@ -220,7 +230,12 @@ class LedgerHost:
             for offset, stored in chunk:
                 record = follow.accept(stored)
                 if record is None:
+                    if follow.refusal:
+                        self._refuse(offset, stored, follow.refusal)
                     continue
+                if record.tick.refused:
+                    told = record.tick.refused[-1].offset
+                    self._refused = [refused for refused in self._refused if refused.offset > told]
                 self._compare_announced(record.tick.snapshot)
                 if len(pending) >= _REPLAY_RECORDS_MAX or record.sequence == 0:
                     self._replay_together(pending)
@@ -228,6 +243,10 @@ class LedgerHost:
                     await asyncio.sleep(0)  # heartbeats go on
                 pending.append(Acknowledged(record, stored, offset, follow.record_hash))
         self._replay_together(pending)
+
+    def _refuse(self, offset: int, stored: bytes, reason: str) -> None:
+        logger.error("%s: offset %d was refused: %s", self.where, offset, reason)
+        self._refused.append(RefusedRecord(offset=offset, hash=record_hash(stored), reason=reason))
 
     def _compare_announced(self, announced: SnapshotTaken) -> None:
         restored = self._restored
@@ -277,8 +296,15 @@ class LedgerHost:
             self._writer.write(self._settings.ledger_topic, self.partition, result.stored, self._on_delivered, time_ms=time_ms)
 
     async def tick(self) -> None:
-        """Let time pass: windows close, keys expire. Skipped while records are on their way; they carry the time."""
-        if self.owned and not self._in_flight and not self._turn.locked():
+        """Let time pass: windows close, keys expire. Skipped while records are on their way; they carry the time.
+
+        What the takeover refused is told in any case: its record raises the alert.
+        """
+        if self.owned and self._refused:
+            refused, self._refused = self._refused, []
+            named = refused if len(refused) <= REFUSED_RECORDS_NAMED else [*refused[: REFUSED_RECORDS_NAMED - 1], refused[-1]]
+            await self.handle(TickInput(refused=named, refused_records=len(refused)), _nothing)
+        elif self.owned and not self._in_flight and not self._turn.locked():
             await self.handle(TickInput(), _nothing)
 
     async def announce(self, snapshot: SnapshotTaken) -> None:

@@ -12,10 +12,10 @@ In embedded mode, where the broker forgets everything with a restart, the store 
 sink has not confirmed, so that the sink can be fed the missing tail from here.
 
 Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
-windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, c command IDs, l leases, q
-quantities of periods, i periods' lines that no invoice has, j series of invoices, g credit grants, e what else there is to a
-tenant's credit, d budgets, r projects, x corrected events, s runs of the dedupe memory, b dedupe keys that are in no run yet
-(by sequence), u unconfirmed records (by sequence). `store_names` makes those of what a record states.
+windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, t their registrations, c
+command IDs, l leases, q quantities of periods, i periods' lines that no invoice has, j series of invoices, g credit grants, e
+what else there is to a tenant's credit, d budgets, r projects, x corrected events, s runs of the dedupe memory, b dedupe keys
+that are in no run yet (by sequence), u unconfirmed records (by sequence). `store_names` makes those of what a record states.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS
 from billing.sequences import ProducerSequences
 from billing.state import CORRECTED_KEPT_MS, Corrected, LedgerState, SeriesHead
-from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, LedgerPosition, Progress, Project
+from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, LedgerPosition, ProducerRegistration, Progress, Project
 from billing.v1.command_pb2 import Command, PriceBook
 from billing.v1.invoice_pb2 import PeriodLine
 from billing.v1.ledger_pb2 import (
@@ -224,6 +224,8 @@ class LocalStore:
         for _, value in self._range(b"n"):
             mark = ProducerMark.FromString(value)
             state.producers[mark.producer_id] = ProducerSequences.from_mark(mark)
+        for _, value in self._range(b"t"):
+            state.registrations.set(ProducerRegistration.FromString(value))
         for _, value in self._range(b"l"):
             state.leases.put(LeaseState.from_lease(Lease.FromString(value)))
         for _, value in self._range(b"q"):

@@ -1,7 +1,7 @@
 """Whether a place that somebody else noted, a local store or a snapshot, is one that the log has.
 
 Promise: `FITS` means that what follows the place in the log follows from the state that was noted there. Everything else says
-why not; only a read that fails raises.
+why not; only a read that fails raises, and a wrong seal key.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError
 
 from billing import chain
-from billing.chain import Chain
+from billing.chain import Chain, UnreadableRecord
+from billing.key_ring import Keys
 from billing.v1.account_pb2 import Progress
 from billing.v1.ledger_pb2 import LedgerRecord
 
@@ -43,11 +44,17 @@ class LogPlace:
     next_offset: int = -1
 
 
-async def find_place(reader: LogReader, topic: str, place: Progress, seal_key: bytes, first: int, end: int) -> LogPlace:
+async def find_place(reader: LogReader, topic: str, place: Progress, seal_key: Keys, first: int, end: int) -> LogPlace:
     """Look for `place` in its partition of the log, whose offsets go from `first` to before `end`."""
     stands = place.ledger_offset
     at_place = await _value_at(reader, topic, place.partition, stands) if first <= stands < end else None
     if at_place is not None and chain.record_hash(at_place) == place.record_hash:
+        if not chain.is_sealed(at_place, seal_key):
+            # What follows would all look forged, and a writer would go on beside the real one.
+            raise UnreadableRecord(
+                f"offset {stands}, sequence {place.position.sequence}: our own place is sealed with another key; give this "
+                "process the installation's seal key (ledger.seal_key), the older ones too"
+            )
         return LogPlace(Standing.FITS, stands + 1)
     at_first = await _value_at(reader, topic, place.partition, first) if end > first else None
     if at_first is None:

@@ -22,10 +22,12 @@ import faust
 from faust.types import TP
 
 from billing.chain import Chain, UnreadableRecord
+from billing.key_ring import Keys
 from billing.v1.account_pb2 import AccountUpdate, LedgerPosition, LedgerTick, Progress
 from billing.v1.alert_pb2 import Alert
 from billing.v1.ledger_pb2 import (
     DROP_REASON_CONFLICT,
+    DROP_REASON_FOREIGN_TENANT,
     DROP_REASON_INVALID,
     DROP_REASON_TOO_FAR_IN_FUTURE,
     DROP_REASON_TOO_OLD,
@@ -49,7 +51,15 @@ _FLUSH_INTERVAL_S = 0.05
 _BATCH_MESSAGES_MAX = 10_000
 # A writer that is well follows a zombie's record with one of its own, a tick at least, within about so long.
 _DOUBT_S = 2.0
-_SHOWN_DROPS = frozenset((DROP_REASON_CONFLICT, DROP_REASON_INVALID, DROP_REASON_TOO_FAR_IN_FUTURE, DROP_REASON_TOO_OLD))
+_SHOWN_DROPS = frozenset(
+    (
+        DROP_REASON_CONFLICT,
+        DROP_REASON_INVALID,
+        DROP_REASON_TOO_FAR_IN_FUTURE,
+        DROP_REASON_TOO_OLD,
+        DROP_REASON_FOREIGN_TENANT,
+    )
+)
 
 # Waits until (partition, sequence) is on local disk: where the broker may forget, producers are told nothing before that.
 Gate = Callable[[int, int], Awaitable[None]]
@@ -160,7 +170,7 @@ def _rejected_of(record: LedgerRecord, topics: TopicNames, version: LedgerPositi
 class PublisherApp:
     """The publisher of this process. Make it on the running event loop."""
 
-    def __init__(self, settings: WorkerSettings, failure: Failure, seal_key: bytes, gate: Gate | None = None) -> None:
+    def __init__(self, settings: WorkerSettings, failure: Failure, seal_key: Keys, gate: Gate | None = None) -> None:
         self.settings = settings
         self.failure = failure
         self.published_records = 0
@@ -292,6 +302,14 @@ class PublisherApp:
         batch.events.append(event)
         self._resume[partition] = offset + 1
         if record is None:
+            if self._chains[partition].refusal:
+                logger.error(
+                    "%s[%d]: offset %d was refused: %s",
+                    self.settings.topics.ledger,
+                    partition,
+                    offset,
+                    self._chains[partition].refusal,
+                )
             self._doubted_s.setdefault(partition, asyncio.get_running_loop().time())
             return
         self._doubted_s.pop(partition, None)

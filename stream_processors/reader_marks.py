@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from billing.chain import UnreadableRecord
+from billing.key_ring import Keys
 from billing.v1.account_pb2 import LedgerPosition, Progress
 from stream_processors.errors import RefusedToStart
 from stream_processors.log_place import Standing, find_place
@@ -49,7 +50,7 @@ async def _read_marks(reader: LogReader, topic: str, partition: int, start: int,
 
 
 async def check_readers(
-    reader: LogReader, ledger_topic: str, marks: dict[str, Progress], reached: LedgerPosition, seal_key: bytes
+    reader: LogReader, ledger_topic: str, marks: dict[str, Progress], reached: LedgerPosition, seal_key: Keys
 ) -> None:
     """Raise RefusedToStart unless the log, whose last record is `reached`, has what every one of `marks` stands for.
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from billing.chain import UnreadableRecord
+from billing.key_ring import Keys
 from billing.v1.account_pb2 import Progress
 from stream_processors.errors import BucketError, RefusedToStart, SnapshotRefused
 from stream_processors.ledger_host import LogReader
@@ -37,7 +38,7 @@ class Restoring:
 
     reader: LogReader
     ledger_topic: str
-    seal_key: bytes
+    seal_key: Keys
     snapshots: SnapshotStore
     folder: Path
     refused: set[bytes] = field(default_factory=set)

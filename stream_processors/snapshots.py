@@ -18,7 +18,6 @@ and the one before it, or the log, serves.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import itertools
 import logging
 import os
@@ -32,7 +31,8 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from billing.chain import seal_and_hash, sealed_with
+from billing.chain import is_sealed, seal_and_hash
+from billing.key_ring import Keys, derived
 from billing.v1.account_pb2 import Progress
 from billing.v1.ledger_pb2 import SnapshotTaken
 from billing.v1.snapshot_pb2 import SnapshotFile, SnapshotManifest
@@ -81,11 +81,11 @@ class Snapshot:
 class SnapshotStore:
     """One partition's snapshots. Its calls block; they are for one thread at a time."""
 
-    def __init__(self, bucket: Bucket, partition: int, seal_key: bytes, *, kept: int = 3, writer: str = "") -> None:
+    def __init__(self, bucket: Bucket, partition: int, seal_key: Keys, *, kept: int = 3, writer: str = "") -> None:
         self.partition = partition
         self._bucket = bucket
         # Of its own: nothing that is sealed for the ledger is a manifest.
-        self._key = hmac.digest(seal_key, b"taximeter snapshot manifest", "sha256")
+        self._keys = derived(seal_key, b"taximeter snapshot manifest")
         self._kept = kept
         self._writer = writer
         self._prefix = f"partition-{partition}"
@@ -119,7 +119,7 @@ class SnapshotStore:
         if listed.size_bytes > _MANIFEST_BYTES_MAX:
             raise SnapshotRefused(f"{where} has {listed.size_bytes} bytes, over {_MANIFEST_BYTES_MAX}; somebody else wrote it")
         stored = b"".join(self._bucket.read(listed.name, listed.size_bytes))
-        if not sealed_with(stored, self._key):
+        if not is_sealed(stored, self._keys):
             raise SnapshotRefused(
                 f"{where} is not sealed with this ledger's key: it was damaged, or somebody else wrote it: find out who can "
                 "write there, and delete it"
@@ -190,7 +190,7 @@ class SnapshotStore:
             writer=self._writer,
             files=files,
         )
-        stored, digest = seal_and_hash(manifest, self._key)
+        stored, digest = seal_and_hash(manifest, self._keys)
         sequence = captured.place.position.sequence
         # With its digest: two that were taken at one place are two.
         name = f"{self._prefix}/manifests/{captured.log_time_ms:015d}-{sequence:015d}-{digest.hex()[:16]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, Project
+from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, ProducerRegistration, Project
 from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
 from billing.v1.ledger_pb2 import (
     CorrectedEvent,
@@ -32,6 +32,7 @@ Stated = (
     | PeriodLine
     | PeriodQuantities
     | ProducerMark
+    | ProducerRegistration
     | Project
 )
 _EPOCH = struct.Struct(">QI")
@@ -71,6 +72,8 @@ def states_of(record: LedgerRecord) -> Iterator[tuple[bytes, Stated | None]]:
         yield b"r" + names.SerializeToString(), project
     for entry in record.corrected:
         yield b"x" + entry.key, entry
+    for registration in record.registrations:
+        yield b"t" + registration.producer_id.encode(), registration
     for mark in record.producers:
         yield b"n" + mark.producer_id.encode(), mark
 

@@ -33,6 +33,7 @@ from billing import replay
 from billing.chain import Chain, UnreadableRecord
 from billing.completeness import missing_grace_ms, silence_ms
 from billing.founding import GENERATION_BYTES, LedgerSettings, found, found_again
+from billing.key_ring import Keys
 from billing.state import LedgerState
 from billing.v1.ledger_pb2 import Founding, LedgerRecord
 from stream_processors.errors import RefusedToStart, WorkerError
@@ -62,7 +63,7 @@ class ApplySettings:
     kafka: KafkaSettings
     topics: TopicSettings
     ledger: LedgerSettings
-    seal_key: bytes
+    seal_key: Keys
     names: TopicNames = field(default_factory=TopicNames)
     state_folder: Path | None = None
     writer: str = "topics apply"
@@ -246,8 +247,11 @@ async def _first_record(settings: ApplySettings, partition: int) -> LedgerRecord
     reader = KafkaLogReader(settings.kafka)
     first, end = await reader.bounds(settings.names.ledger, partition)
     async for chunk in reader.read(settings.names.ledger, partition, first, min(end, first + 1)):
+        follow = Chain(partition, settings.seal_key)
         try:
-            record = Chain(partition, settings.seal_key).accept(chunk[0][1])
+            record = follow.accept(chunk[0][1])
+            if follow.refusal:
+                raise UnreadableRecord(f"offset {first}: {follow.refusal}; or is ledger.seal_key not this installation's?")
         except UnreadableRecord as error:
             raise RefusedToStart(f"{settings.names.ledger}[{partition}]: {error}") from error
         if record is not None:

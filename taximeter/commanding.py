@@ -25,6 +25,7 @@ from billing.v1.account_pb2 import (
     Limits,
     ModelLimits,
     Plan,
+    ProducerRegistration,
 )
 from billing.v1.command_pb2 import (
     Adjustment,
@@ -35,13 +36,14 @@ from billing.v1.command_pb2 import (
     KeyUpsert,
     LeaseRetirement,
     PriceBook,
+    ProducerUpsert,
     ProjectUpsert,
     TenantUpsert,
 )
 from billing.v1.invoice_pb2 import CREDIT_KIND_PAID, CreditKind
 from producers.commands import CommandSender, CommandSettings, tenant_of
 from sinks.errors import EngineUnavailable
-from taximeter.compose import kafka_security, topic_names
+from taximeter.compose import kafka_security, key_ring, topic_names
 from taximeter.config import Config, read_secret
 from taximeter.errors import NotReadyError, TaximeterError
 from taximeter.times import now_ms
@@ -132,7 +134,7 @@ class Commander:
                 topic=topic_names(config).commands,
                 security=kafka_security(config.kafka),
             ),
-            read_secret(config.ledger, "command_key", needed_for="signing a command"),
+            key_ring(config, "command_key", needed_for="signing a command"),
         )
 
     def tenant(
@@ -240,6 +242,10 @@ class Commander:
     def invoice(self, said: InvoiceFinalization, *, command_id: str = "") -> Command:
         """Draw an invoice, or a draft of it."""
         return self._command(command_id, "", invoice_finalization=said)
+
+    def producer(self, registration: ProducerRegistration, reason: str = "") -> Command:
+        """Register a producer, or revoke it, in every partition."""
+        return self._command("", reason, producer_upsert=ProducerUpsert(registration=registration))
 
     def lease_retirement(self, holder_id: str, *, unexpired: bool) -> Command:
         """Give up on a gateway, in every partition."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import secrets
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from billing import key_ring as key_rings
 from billing.commands import lease_key
 from billing.founding import DEDUPE_KEY_BYTES, LedgerSettings
 from billing.step import LedgerKeys
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from billing.key_ring import Keys
     from serving.gateway.profiles import ModelProfile
-    from serving.gateway.settings import GatewaySettings, LeaseSettings
+    from serving.gateway.settings import GatewaySettings, LeaseSettings, UpstreamTls
     from serving.model_server.settings import ServerSettings
     from sinks.embedded import JsonReader
     from sinks.engine import Engine, Reader
@@ -34,6 +36,7 @@ __all__ = [
     "gateway_settings",
     "kafka_security",
     "kafka_settings",
+    "key_ring",
     "ledger_keys",
     "meter_settings",
     "model_profile",
@@ -45,7 +48,7 @@ __all__ = [
     "sink_settings",
     "snapshot_settings",
     "topic_names",
-    "upstream_certificates",
+    "upstream_tls",
     "worker_settings",
 ]
 
@@ -79,6 +82,7 @@ def meter_settings(config: Config, journal_path: Path) -> MeterSettings:
     return MeterSettings(
         journal_path=journal_path,
         partitions=config.ledger.partitions,
+        producer_id_prefix=config.producer.id_prefix,
         journal_bytes_max=config.producer.journal_bytes_max,
     )
 
@@ -95,7 +99,19 @@ def publisher_settings(config: Config) -> PublisherSettings:
         batch_events=config.producer.batch_events,
         batch_bytes=config.producer.batch_bytes,
         security=kafka_security(config.kafka),
+        key=_producer_key(config),
     )
+
+
+def _producer_key(config: Config) -> bytes:
+    producer = config.producer
+    if producer.key is None and producer.key_file is None:
+        return b""
+    text = read_secret(producer, "key", needed_for="signing usage")
+    try:
+        return bytes.fromhex(text.decode())
+    except ValueError:
+        raise ConfigError("producer.key is not what `taximeter producer register` shows: set it to that") from None
 
 
 @contextmanager
@@ -170,11 +186,19 @@ def kafka_settings(config: Config) -> KafkaSettings:
     )
 
 
+def key_ring(config: Config, field: Literal["seal_key", "command_key"], *, needed_for: str) -> Keys:
+    """A key of the ledger, or several with their IDs."""
+    try:
+        return key_rings.parse(read_secret(config.ledger, field, needed_for=needed_for))
+    except ValueError as error:
+        raise ConfigError(f"ledger.{field} {error}") from None
+
+
 def ledger_keys(config: Config) -> LedgerKeys:
     """The keys with which a worker seals records and checks commands."""
     return LedgerKeys(
-        seal_key=read_secret(config.ledger, "seal_key", needed_for="the ledger"),
-        command_key=read_secret(config.ledger, "command_key", needed_for="the ledger"),
+        seal_key=key_ring(config, "seal_key", needed_for="the ledger"),
+        command_key=key_ring(config, "command_key", needed_for="the ledger"),
     )
 
 
@@ -219,7 +243,7 @@ def sink_settings(config: Config) -> SinkSettings:
         ledger_topic=names.ledger,
         progress_topic=names.progress,
         usage_topic=names.events,
-        seal_key=read_secret(config.ledger, "seal_key", needed_for="the sink"),
+        seal_key=key_ring(config, "seal_key", needed_for="the sink"),
         name=sink_reader_name(config),
         security=kafka_security(config.kafka),
     )
@@ -253,8 +277,9 @@ def apply_settings(config: Config, *, embedded: bool) -> ApplySettings:
             missing_grace_ms=ledger.missing_grace_seconds * 1_000,
             silence_ms=ledger.producer_silence_seconds * 1_000,
             default_currency=ledger.currency,
+            registered_producers_only=ledger.registered_producers_only,
         ),
-        seal_key=read_secret(ledger, "seal_key", needed_for="founding a ledger"),
+        seal_key=key_ring(config, "seal_key", needed_for="founding a ledger"),
         names=topic_names(config),
         state_folder=ledger.state_dir if embedded else None,
     )
@@ -275,10 +300,18 @@ def model_profile(name: str, profile: ModelProfileConfig) -> ModelProfile:
     return kind(name, **options)
 
 
-def upstream_certificates(config: Config) -> bytes | None:
-    """What the back end's certificate is verified against; None: it has none."""
-    path = config.gateway.upstream_ca_file
-    return None if path is None else _read("gateway.upstream_ca_file", path)
+def upstream_tls(config: Config) -> UpstreamTls | None:
+    """How the back end's certificate is verified, and what is shown to it; None: it speaks no TLS."""
+    from serving.gateway.settings import UpstreamTls
+
+    gateway = config.gateway
+    if gateway.upstream_ca_file is None:
+        return None
+    return UpstreamTls(
+        _read("gateway.upstream_ca_file", gateway.upstream_ca_file),
+        _read_if_set("gateway.upstream_certificate_file", gateway.upstream_certificate_file),
+        _read_if_set("gateway.upstream_key_file", gateway.upstream_key_file),
+    )
 
 
 def gateway_settings(config: Config) -> GatewaySettings:
@@ -300,6 +333,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
         tls = TlsSettings(
             _read("gateway.tls_certificate_file", gateway.tls_certificate_file),
             _read("gateway.tls_key_file", gateway.tls_key_file),
+            _read_if_set("gateway.tls_client_ca_file", gateway.tls_client_ca_file),
         )
     return GatewaySettings(
         meter=meter_settings(config, gateway.journal_path),
@@ -317,7 +351,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
         host=gateway.host,
         port=gateway.port,
         upstream=gateway.upstream,
-        upstream_root_certificates=upstream_certificates(config),
+        upstream_tls=upstream_tls(config),
         tls=tls,
         server_id=gateway.server_id,
         region=gateway.region,
@@ -354,14 +388,14 @@ def _lease_settings(config: Config) -> LeaseSettings:
     )
 
 
-def _lease_key(config: Config) -> bytes:
+def _lease_key(config: Config) -> Keys:
     """The gateway's own, else what the command key makes of it, where one machine runs everything."""
     gateway, ledger = config.gateway, config.ledger
     if gateway.lease_key is None and gateway.lease_key_file is None and (ledger.command_key or ledger.command_key_file):
-        return lease_key(read_secret(ledger, "command_key", needed_for="the gateway's leases"))
+        return lease_key(key_ring(config, "command_key", needed_for="the gateway's leases"))
     text = read_secret(gateway, "lease_key", needed_for="the gateway's leases (`taximeter lease key` shows it)")
     try:
-        return bytes.fromhex(text.decode())
+        return key_rings.from_hex(text)
     except ValueError:
         raise ConfigError("gateway.lease_key is not what `taximeter lease key` shows: set it to that") from None
 
@@ -374,6 +408,10 @@ def model_server_settings(config: Config) -> ServerSettings:
     if not embedded.model_server_port:
         raise ConfigError("embedded.model_server_port is 0: name a port, or let `taximeter up` choose one")
     return ServerSettings(host=embedded.host, port=embedded.model_server_port, models=tuple(embedded.models.split(",")))
+
+
+def _read_if_set(key: str, path: Path | None) -> bytes | None:
+    return None if path is None else _read(key, path)
 
 
 def _read(key: str, path: Path) -> bytes:

@@ -12,6 +12,7 @@ a file named by `…_file`, or in the environment; it is masked in every repr, e
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,21 @@ _COUNTLESS_BACKENDS: Final = frozenset({"generic", "embeddings", "classification
 MetricsAddress = Annotated[str, Field(pattern=r"^$|^[^\s/]+:[0-9]{1,5}$")]
 
 
+def _is_local(address: str) -> bool:
+    """Whether an address, with its port or without, is of this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition("/")[2]
+    if host.count(":") == 1 or host.startswith("["):
+        host = host.rpartition(":")[0].strip("[]") if not host.endswith("]") else host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -77,12 +93,24 @@ class KafkaConfig(_Section):
     ssl_ca_file: Path | None = None
     ssl_certificate_file: Path | None = None
     ssl_key_file: Path | None = None
+    # Speak to other machines without TLS: who listens on the way reads usage and passwords, and may change them.
+    allow_plaintext: bool = False
     request_timeout_s: Annotated[float, Field(gt=0, le=300)] = 15.0
 
     @model_validator(mode="after")
     def _sasl_is_whole(self) -> KafkaConfig:
         if self.security_protocol.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
             raise ValueError(f"security_protocol {self.security_protocol} needs sasl_mechanism and sasl_username: set them")
+        return self
+
+    @model_validator(mode="after")
+    def _is_encrypted(self) -> KafkaConfig:
+        far = [address for address in self.bootstrap.split(",") if not _is_local(address.strip())]
+        if far and not self.security_protocol.endswith("SSL") and not self.allow_plaintext:
+            raise ValueError(
+                f"bootstrap {far[0].strip()} is on another machine and security_protocol {self.security_protocol} is not "
+                "encrypted: set SSL or SASL_SSL, or allow_plaintext = true where the network is trusted"
+            )
         return self
 
 
@@ -97,9 +125,13 @@ class LedgerConfig(_Section):
     currency: Annotated[str, Field(min_length=1, max_length=8)] = "USD"
     seal_key: SecretStr | None = None
     seal_key_file: Path | None = None
+    # Where the sink writes each day's chain heads, and `audit` reads them: away from Kafka and ClickHouse; none: nowhere.
+    anchor_file: Path | None = None
     command_key: SecretStr | None = None
     command_key_file: Path | None = None
     dedupe_horizon_days: Annotated[int, Field(ge=1, le=400)] = 35
+    # A ledger is founded closed: usage of producers that are not registered is refused, and stays in their journals.
+    registered_producers_only: bool = False
     window_lateness_minutes: Annotated[int, Field(ge=1, le=10_080)] = 10
     future_alert_minutes: Annotated[int, Field(ge=1)] = 5
     future_reject_minutes: Annotated[int, Field(ge=1)] = 1_440
@@ -134,9 +166,20 @@ class ClickHouseConfig(_Section):
     password_file: Path | None = None
     tls: bool = False
     ca_file: Path | None = None
+    # As in [kafka].
+    allow_plaintext: bool = False
     sink_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)] = "clickhouse"
     query_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     metrics_address: MetricsAddress = ""
+
+    @model_validator(mode="after")
+    def _is_encrypted(self) -> ClickHouseConfig:
+        if self.engine == "server" and not (self.tls or _is_local(self.host) or self.allow_plaintext):
+            raise ValueError(
+                f"host {self.host} is on another machine and tls is off: set tls = true (and ca_file), or allow_plaintext "
+                "= true where the network is trusted"
+            )
+        return self
 
 
 class GatewayConfig(_Section):
@@ -149,6 +192,13 @@ class GatewayConfig(_Section):
     upstream_ca_file: Path | None = None
     tls_certificate_file: Path | None = None
     tls_key_file: Path | None = None
+    # Set: clients show a certificate that one of these has signed, beside their key.
+    tls_client_ca_file: Path | None = None
+    # Shown to a back end that asks for one.
+    upstream_certificate_file: Path | None = None
+    upstream_key_file: Path | None = None
+    # As in [kafka]: for clients and for the back end. A proxy in front that ends TLS is a reason.
+    allow_plaintext: bool = False
     journal_path: Path = Path(".taximeter/gateway/journal.sqlite")
     server_id: str = ""
     region: str = ""
@@ -189,12 +239,39 @@ class GatewayConfig(_Section):
     def _tls_is_whole(self) -> GatewayConfig:
         if (self.tls_certificate_file is None) != (self.tls_key_file is None):
             raise ValueError("tls_certificate_file and tls_key_file belong together: set both, or neither")
+        if (self.upstream_certificate_file is None) != (self.upstream_key_file is None):
+            raise ValueError("upstream_certificate_file and upstream_key_file belong together: set both, or neither")
+        if self.tls_client_ca_file is not None and self.tls_key_file is None:
+            raise ValueError("tls_client_ca_file asks for clients' certificates, which needs TLS: set tls_certificate_file too")
+        if self.upstream_certificate_file is not None and self.upstream_ca_file is None:
+            raise ValueError("upstream_certificate_file is shown over TLS: set upstream_ca_file too")
+        return self
+
+    @model_validator(mode="after")
+    def _is_encrypted(self) -> GatewayConfig:
+        if self.allow_plaintext:
+            return self
+        if not _is_local(self.host) and self.tls_key_file is None:
+            raise ValueError(
+                f"host {self.host} takes keys from other machines and there is no TLS: set tls_certificate_file and "
+                "tls_key_file, or allow_plaintext = true where the network is trusted"
+            )
+        if not _is_local(self.upstream) and self.upstream_ca_file is None:
+            raise ValueError(
+                f"upstream {self.upstream} is on another machine and there is no TLS: set upstream_ca_file, or "
+                "allow_plaintext = true where the network is trusted"
+            )
         return self
 
 
 class ProducerConfig(_Section):
-    """What a metering point's journal and publisher may use."""
+    """What a metering point's journal and publisher may use, and as whom it is registered."""
 
+    # How the IDs of its journals begin: by it the ledger finds the registration, `NAME*`.
+    id_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)] = ""
+    # `taximeter producer register` shows it; without it, batches are not signed.
+    key: SecretStr | None = None
+    key_file: Path | None = None
     journal_bytes_max: Annotated[int, Field(ge=1_000_000)] = 2_000_000_000
     linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 20
     batch_events: Annotated[int, Field(ge=1, le=1_000)] = 500

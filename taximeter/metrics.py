@@ -112,6 +112,7 @@ def worker_metrics(ledger: LedgerApp) -> Source:
             "ledger_acknowledged_records": "Records written by this process.",
             "ledger_replayed_records": "Records replayed at a takeover.",
             "ledger_ignored_records": "Records that were passed over: repeats and zombies'.",
+            "ledger_refused_records": "Of those, what the ledger's key did not seal: somebody else writes to the ledger topic.",
             "ledger_logged_bytes": "Bytes of records replayed or written.",
         }
         families: dict[str, Any] = {
@@ -126,6 +127,7 @@ def worker_metrics(ledger: LedgerApp) -> Source:
                 "ledger_acknowledged_records": host.acknowledged_records,
                 "ledger_replayed_records": host.replayed_records,
                 "ledger_ignored_records": host.ignored_records,
+                "ledger_refused_records": host.refused_records,
                 "ledger_logged_bytes": host.logged_bytes,
             }
             for name, value in values.items():
@@ -150,7 +152,12 @@ def sink_metrics(status: SinkStatus) -> Source:
         )
         for partition, count in found["ignored_records"].items():
             ignored.add_metric([partition], count)
-        yield from (sequence, ignored)
+        refused = CounterMetricFamily(
+            "taximeter_sink_refused_records", "Of those, what the ledger's key did not seal.", labels=["partition"]
+        )
+        for partition, count in found["refused_records"].items():
+            refused.add_metric([partition], count)
+        yield from (sequence, ignored, refused)
         yield GaugeMetricFamily("taximeter_sink_waiting", "1: it waits; its log says for what.", bool(found["waiting_for"]))
 
     return source

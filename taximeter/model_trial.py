@@ -31,7 +31,7 @@ from serving.gateway import AdmissionSettings, DirectorySettings, GatewayServer,
 from serving.gateway.directory import Directory
 from serving.gateway.metering import now_ms
 from serving.gateway.sample_requests import make_request, problems_of
-from serving.gateway.settings import GatewaySettings
+from serving.gateway.settings import GatewaySettings, UpstreamTls
 from serving.tokenizers import Framing
 from taximeter.errors import MisuseError, NotReadyError
 
@@ -79,7 +79,7 @@ async def try_profile(
     tokenizers: Mapping[str, Path],
     upstream: str,
     asked: TrialRequest,
-    root_certificates: bytes | None = None,
+    tls: UpstreamTls | None = None,
 ) -> Trial:
     """Send one request to the server at `upstream`. Raises NotReadyError where it does not describe the model, MisuseError
     where no request can be made."""
@@ -91,7 +91,7 @@ async def try_profile(
             models={profile.model: profile},
             tokenizers={name: path for name, path in tokenizers.items() if name == profile.tokenizer},
             upstream=upstream,
-            upstream_root_certificates=root_certificates,
+            upstream_tls=tls,
             # No ledger is followed, so no account is ever out of date.
             admission=AdmissionSettings(fail_open=True),
             port=0,

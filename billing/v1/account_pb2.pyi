@@ -744,6 +744,57 @@ class ApiKey(_message.Message):
 Global___ApiKey: _TypeAlias = ApiKey  # noqa: Y015
 
 @_typing.final
+class ProducerRegistration(_message.Message):
+    """Who may report usage, and of whom. A producer without a registration of its own has that of the longest name that ends in "*"
+    and fits; where none fits, everybody's usage is taken.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRODUCER_ID_FIELD_NUMBER: _builtins.int
+    TENANT_IDS_FIELD_NUMBER: _builtins.int
+    ALL_TENANTS_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
+    UNSIGNED_FIELD_NUMBER: _builtins.int
+    KEY_NUMBER_FIELD_NUMBER: _builtins.int
+    ALERTED_MS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    producer_id: _builtins.str
+    """The producer's ID, or how the IDs of several begin, with "*" behind it; "*" alone: of everyone."""
+    all_tenants: _builtins.bool
+    revoked: _builtins.bool
+    """Its usage is refused. It is not lost: it stays in the producer's journal."""
+    unsigned: _builtins.bool
+    """Its batches need no signature: whoever can write to the topic can speak in its name."""
+    key_number: _builtins.int
+    """Its key is made from the command key, its name and this number: another number, another key."""
+    alerted_ms: _builtins.int
+    """When an alert last said that its usage was refused, in log time."""
+    @_builtins.property
+    def tenant_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def version(self) -> Global___LedgerPosition: ...
+    def __init__(
+        self,
+        *,
+        producer_id: _builtins.str = ...,
+        tenant_ids: _abc.Iterable[_builtins.str] | None = ...,
+        all_tenants: _builtins.bool = ...,
+        revoked: _builtins.bool = ...,
+        unsigned: _builtins.bool = ...,
+        key_number: _builtins.int = ...,
+        alerted_ms: _builtins.int = ...,
+        version: Global___LedgerPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alerted_ms", b"alerted_ms", "all_tenants", b"all_tenants", "key_number", b"key_number", "producer_id", b"producer_id", "revoked", b"revoked", "tenant_ids", b"tenant_ids", "unsigned", b"unsigned", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProducerRegistration: _TypeAlias = ProducerRegistration  # noqa: Y015
+
+@_typing.final
 class Progress(_message.Message):
     """Who reads how far. On `usage.progress`, compacted.
     key "producer/<producer_id>/<partition>": the ledger covers every sequence number up to and including covered_sequence.

@@ -39,6 +39,12 @@ class _AlertRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AlertRule.V
     ALERT_RULE_SILENT_PRODUCER: _AlertRule.ValueType  # 10
     ALERT_RULE_BUDGET: _AlertRule.ValueType  # 11
     ALERT_RULE_COUNTING_DRIFT: _AlertRule.ValueType  # 12
+    ALERT_RULE_FORGED_RECORD: _AlertRule.ValueType  # 40
+    """Bytes in the ledger's log that its key did not seal."""
+    ALERT_RULE_UNREGISTERED_PRODUCER: _AlertRule.ValueType  # 41
+    """Usage of a producer that is not registered, or not for the tenant, or not signed with its key."""
+    ALERT_RULE_STALE_COMMAND: _AlertRule.ValueType  # 42
+    """A command that was signed long ago, or for a time to come."""
 
 class AlertRule(_AlertRule, metaclass=_AlertRuleEnumTypeWrapper): ...
 
@@ -55,6 +61,12 @@ ALERT_RULE_UNSIGNED_COMMAND: AlertRule.ValueType  # 9
 ALERT_RULE_SILENT_PRODUCER: AlertRule.ValueType  # 10
 ALERT_RULE_BUDGET: AlertRule.ValueType  # 11
 ALERT_RULE_COUNTING_DRIFT: AlertRule.ValueType  # 12
+ALERT_RULE_FORGED_RECORD: AlertRule.ValueType  # 40
+"""Bytes in the ledger's log that its key did not seal."""
+ALERT_RULE_UNREGISTERED_PRODUCER: AlertRule.ValueType  # 41
+"""Usage of a producer that is not registered, or not for the tenant, or not signed with its key."""
+ALERT_RULE_STALE_COMMAND: AlertRule.ValueType  # 42
+"""A command that was signed long ago, or for a time to come."""
 Global___AlertRule: _TypeAlias = AlertRule  # noqa: Y015
 
 class _Severity:

@@ -87,19 +87,23 @@ class SignedCommand(_message.Message):
 
     COMMAND_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
     command: _builtins.bytes
     """A serialized Command."""
     signature: _builtins.bytes
     """HMAC-SHA256 of `command` under the installation's command key."""
+    key_id: _builtins.str
+    """Which of the installation's command keys; empty: the one that was the only one."""
     def __init__(
         self,
         *,
         command: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
+        key_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "key_id", b"key_id", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -124,6 +128,7 @@ class Command(_message.Message):
     ADJUSTMENT_FIELD_NUMBER: _builtins.int
     BUDGET_UPSERT_FIELD_NUMBER: _builtins.int
     PROJECT_UPSERT_FIELD_NUMBER: _builtins.int
+    PRODUCER_UPSERT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     command_id: _builtins.str
     """Its idempotency key: the same ID is applied once per partition."""
@@ -151,6 +156,8 @@ class Command(_message.Message):
     def budget_upsert(self) -> Global___BudgetUpsert: ...
     @_builtins.property
     def project_upsert(self) -> Global___ProjectUpsert: ...
+    @_builtins.property
+    def producer_upsert(self) -> Global___ProducerUpsert: ...
     def __init__(
         self,
         *,
@@ -169,12 +176,13 @@ class Command(_message.Message):
         adjustment: Global___Adjustment | None = ...,
         budget_upsert: Global___BudgetUpsert | None = ...,
         project_upsert: Global___ProjectUpsert | None = ...,
+        producer_upsert: Global___ProducerUpsert | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "project_upsert", b"project_upsert", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "project_upsert", b"project_upsert", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert"]  # noqa: Y015
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert", "producer_upsert"]  # noqa: Y015
     _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
 
@@ -465,6 +473,28 @@ class KeyUpsert(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeyUpsert: _TypeAlias = KeyUpsert  # noqa: Y015
+
+@_typing.final
+class ProducerUpsert(_message.Message):
+    """Registers a producer, changes what it may bill, or revokes it. Goes to every partition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGISTRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def registration(self) -> _account_pb2.ProducerRegistration: ...
+    def __init__(
+        self,
+        *,
+        registration: _account_pb2.ProducerRegistration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["registration", b"registration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["registration", b"registration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProducerUpsert: _TypeAlias = ProducerUpsert  # noqa: Y015
 
 @_typing.final
 class LeaseRequest(_message.Message):

@@ -39,6 +39,8 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     DROP_REASON_TOO_FAR_IN_FUTURE: _DropReason.ValueType  # 5
     DROP_REASON_FORWARDED: _DropReason.ValueType  # 6
     """Sent on to the partition where its tenant lives; acknowledged there before this record was written."""
+    DROP_REASON_FOREIGN_TENANT: _DropReason.ValueType  # 7
+    """The producer is not registered for the tenant."""
 
 class DropReason(_DropReason, metaclass=_DropReasonEnumTypeWrapper): ...
 
@@ -52,6 +54,8 @@ DROP_REASON_TOO_OLD: DropReason.ValueType  # 4
 DROP_REASON_TOO_FAR_IN_FUTURE: DropReason.ValueType  # 5
 DROP_REASON_FORWARDED: DropReason.ValueType  # 6
 """Sent on to the partition where its tenant lives; acknowledged there before this record was written."""
+DROP_REASON_FOREIGN_TENANT: DropReason.ValueType  # 7
+"""The producer is not registered for the tenant."""
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015
 
 @_typing.final
@@ -91,6 +95,8 @@ class LedgerRecord(_message.Message):
     PROJECTS_FIELD_NUMBER: _builtins.int
     INVOICE_SERIES_FIELD_NUMBER: _builtins.int
     CORRECTED_FIELD_NUMBER: _builtins.int
+    REGISTRATIONS_FIELD_NUMBER: _builtins.int
+    SEAL_KEY_ID_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     generation: _builtins.bytes
@@ -106,6 +112,8 @@ class LedgerRecord(_message.Message):
     """Who wrote it: host, process and start, for people who look at a zombie."""
     resumed_ms: _builtins.int
     """Log time of the first record after the ledger last stood still: what producers said meanwhile came after it."""
+    seal_key_id: _builtins.str
+    """Which of the installation's seal keys sealed this; empty: the one that was the only one."""
     seal: _builtins.bytes
     """HMAC-SHA256 under the installation's ledger key, over SHA-256 of the stored bytes before this field."""
     @_builtins.property
@@ -162,6 +170,10 @@ class LedgerRecord(_message.Message):
     def invoice_series(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceSeries]: ...
     @_builtins.property
     def corrected(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorrectedEvent]: ...
+    @_builtins.property
+    def registrations(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.ProducerRegistration]:
+        """Of producers, those that changed."""
+
     def __init__(
         self,
         *,
@@ -194,11 +206,13 @@ class LedgerRecord(_message.Message):
         projects: _abc.Iterable[_account_pb2.Project] | None = ...,
         invoice_series: _abc.Iterable[Global___InvoiceSeries] | None = ...,
         corrected: _abc.Iterable[Global___CorrectedEvent] | None = ...,
+        registrations: _abc.Iterable[_account_pb2.ProducerRegistration] | None = ...,
+        seal_key_id: _builtins.str = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "corrected", b"corrected", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "corrected", b"corrected", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "registrations", b"registrations", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "seal_key_id", b"seal_key_id", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -492,25 +506,63 @@ class Tick(_message.Message):
 
     EXPIRED_THROUGH_DAY_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    REFUSED_RECORDS_FIELD_NUMBER: _builtins.int
     expired_through_day: _builtins.int
     """Dedupe keys that expire on these days or before are let go."""
+    refused_records: _builtins.int
     @_builtins.property
     def snapshot(self) -> Global___SnapshotTaken:
         """A snapshot of this partition's state that became durable before this record was written."""
+
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedRecord]:
+        """What a takeover found in the log that carries no valid seal: the first of them, and the last."""
 
     def __init__(
         self,
         *,
         expired_through_day: _builtins.int = ...,
         snapshot: Global___SnapshotTaken | None = ...,
+        refused: _abc.Iterable[Global___RefusedRecord] | None = ...,
+        refused_records: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expired_through_day", b"expired_through_day", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expired_through_day", b"expired_through_day", "refused", b"refused", "refused_records", b"refused_records", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tick: _TypeAlias = Tick  # noqa: Y015
+
+@_typing.final
+class RefusedRecord(_message.Message):
+    """Bytes in the ledger's log that the ledger's key did not seal. Nothing follows from them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    hash: _builtins.bytes
+    """SHA-256 of the bytes."""
+    reason: _builtins.str
+    """For a person: what was wrong."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        hash: _builtins.bytes = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "offset", b"offset", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusedRecord: _TypeAlias = RefusedRecord  # noqa: Y015
 
 @_typing.final
 class SnapshotTaken(_message.Message):

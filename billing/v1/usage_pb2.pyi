@@ -179,6 +179,7 @@ class UsageBatch(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     FORWARDED_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """The version of this contract that the writer speaks. A reader that does not know it sends the batch to `usage.rejected`."""
     producer_id: _builtins.str
@@ -191,6 +192,10 @@ class UsageBatch(_message.Message):
     """Set when a ledger worker found these events in the wrong partition and sent them on: it is done once, never twice."""
     closed: _builtins.bool
     """The producer ends, and has nothing left to send: its silence from now on is no alarm."""
+    signature: _builtins.bytes
+    """The last field, behind all the others: HMAC-SHA256 over SHA-256 of the bytes before it, under the producer's key. Of a forwarded
+    batch, under the ledger's. Where the ledger takes usage of whoever sends it, it may be absent.
+    """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageEvent]: ...
     def __init__(
@@ -203,10 +208,11 @@ class UsageBatch(_message.Message):
         events: _abc.Iterable[Global___UsageEvent] | None = ...,
         forwarded: _builtins.bool = ...,
         closed: _builtins.bool = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "events", b"events", "first_sequence", b"first_sequence", "forwarded", b"forwarded", "highest_sequence", b"highest_sequence", "producer_id", b"producer_id", "schema_version", b"schema_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "events", b"events", "first_sequence", b"first_sequence", "forwarded", b"forwarded", "highest_sequence", b"highest_sequence", "producer_id", b"producer_id", "schema_version", b"schema_version", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,6 +27,7 @@ from serving.gateway.settings import (
     GatewaySettings,
     LimitSettings,
     TlsSettings,
+    UpstreamTls,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "LimitSettings",
     "ModelProfile",
     "TlsSettings",
+    "UpstreamTls",
     "generic",
     "hash_secret",
     "new_event_loop",

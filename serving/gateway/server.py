@@ -198,7 +198,10 @@ class GatewayServer:
         if settings.tls is None:
             self.port = self._server.add_insecure_port(address)
         else:
-            credentials = grpc.ssl_server_credentials([(settings.tls.key, settings.tls.certificate)])
+            tls = settings.tls
+            credentials = grpc.ssl_server_credentials(
+                [(tls.key, tls.certificate)], tls.client_ca, require_client_auth=tls.client_ca is not None
+            )
             self.port = self._server.add_secure_port(address, credentials)
         await self._server.start()
         await self._recover(meter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from billing.key_ring import Keys
 from serving.gateway.count_audit import AuditSettings
 from serving.kserve import MAX_MESSAGE_BYTES
 
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from producers.publisher import PublisherSettings
     from serving.gateway.profiles import ModelProfile
 
-__all__ = ["AdmissionSettings", "DirectorySettings", "GatewaySettings", "LeaseSettings", "LimitSettings", "TlsSettings"]
+__all__ = [
+    "AdmissionSettings",
+    "DirectorySettings",
+    "GatewaySettings",
+    "LeaseSettings",
+    "LimitSettings",
+    "TlsSettings",
+    "UpstreamTls",
+]
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -62,7 +71,7 @@ class LeaseSettings:
     """How the gateway holds parts of tenants' balances."""
 
     bootstrap: str
-    key: bytes = field(repr=False)
+    key: Keys = field(repr=False)
     """Signs lease requests, and nothing else: `billing.commands.lease_key`."""
     commands_topic: str = "billing.commands"
     prices_topic: str = "billing.prices"
@@ -136,10 +145,20 @@ class LimitSettings:
 
 @dataclass(frozen=True, slots=True)
 class TlsSettings:
-    """The certificate with which a gateway serves."""
+    """The certificate with which a gateway serves. `client_ca` set: clients must show one that it has signed."""
 
     certificate: bytes
     key: bytes = field(repr=False)
+    client_ca: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamTls:
+    """TLS to the back end: what its certificate is verified against, and what is shown to a back end that asks."""
+
+    root_certificates: bytes
+    certificate: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +177,8 @@ class GatewaySettings:
     port: int = 8001
     """0 lets the system choose."""
     upstream: str = "127.0.0.1:8101"
-    upstream_root_certificates: bytes | None = None
-    """Set: TLS to the back end, verified against these."""
+    upstream_tls: UpstreamTls | None = None
+    """None: the back end speaks no TLS."""
     tls: TlsSettings | None = None
     server_id: str = ""
     region: str = ""

@@ -36,10 +36,11 @@ class Upstream:
             # A back end that comes back is found soon, not after gRPC's two minutes.
             ("grpc.max_reconnect_backoff_ms", 5_000),
         ]
-        if settings.upstream_root_certificates is None:
+        tls = settings.upstream_tls
+        if tls is None:
             self._channel: Any = grpc.aio.insecure_channel(settings.upstream, options=options)
         else:
-            credentials = grpc.ssl_channel_credentials(settings.upstream_root_certificates)
+            credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.key, tls.certificate)
             self._channel = grpc.aio.secure_channel(settings.upstream, credentials, options=options)
         self.infer = self._channel.unary_unary(
             f"/{SERVICE_NAME}/ModelInfer",

@@ -1,19 +1,23 @@
 """`audit` and `doctor`: whether the books are right, and whether the parts are well."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sinks.anchors import append_heads, read_anchors
 from sinks.audit import AuditReport
 from sinks.audit import audit as audit_database
 from sinks.completeness import completeness, neighbours
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.completeness_report import completeness_values, print_completeness
 from taximeter.compose import ledger_keys, open_reader
-from taximeter.errors import EXIT_WRONG
+from taximeter.errors import EXIT_WRONG, MisuseError
 from taximeter.health import State, examine
+from taximeter.times import now_ms
 
-__all__ = ["audit", "doctor"]
+__all__ = ["anchor", "audit", "doctor"]
 
 
 @command
@@ -24,6 +28,9 @@ def audit(
         bool,
         typer.Option("--completeness", help="Instead: which numbers of each producer are missing, and what came around them."),
     ] = False,
+    anchors: Annotated[
+        Path | None, typer.Option(help="Chain heads that the archive must have (default: ledger.anchor_file).")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Compute everything again from the archived ledger, and name every difference. Exit code 1 if there is one."""
@@ -40,7 +47,9 @@ def audit(
             seen = report.records
 
         seal_key = ledger_keys(config).seal_key
-        report = audit_database(reader, seal_key, findings_max=findings_max, on_progress=on_progress)
+        anchor_file = anchors or config.ledger.anchor_file
+        anchored = [] if anchor_file is None else read_anchors(anchor_file, seal_key)
+        report = audit_database(reader, seal_key, anchors=anchored, findings_max=findings_max, on_progress=on_progress)
     counts: dict[str, object] = {
         "partitions": report.partitions,
         "ledger records": report.records,
@@ -48,6 +57,7 @@ def audit(
         "windows": report.windows,
         "accounts": report.accounts,
         "invoices": report.invoices,
+        "anchors": report.anchors,
         "differences": len(report.findings),
     }
     if json:
@@ -80,6 +90,26 @@ def _audit_completeness(context: Context, as_json: bool) -> None:
         print_completeness(context.output, report, missing)
     if not report.complete:
         raise typer.Exit(EXIT_WRONG)
+
+
+@command
+def anchor(
+    context: Context,
+    output: Annotated[Path | None, typer.Option(help="The file to append to (default: ledger.anchor_file).")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Append the heads of the ledger's chains to a file away from Kafka and ClickHouse, for audits to come."""
+    config = context.config()
+    path = output or config.ledger.anchor_file
+    if path is None:
+        raise MisuseError("name where anchors are kept: --output FILE, or set ledger.anchor_file")
+    with open_reader(config) as reader:
+        made = append_heads(path, reader, ledger_keys(config).seal_key, now_ms())
+    if json:
+        context.output.json([asdict(each) for each in made])
+    else:
+        rows = [[str(each.partition), each.generation[:12], str(each.sequence), each.record_hash] for each in made]
+        context.output.table(f"Anchored in {path}", ["partition", "generation", "sequence", "record hash"], rows)
 
 
 @command

@@ -5,11 +5,11 @@ from typing import Annotated
 import typer
 
 from billing.commands import lease_key
+from billing.key_ring import to_hex
 from taximeter.commanding import Commander
 from taximeter.commands.accounts import issuer
 from taximeter.commands.common import Context, JsonOption, command
-from taximeter.compose import open_reader
-from taximeter.config import read_secret
+from taximeter.compose import key_ring, open_reader
 
 __all__ = ["key", "retire"]
 
@@ -17,7 +17,7 @@ __all__ = ["key", "retire"]
 @command
 def key(context: Context, json: JsonOption = False) -> None:
     """Show the key that gateways sign lease requests with, made from the command key. It signs nothing else."""
-    secret = lease_key(read_secret(context.config().ledger, "command_key", needed_for="making the lease key")).hex()
+    secret = to_hex(lease_key(key_ring(context.config(), "command_key", needed_for="making the lease key")))
     told = {"lease_key": secret}
     if json:
         context.output.json(told)

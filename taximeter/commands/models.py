@@ -41,9 +41,9 @@ def check(
         known = ", ".join(sorted(config.models.profiles)) or "none"
         raise MisuseError(f"model {model!r} has no profile: add [models.profiles.{model}], or name one of: {known}")
     asked = TrialRequest(prompt, output_tokens, dict(_read_input(entry) for entry in input_ or ()))
-    certificates = compose.upstream_certificates(config)
+    tls = compose.upstream_tls(config)
     made = compose.model_profile(model, profile)
-    trial = asyncio.run(try_profile(made, config.models.tokenizers, upstream or config.gateway.upstream, asked, certificates))
+    trial = asyncio.run(try_profile(made, config.models.tokenizers, upstream or config.gateway.upstream, asked, tls))
     values = _values(trial)
     if json:
         context.output.json(values)

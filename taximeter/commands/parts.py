@@ -15,6 +15,7 @@ from taximeter import compose
 from taximeter.commands.common import Context, command
 from taximeter.config import read_secret
 from taximeter.errors import TaximeterError
+from taximeter.times import now_ms
 
 __all__ = ["gateway", "model_server", "sink", "worker"]
 
@@ -75,6 +76,7 @@ def sink(
     log_level: LogLevelOption = "info",
 ) -> None:
     """Run the sink: the ledger into ClickHouse. With chDB it owns the database and answers everybody's queries."""
+    from sinks.anchors import Anchoring
     from sinks.embedded import LoopbackServer
     from sinks.loop import run_sink
     from sinks.migrate import migrate as migrate_schema
@@ -98,6 +100,10 @@ def sink(
             from taximeter.metrics import serve_metrics, sink_metrics
 
             stack.callback(serve_metrics("clickhouse.metrics_address", address, sink_metrics(status)))
+        if config.ledger.anchor_file is not None:
+            assert settings.seal_key is not None, "compose reads it"
+            anchoring = Anchoring(config.ledger.anchor_file, engine, settings.seal_key, now_ms)
+            stack.enter_context(contextlib.closing(anchoring.start()))
         run_sink(settings, engine, status=status)
 
 

@@ -43,6 +43,7 @@ def agreed(made: Ledger, folder: Path) -> None:
     replay.apply(carried, record, stored)
     assert list(carried.credits.all()) == list(made.state.credits.all())
     assert list(carried.budgets.all()) == list(made.state.budgets.all())
+    assert carried.registrations.all() == made.state.registrations.all()
     assert list(carried.all_projects()) == list(made.state.all_projects())
     recomputed.take(record)
     assert recomputed.findings == []

@@ -8,6 +8,7 @@ from typing import Any
 from billing import chain, commands, replay
 from billing.founding import LedgerSettings, found
 from billing.identity import partition_of
+from billing.key_ring import Keys
 from billing.state import LedgerState, MemorySeenKeys
 from billing.step import CommandInput, LedgerKeys, StepResult, TickInput, UsageInput, step
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, Plan
@@ -15,7 +16,8 @@ from billing.v1.command_pb2 import Command, Price, PriceBook, TenantUpsert
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED, SERVICE_CLASS_STANDARD, UsageBatch, UsageEvent
 
-KEYS = LedgerKeys(seal_key=b"s" * 32, command_key=b"c" * 32)
+SEAL_KEY, COMMAND_KEY = b"s" * 32, b"c" * 32
+KEYS = LedgerKeys(seal_key=SEAL_KEY, command_key=COMMAND_KEY)
 NOW_MS = 1_763_880_000_000
 PARTITIONS = 4
 PLAN = Plan(plan_id="test", billing_mode=BILLING_MODE_PREPAID, burst_tokens_floor=1_000, burst_factor=5)
@@ -84,8 +86,12 @@ class Ledger:
         source = UsageInput("usage.events", self._offset("usage.events"), value)
         return self._take(step(self.state, source, log_time_ms, keys=KEYS, writer="test"))
 
-    def command(self, log_time_ms: int = NOW_MS, key: bytes = KEYS.command_key, **action: Any) -> StepResult:
-        command = Command(schema_version=1, command_id=action.pop("command_id", f"c{len(self.stored)}"), **action)
+    def command(self, log_time_ms: int = NOW_MS, key: Keys = KEYS.command_key, **action: Any) -> StepResult:
+        values: dict[str, Any] = {
+            "command_id": f"c{len(self.stored)}",
+            "issued_ms": max(log_time_ms, self.state.log_time_ms),
+        } | action
+        command = Command(schema_version=1, **values)
         source = CommandInput("billing.commands", self._offset("billing.commands"), commands.sign(command, key))
         return self._take(step(self.state, source, log_time_ms, keys=KEYS, writer="test"))
 

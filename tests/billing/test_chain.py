@@ -6,7 +6,10 @@ import pytest
 
 from billing import chain
 from billing.founding import found_again
-from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
+from billing.key_ring import KeyRing
+from billing.step import LedgerKeys, TickInput, step
+from billing.v1.ledger_pb2 import LedgerRecord
+from tests.billing.ledgers import KEYS, NOW_MS, SEAL_KEY, Ledger, batch, tenants_in, usage
 
 A = tenants_in(1)[0]
 
@@ -45,24 +48,81 @@ def test_what_a_zombie_writes_changes_nothing(ledger: Ledger) -> None:
     assert [place.accept(stored) is not None for stored in ledger.stored[3:]] == [True] * len(ledger.stored[3:])
 
 
-def test_a_damaged_or_forged_next_record_stops_the_reader(ledger: Ledger) -> None:
+def forgeries(last: bytes) -> dict[str, bytes]:
+    """What somebody writes who knows everything but the key: the right links, and no seal that holds."""
+    record = LedgerRecord.FromString(last)
+    record.ClearField("seal")
+    record.totals[0].output_tokens += 1
+    unsealed = record.SerializeToString()
+    return {
+        "another key": chain.seal(record, b"x" * 32),
+        "no seal": unsealed,
+        "the real one's seal": unsealed + last[-35:],
+        "a changed byte": last[:-1] + bytes([last[-1] ^ 1]),
+        "no record": b"\xff" * 40,
+        "another version": chain.seal(LedgerRecord(schema_version=9, partition=1), b"x" * 32),
+    }
+
+
+def test_a_forged_next_record_is_refused_and_the_real_one_is_followed(ledger: Ledger) -> None:
     place = reader()
-    for stored in ledger.stored[:-1]:
+    *before, last = ledger.stored
+    for stored in before:
         place.accept(stored)
-    last = ledger.stored[-1]
-    with pytest.raises(chain.UnreadableRecord, match="seal"):
-        place.accept(last[:-1] + bytes([last[-1] ^ 1]))
-    with pytest.raises(chain.UnreadableRecord, match="no ledger record"):
-        place.accept(b"\xff" * 40)
+    for name, forged in forgeries(last).items():
+        assert place.accept(forged) is None, name
+        assert "somebody else wrote it" in place.refusal, name
+    assert place.refused == place.ignored == len(forgeries(last))
     assert not chain.sealed_with(last, b"x" * 32)
     assert place.accept(last) is not None
+    assert (place.refusal, place.sequence) == ("", ledger.state.sequence)
+
+
+def test_without_the_key_a_forgery_is_not_known(ledger: Ledger) -> None:
+    """The negative control: it is the seal that refuses it, and nothing else would."""
+    place = chain.Chain(1, None)
+    *before, last = ledger.stored
+    for stored in before:
+        place.accept(stored)
+    assert place.accept(forgeries(last)["another key"]) is not None
+
+
+def test_a_record_that_was_built_on_is_damaged_and_not_forged(ledger: Ledger) -> None:
+    place = reader()
+    *before, damaged, last = ledger.stored
+    for stored in before:
+        place.accept(stored)
+    assert place.accept(damaged[:-1] + bytes([damaged[-1] ^ 1])) is None
+    with pytest.raises(chain.UnreadableRecord, match="it was damaged"):
+        place.accept(last)
+
+
+def test_keys_change_and_every_record_is_believed_by_its_own(ledger: Ledger) -> None:
+    old, new = KEYS.seal_key, KeyRing({"2": b"t" * 32, "": SEAL_KEY})
+    before = len(ledger.stored)
+    source = TickInput()
+    rotated = LedgerKeys(new, KEYS.command_key)
+    stored = [*ledger.stored, step(ledger.state, source, NOW_MS, keys=rotated, writer="test").stored]
+    place = chain.Chain(1, new)
+    assert [place.accept(each) is not None for each in stored] == [True] * (before + 1)
+    assert LedgerRecord.FromString(stored[-1]).seal_key_id == "2"
+    behind = chain.Chain(1, old)
+    for each in stored[:-1]:
+        behind.accept(each)
+    with pytest.raises(chain.UnreadableRecord, match="the key '2', which is not here"):
+        behind.accept(stored[-1])
+    warned = chain.Chain(1, KeyRing({"": SEAL_KEY, "2": None}))
+    for each in stored[:-1]:
+        warned.accept(each)
+    assert warned.accept(stored[-1]) is None
+    assert warned.refused == 1
 
 
 def test_a_changed_token_breaks_the_seal(ledger: Ledger) -> None:
     record = ledger.usage(batch([usage("more", A)])).record
     record.totals[0].output_tokens -= 1
     body = record.SerializeToString()
-    assert not chain.sealed_with(body + ledger.stored[-1][-35:], KEYS.seal_key)
+    assert not chain.sealed_with(body + ledger.stored[-1][-35:], SEAL_KEY)
 
 
 def test_a_missing_record_is_never_skipped(ledger: Ledger) -> None:

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 
+from billing import commands
 from billing.amounts import PICO, to_amount
-from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, ApiKey
-from billing.v1.alert_pb2 import ALERT_RULE_UNSIGNED_COMMAND
+from billing.key_ring import KeyRing
+from billing.state import DAY_MS
+from billing.step import CommandInput, LedgerKeys, step
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, Amount, ApiKey
+from billing.v1.alert_pb2 import ALERT_RULE_STALE_COMMAND, ALERT_RULE_UNSIGNED_COMMAND
 from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, Price, PriceBook, SignedCommand, TenantUpsert
 from billing.v1.usage_pb2 import OUTCOME_REJECTED
-from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
+from tests.billing.ledgers import COMMAND_KEY, KEYS, NOW_MS, SEAL_KEY, Ledger, batch, tenants_in, usage
 
 A, B = tenants_in(1, 2)
 ELSEWHERE = tenants_in(2, 1)[0]
@@ -114,3 +118,46 @@ def test_a_window_holds_one_currency(ledger: Ledger) -> None:
     (total,) = ledger.usage(batch([usage("paid", A)])).record.totals
     assert (total.currency, total.events) == ("EUR", 1)
     assert ledger.replayed().digest() == ledger.state.digest()
+
+
+def test_a_command_that_is_repeated_after_its_id_is_forgotten_is_refused_and_told(ledger: Ledger) -> None:
+    """Who kept an old command, that made a key which is revoked since, cannot give it again when its ID is forgotten."""
+    horizon_ms = ledger.state.settings.dedupe_horizon_ms
+    command = Command(schema_version=1, command_id="old", issued_ms=NOW_MS, tenant_upsert=TenantUpsert(tenant_id=A))
+    kept = commands.sign(command, KEYS.command_key)
+    assert ledger.raw_command(kept).record.command.applied
+    assert "applied before" in ledger.raw_command(kept).record.command.refusal
+    later_ms = NOW_MS + horizon_ms + 2 * DAY_MS
+    ledger.tick(later_ms)
+    assert "old" not in ledger.state.commands
+    record = ledger.raw_command(kept).record
+    assert record.command.refusal.startswith(f"issued_ms: {NOW_MS} is ")
+    assert [alert.rule for alert in record.alerts] == [ALERT_RULE_STALE_COMMAND]
+
+
+def test_a_command_for_a_time_to_come_is_refused(ledger: Ledger) -> None:
+    """Its ID would be forgotten before it is old."""
+    ahead_ms = ledger.state.settings.future_reject_ms
+    grant = CreditGrant(tenant_id=A, amount=Amount(low=1), currency="USD")
+    record = ledger.command(issued_ms=NOW_MS + ahead_ms + 1, credit_grant=grant).record
+    assert record.command.refusal.startswith("issued_ms: ")
+    assert ledger.command(issued_ms=NOW_MS + ahead_ms, credit_grant=grant).record.command.applied
+    assert ledger.command(issued_ms=0, credit_grant=grant).record.command.refusal.startswith("issued_ms: 0 ")
+
+
+def test_command_keys_change_and_a_revoked_one_signs_nothing(ledger: Ledger) -> None:
+    ring = KeyRing({"2": b"n" * 32, "": COMMAND_KEY})
+    state = ledger.state
+    upsert = TenantUpsert(tenant_id=A)
+
+    def give(command_id: str, signing: KeyRing, known: KeyRing, offset: int) -> str:
+        command = Command(schema_version=1, command_id=command_id, issued_ms=NOW_MS, tenant_upsert=upsert)
+        source = CommandInput("billing.commands", 1_000 + offset, commands.sign(command, signing))
+        return step(state, source, NOW_MS, keys=LedgerKeys(SEAL_KEY, known), writer="test").record.command.refusal
+
+    old_only, new_only = KeyRing({"": COMMAND_KEY}), KeyRing({"2": b"n" * 32, "": None})
+    assert give("a", ring, ring, 1) == ""
+    assert give("b", old_only, ring, 2) == ""
+    assert "key '2', which the workers do not have" in give("c", ring, old_only, 3)
+    assert "is revoked" in give("d", old_only, new_only, 4)
+    assert "command key's" in give("e", KeyRing({"2": COMMAND_KEY}), ring, 5)

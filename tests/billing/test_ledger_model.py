@@ -107,7 +107,7 @@ class AccountsMachine(RuleBasedStateMachine):
         return self.offsets[topic]
 
     def command(self, number: int, **action: Any) -> bool:
-        command = Command(schema_version=1, command_id=f"c{number}", **action)
+        command = Command(schema_version=1, command_id=f"c{number}", issued_ms=self.now_ms, **action)
         value = commands.sign(command, KEYS.command_key)
         record = self.take(CommandInput("billing.commands", self.offset("c"), value)).record
         assert record.command.applied == (not record.command.refusal)

@@ -37,7 +37,7 @@ from serving.gateway.directory import Directory
 from sinks.columns import Accepted, build_columns
 from stream_processors.publisher_app import Batch, messages_of
 from stream_processors.settings import TopicNames
-from tests.billing.ledgers import KEYS, NOW_MS, PRICES, batch, tenants_in, usage
+from tests.billing.ledgers import COMMAND_KEY, KEYS, NOW_MS, PRICES, batch, tenants_in, usage
 from tests.fuzz.target import Reader, Target
 
 __all__ = ["TARGETS"]
@@ -59,7 +59,7 @@ def _input(kind: int, offset: int, piece: bytes) -> Input:
     if kind == USAGE:
         return UsageInput("usage.events", offset, piece)
     if kind == COMMAND:
-        piece = SignedCommand(command=piece, signature=hmac.digest(KEYS.command_key, piece, "sha256")).SerializeToString()
+        piece = SignedCommand(command=piece, signature=hmac.digest(COMMAND_KEY, piece, "sha256")).SerializeToString()
     return TickInput() if kind == TICK else CommandInput("billing.commands", offset, piece)
 
 
@@ -110,7 +110,7 @@ def _commands() -> list[Command]:
             )
         },
     ]
-    return [Command(schema_version=1, command_id=f"c{i}", **action) for i, action in enumerate(actions)]  # type: ignore[arg-type]
+    return [Command(schema_version=1, command_id=f"c{i}", issued_ms=NOW_MS, **action) for i, action in enumerate(actions)]  # type: ignore[arg-type]
 
 
 def _invoice(command_id: str, draft: bool) -> bytes:
@@ -123,7 +123,7 @@ def _invoice(command_id: str, draft: bool) -> bytes:
         currency_decimals=2,
         taxes=[TaxRate(name="VAT", rate_millionths=190_000)],
     )
-    return Command(schema_version=1, command_id=command_id, invoice_finalization=said).SerializeToString()
+    return Command(schema_version=1, command_id=command_id, issued_ms=NOW_MS, invoice_finalization=said).SerializeToString()
 
 
 def _scripts() -> list[bytes]:
@@ -141,7 +141,7 @@ def _scripts() -> list[bytes]:
             usage("", HERE),
         ]
     )
-    signed = SignedCommand(command=said[2], signature=hmac.digest(KEYS.command_key, said[2], "sha256")).SerializeToString()
+    signed = SignedCommand(command=said[2], signature=hmac.digest(COMMAND_KEY, said[2], "sha256")).SerializeToString()
     setup = Reader.join(*(part for command in said for part in (COMMAND, 0, command)))
     return [
         setup + Reader.join(USAGE, 1, plain, USAGE, 2, odd, USAGE, 0, plain),

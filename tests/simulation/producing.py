@@ -309,6 +309,7 @@ class Commander:
     async def _say(self, client: Client, partition: int, command: Command) -> None:
         choices = self.world.choices
         command.schema_version = 1
+        command.issued_ms = self.world.clock_ms()
         value = commands.sign(command, KEYS.command_key)
         if choices.random() < 0.1:
             forged = commands.sign(command, b"x" * 32)

@@ -19,6 +19,7 @@ from billing.founding import found_again
 from billing.v1.account_pb2 import Progress
 from billing.v1.ledger_pb2 import LedgerRecord
 from sinks import queries
+from sinks.audit import audit
 from sinks.engine import Columns, Table
 from sinks.engines.chdb import ChdbEngine
 from sinks.errors import EngineUnavailable, LedgerError, LedgerGap
@@ -28,7 +29,7 @@ from sinks.settings import SinkSettings
 from sinks.status import SinkStatus
 from taximeter.embedded.broker import TansuBroker, TansuSettings
 from taximeter.embedded.process import Child, ChildError
-from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
+from tests.billing.ledgers import KEYS, NOW_MS, SEAL_KEY, Ledger, batch, tenants_in, usage
 
 PARTITION = 1
 TENANT = tenants_in(PARTITION)[0]
@@ -356,11 +357,43 @@ def unsealed(stored: bytes) -> LedgerRecord:
 def test_a_damaged_record_stops_the_sink(tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine) -> None:
     settings = make_topics(tansu.bootstrap, unique_name("damaged"))
     ledger = filled()
-    damaged = bytearray(ledger.stored[-1])
-    damaged[-1] ^= 1
-    produce(settings, [*ledger.stored[:-1], bytes(damaged)])
-    with pytest.raises(chain.UnreadableRecord, match="the seal is not the ledger key's"):
+    *before, damaged, last = ledger.stored
+    produce(settings, [*before, damaged[:-1] + bytes([damaged[-1] ^ 1]), last])
+    with pytest.raises(chain.UnreadableRecord, match="it was damaged"):
         run_sink(settings, engine, threading.Event())
+
+
+def test_a_forged_record_is_refused_and_told_and_the_real_one_is_written(
+    tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = make_topics(tansu.bootstrap, unique_name("forged"))
+    ledger = filled()
+    *before, last = ledger.stored
+    forged = unsealed(last)
+    forged.accounts[0].credit.low = 10**18
+    produce(settings, [*before, chain.seal(forged, b"x" * 32), b"\xff garbage", b"", last])
+    status = SinkStatus()
+    stop = threading.Event()
+    running = threading.Thread(target=run_sink, args=(settings, engine, stop, status))
+    running.start()
+    try:
+        assert status.wait_for({PARTITION: ledger.state.sequence}, 60.0)
+    finally:
+        stop.set()
+        running.join()
+    assert status.snapshot()["refused_records"] == {str(PARTITION): 3}
+    assert caplog.text.count("was refused: ") == 3
+    assert audit(engine, KEYS.seal_key).findings == []
+
+
+def test_a_sink_with_another_seal_key_stops(tansu: TansuBroker, unique_name: Callable[[str], str], engine: ChdbEngine) -> None:
+    settings = make_topics(tansu.bootstrap, unique_name("other-key"))
+    ledger = filled()
+    produce(settings, ledger.stored)
+    other = replace(settings, seal_key=b"x" * 32)
+    assert "sealed with another key than this sink's" in str(fails(other, engine))
+    feed(engine, ledger.stored[:3], KEYS.seal_key)
+    assert "sealed with another key than this sink's" in str(fails(other, engine))
 
 
 def test_a_log_that_was_cut_and_written_on_stops_a_running_sink(tmp_path: Path) -> None:
@@ -371,7 +404,7 @@ def test_a_log_that_was_cut_and_written_on_stops_a_running_sink(tmp_path: Path) 
     ledger, cut = filled(), filled(6)
     assert cut.stored[:3] == ledger.stored[:3], "founding, prices and tenant"
     produce(settings, ledger.stored)
-    arguments = [broker.bootstrap, "cut.", str(tmp_path / "chdb"), KEYS.seal_key.hex()]
+    arguments = [broker.bootstrap, "cut.", str(tmp_path / "chdb"), SEAL_KEY.hex()]
     argv = [sys.executable, "-m", "tests.sinks.loop_process", *arguments]
     sink = Child("sink", argv, log_path=tmp_path / "sink.log", cwd=ROOT)
     sink.start()

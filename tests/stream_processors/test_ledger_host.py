@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from billing.chain import record_hash, seal
 from billing.founding import LedgerSettings, found
 from billing.identity import partition_of
 from billing.step import LedgerKeys, UsageInput
+from billing.v1.alert_pb2 import ALERT_RULE_FORGED_RECORD, SEVERITY_CRITICAL
+from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import UsageBatch
 from stream_processors.errors import HostStopped, RefusedToStart
 from stream_processors.ledger_host import HostSettings, LedgerHost
@@ -65,8 +68,10 @@ class Bench:
             _, stored = found(settings, partition, b"g" * 16, NOW_MS, KEYS.seal_key, "test")
             self.logs.log("ledger", partition).append(stored)
 
-    async def host(self, name: str = "a", *, partitions: int = 0, in_flight_max: int = 8) -> LedgerHost:
-        settings = HostSettings("events", "ledger", partitions or self.partitions, KEYS, name, in_flight_max)
+    async def host(
+        self, name: str = "a", *, partitions: int = 0, in_flight_max: int = 8, keys: LedgerKeys = KEYS
+    ) -> LedgerHost:
+        settings = HostSettings("events", "ledger", partitions or self.partitions, keys, name, in_flight_max)
         store = LocalStore(self.folder / name, 0)
         host = LedgerHost(settings, 0, store, self.logs, self.logs, lambda: self.now_ms, self.stopped.append)
         try:
@@ -100,6 +105,58 @@ async def test_an_input_is_done_only_when_its_record_is_in_the_log_and_on_disk(t
     fresh = await bench.host("b")
     assert fresh.state.digest() == digest
     fresh.store.close()
+
+
+async def test_a_forged_record_is_refused_told_in_the_ledger_once_and_never_followed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    host = await bench.host()
+    await host.handle(usage(0), lambda: None)
+    await bench.logs.deliver()
+    log = bench.logs.log("ledger", 0)
+    minted = LedgerRecord.FromString(log[-1])
+    minted.ClearField("seal")
+    minted.sequence += 1
+    minted.previous_hash = record_hash(log[-1])
+    minted.accounts[0].credit.low = 10**18
+    # The links are right; the key is not.
+    log.append(seal(minted, b"x" * 32))
+    log.append(b"\xff garbage")
+    await host.handle(usage(1), lambda: None)
+    await bench.logs.deliver()
+    assert "somebody else wrote" in str(host.stopped), "the worker starts over from the log"
+    host.store.close()
+    host = await bench.host()
+    # What it had written behind them links to what was before them, so it is followed.
+    assert (host.refused_records, host.state.sequence) == (2, 2)
+    assert host.state.accounts["tenant-1"].credit_pico == 0
+    await host.tick()
+    await bench.logs.deliver()
+    record = LedgerRecord.FromString(log[-1])
+    assert [(each.offset, each.hash) for each in record.tick.refused] == [(2, record_hash(log[2])), (3, record_hash(log[3]))]
+    [alert] = record.alerts
+    assert (alert.rule, alert.figures["records"], alert.severity) == (ALERT_RULE_FORGED_RECORD, 2, SEVERITY_CRITICAL)
+    digest = host.state.digest()
+    host.store.close()
+    # A worker that replays all of it finds them again, and that they have been told.
+    fresh = await bench.host("fresh")
+    await fresh.tick()
+    await bench.logs.deliver()
+    assert fresh.refused_records == 2
+    assert not LedgerRecord.FromString(log[-1]).tick.refused
+    assert digest != fresh.state.digest(), "that tick"
+    fresh.store.close()
+
+
+async def test_a_worker_with_another_seal_key_refuses_to_start(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    host = await bench.host()
+    await host.handle(usage(0), lambda: None)
+    await bench.logs.deliver()
+    host.store.close()
+    other = LedgerKeys(b"x" * 32, KEYS.command_key)
+    for name, says in (("a", "our own place is sealed with another key"), ("fresh", "are sealed with another key")):
+        with pytest.raises(RefusedToStart, match=says):
+            await bench.host(name, keys=other)
 
 
 async def test_a_replay_of_many_records_at_once_comes_to_the_same_state(tmp_path: Path) -> None:

@@ -27,13 +27,18 @@ SETTINGS = LedgerSettings(partitions=1, dedupe_key=b"d" * 32)
 NOW_MS = time.time_ns() // 1_000_000
 
 # A tenant, and three starts of a gateway: the first is over and waits for usage, the second is gone, the third lasts.
+_TENANT = TenantUpsert(tenant_id="tenant-1")
 _COMMANDS = [
-    sign(Command(schema_version=1, command_id="t", tenant_upsert=TenantUpsert(tenant_id="tenant-1")), KEYS.command_key),
+    sign(
+        Command(schema_version=1, command_id="t", issued_ms=NOW_MS, tenant_upsert=TenantUpsert(tenant_id="tenant-1")),
+        KEYS.command_key,
+    ),
     *(
         sign(
             Command(
                 schema_version=1,
                 command_id="unremembered",
+                issued_ms=NOW_MS,
                 lease_request=LeaseRequest(
                     tenant_id="tenant-1",
                     holder_id="p",
@@ -139,7 +144,7 @@ def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: 
 
     book = PriceBook(version=1, currency="USD", effective_ms=1)
     book.prices.add(model="*", uncached_input_pico=150_000, output_pico=600_000)
-    command = Command(schema_version=1, command_id="book", issued_ms=1, issuer="test", reason="test", price_book=book)
+    command = Command(schema_version=1, command_id="book", issued_ms=NOW_MS, issuer="test", price_book=book)
     take(CommandInput("billing.commands", 0, sign(command, KEYS.command_key)), NOW_MS)
     for number in range(6):
         batch = UsageBatch(schema_version=1, events=[event(f"tenant-{i}", f"{number}-{i}") for i in range(4)])

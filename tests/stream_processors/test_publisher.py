@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from billing.chain import record_hash
-from billing.v1.account_pb2 import LedgerPosition, Progress
+from billing.chain import record_hash, seal
+from billing.v1.account_pb2 import AccountUpdate, LedgerPosition, Progress
+from billing.v1.ledger_pb2 import LedgerRecord
 from stream_processors import publisher_app
 from stream_processors.errors import RefusedToStart, WorkerError
 from stream_processors.faust_apps import Failure
@@ -87,6 +88,25 @@ async def test_it_goes_on_behind_what_it_published(tmp_path: Path) -> None:
         bench.log.extend(ledger.stored)
         bench.mark(ledger, 2)
         assert await bench.take_over() == 3
+
+
+async def test_what_the_ledgers_key_did_not_seal_is_told_and_not_published(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with publisher(tmp_path) as bench:
+        ledger = filled("a", 2)
+        await bench.take_over()
+        *before, last = ledger.stored
+        forged = LedgerRecord.FromString(last)
+        forged.ClearField("seal")
+        forged.accounts[0].credit.low = 10**18
+        await bench.read([*before, seal(forged, b"x" * 32)])
+        assert bench.app.published_records == len(before)
+        assert f"offset {len(before)} was refused" in caplog.text
+        await bench.read([last])
+        assert bench.app.published_records == len(ledger.stored)
+        published = bench.app._batches[PARTITION].states[TOPICS.accounts, TENANT]
+        assert AccountUpdate.FromString(published).account.credit.low == 0
 
 
 async def test_a_log_that_lost_what_it_published_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from billing import replay
 from billing.chain import Chain, seal_and_hash
 from billing.founding import LedgerSettings, found
+from billing.key_ring import Keys
 from billing.state import DAY_MS, LedgerState, MemorySeenKeys
 from billing.step import LedgerKeys, UsageInput
 from billing.v1.usage_pb2 import UsageBatch
@@ -61,7 +62,7 @@ class Installation:
         self.logs.log("ledger", 0).append(stored)
         self.opened: list[LocalStore] = []
 
-    def snapshots(self, seal_key: bytes = KEYS.seal_key, kept: int = 3) -> SnapshotStore:
+    def snapshots(self, seal_key: Keys = KEYS.seal_key, kept: int = 3) -> SnapshotStore:
         return SnapshotStore(Bucket(self.url), 0, seal_key, kept=kept, writer="test")
 
     async def worker(self, name: str, snapshots: SnapshotStore | None = None) -> tuple[LedgerHost, Snapshot | None]:
@@ -356,7 +357,7 @@ async def test_a_manifest_that_names_a_path_is_refused(installation: Installatio
     genuine = installation.take(host, snapshots)
     genuine.manifest.files.add(name="../../etc/passwd", digest=b"d" * 32, size_bytes=1)
     genuine.manifest.seal = b""
-    (installation.bucket_folder / genuine.name).write_bytes(seal_and_hash(genuine.manifest, snapshots._key)[0])
+    (installation.bucket_folder / genuine.name).write_bytes(seal_and_hash(genuine.manifest, snapshots._keys)[0])
     assert snapshots.find() == []
     installation.close()
 

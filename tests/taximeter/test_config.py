@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from billing.key_ring import as_ring
+from taximeter.compose import key_ring
 from taximeter.config import Config, load, read_secret
 from taximeter.config_text import to_json_values, to_toml
 from taximeter.errors import ConfigError
@@ -34,11 +36,11 @@ def refusal(path: Path | None = None, flags: tuple[str, ...] = ()) -> str:
 
 
 def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path, '[kafka]\nbootstrap = "file:1"\ntopic_prefix = "file"\nreplication_factor = 2\n')
-    monkeypatch.setenv("TAXIMETER_KAFKA__BOOTSTRAP", "environment:1")
+    path = write(tmp_path, '[kafka]\nbootstrap = "localhost:1"\ntopic_prefix = "file"\nreplication_factor = 2\n')
+    monkeypatch.setenv("TAXIMETER_KAFKA__BOOTSTRAP", "localhost:2")
     monkeypatch.setenv("TAXIMETER_KAFKA__TOPIC_PREFIX", "environment")
-    config = load(path, ("kafka.bootstrap=flag:1",))
-    assert config.kafka.bootstrap == "flag:1"
+    config = load(path, ("kafka.bootstrap=localhost:3",))
+    assert config.kafka.bootstrap == "localhost:3"
     assert config.kafka.topic_prefix == "environment"
     assert config.kafka.replication_factor == 2
 
@@ -141,3 +143,59 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         )
     )
     assert load(write(tmp_path, to_toml(config, show_masked=False))) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "plain", "encrypted"),
+    [
+        ("kafka", 'bootstrap = "127.0.0.1:9092,kafka:9092"', 'security_protocol = "SSL"'),
+        ("kafka", 'bootstrap = "10.0.0.1:9092"', 'security_protocol = "SSL"'),
+        (
+            "kafka",
+            'bootstrap = "kafka:9092"\nsasl_mechanism = "PLAIN"\nsasl_username = "u"\nsecurity_protocol = "SASL_PLAINTEXT"',
+            None,
+        ),
+        ("clickhouse", 'engine = "server"\nhost = "clickhouse"', "tls = true"),
+        ("gateway", 'host = "0.0.0.0"', 'tls_certificate_file = "c"\ntls_key_file = "k"'),
+        ("gateway", 'host = "::"', 'tls_certificate_file = "c"\ntls_key_file = "k"'),
+        ("gateway", 'upstream = "dns:///triton:8001"', 'upstream_ca_file = "ca"'),
+    ],
+)
+def test_other_machines_are_spoken_to_in_tls_unless_it_is_told(
+    tmp_path: Path, section: str, plain: str, encrypted: str | None
+) -> None:
+    assert "allow_plaintext = true" in refusal(write(tmp_path, f"[{section}]\n{plain}\n"))
+    load(write(tmp_path, f"[{section}]\n{plain}\nallow_plaintext = true\n"))
+    if encrypted is not None:
+        load(write(tmp_path, f"[{section}]\n{plain}\n{encrypted}\n"))
+
+
+@pytest.mark.parametrize("upstream", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/run/triton.sock", "dns:///127.0.0.2:1"])
+def test_this_machine_needs_no_tls(upstream: str) -> None:
+    assert load(flags=(f"gateway.upstream={upstream}",)).gateway.upstream == upstream
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('tls_client_ca_file = "a"', "set tls_certificate_file too"),
+        ('upstream_certificate_file = "a"', "upstream_certificate_file and upstream_key_file belong together"),
+        ('upstream_certificate_file = "a"\nupstream_key_file = "b"', "set upstream_ca_file too"),
+    ],
+)
+def test_certificates_that_would_not_be_used_are_refused(tmp_path: Path, text: str, problem: str) -> None:
+    assert problem in refusal(write(tmp_path, f"[gateway]\n{text}\n"))
+
+
+@pytest.mark.parametrize("field", ["seal_key", "command_key"])
+def test_a_ring_of_keys_is_read_and_a_wrong_one_is_told_without_its_secrets(tmp_path: Path, field: str) -> None:
+    secret = tmp_path / "ring"
+    secret.write_text(f"2 {CANARY}\n- old\n")
+    config = load(flags=(f"ledger.{field}_file={secret}",))
+    ring = key_ring(config, field, needed_for="a test")  # type: ignore[arg-type]
+    assert as_ring(ring).signing == ("2", CANARY.encode())
+    assert CANARY not in repr(ring)
+    secret.write_text(f"2 {CANARY} old\n")
+    with pytest.raises(ConfigError, match=rf"ledger\.{field} line 1: has 3 words") as caught:
+        key_ring(config, field, needed_for="a test")  # type: ignore[arg-type]
+    assert CANARY not in str(caught.value)
