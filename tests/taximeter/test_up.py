@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -123,7 +124,14 @@ def test_a_key_is_shown_once_and_stands_nowhere(up: Up) -> None:
     secret: str = up.json("key", "create", "acme", "--project", "search")["secret"]
     folder = up.data_dir.path
     assert len(secret) > 40
-    holders = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    holders, looked_at = [], 0
+    for path in folder.rglob("*"):
+        # The databases that run there replace their files.
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            looked_at += 1
+            if path.is_file() and secret.encode() in path.read_bytes():
+                holders.append(path)
+    assert looked_at > 20
     assert holders == []
 
 
