@@ -38,9 +38,11 @@ def event_problem(event: UsageEvent) -> str | None:
     for name in REQUIRED_IDS:
         if not getattr(event, name):
             return f"{name}: is empty; every usage event needs one"
-    for name in REQUIRED_IDS + OPTIONAL_IDS:
-        if problem := _text_problem(name, getattr(event, name), ID_CHARS_MAX):
-            return problem
+    # An event that is no longer as a whole has no text that is too long.
+    if event.ByteSize() > ID_CHARS_MAX:
+        for name in REQUIRED_IDS + OPTIONAL_IDS:
+            if problem := _text_problem(name, getattr(event, name), ID_CHARS_MAX):
+                return problem
     for name in ("started_ms", "ended_ms"):
         value = getattr(event, name)
         if not 0 < value <= TIME_MS_MAX:

@@ -139,6 +139,8 @@ def _serialized(event: UsageEvent) -> bytes:
 
 def _interrupted(event: UsageEvent) -> bytes:
     """The event as it is to be billed if this process dies now: made here, so that recovering is a move and cannot fail."""
+    if event.outcome == OUTCOME_INTERRUPTED and event.ended_ms:
+        return _serialized(event)
     copy = UsageEvent()
     copy.CopyFrom(event)
     copy.outcome = OUTCOME_INTERRUPTED

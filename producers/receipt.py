@@ -13,7 +13,53 @@ from producers.errors import JournalError, NotDurableInTime
 
 __all__ = ["Receipt"]
 
-_Waiters = list[asyncio.Future[None]]
+
+class _Waiters:
+    """The coroutines of one event loop that wait for one group: one call wakes them all, and one timer watches over them."""
+
+    __slots__ = ("_due", "_entries", "_loop", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._entries: list[tuple[float, float, asyncio.Future[None]]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+
+    def add(self, timeout_s: float) -> asyncio.Future[None]:
+        """In the loop: what is done when the group is, or fails when the time is over."""
+        due = self._loop.time() + timeout_s
+        future = self._loop.create_future()
+        self._entries.append((due, timeout_s, future))
+        if self._timer is None or due < self._due:
+            self._watch(due)
+        return future
+
+    def _watch(self, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = self._loop.call_at(due, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        late = [entry for entry in self._entries if entry[0] <= now]
+        self._entries = [entry for entry in self._entries if entry[0] > now]
+        for _, timeout_s, future in late:
+            if not future.done():
+                future.set_exception(_late(timeout_s))
+        if self._entries:
+            self._watch(min(due for due, _, _ in self._entries))
+
+    def wake(self) -> None:
+        """In the loop: the group is settled."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for _, _, future in self._entries:
+            if not future.done():
+                future.set_result(None)
+        self._entries.clear()
 
 
 class Receipt:
@@ -40,7 +86,7 @@ class Receipt:
     def durable(self, timeout_s: float = 30.0) -> None:
         """Block until it is on disk. Raises the journal's error where the group failed, or `NotDurableInTime`."""
         if not self._finished.wait(timeout_s):
-            raise self._late(timeout_s)
+            raise _late(timeout_s)
         self._raise_if_failed()
 
     async def wait(self, timeout_s: float = 30.0) -> None:
@@ -50,14 +96,12 @@ class Receipt:
             with self._lock:
                 future: asyncio.Future[None] | None = None
                 if not self._finished.is_set():
-                    future = loop.create_future()
-                    self._loops.setdefault(loop, []).append(future)
+                    waiters = self._loops.get(loop)
+                    if waiters is None:
+                        waiters = self._loops[loop] = _Waiters(loop)
+                    future = waiters.add(timeout_s)
             if future is not None:
-                try:
-                    async with asyncio.timeout(timeout_s):
-                        await future
-                except TimeoutError:
-                    raise self._late(timeout_s) from None
+                await future
         self._raise_if_failed()
 
     def settle(self, error: JournalError | None) -> None:
@@ -68,7 +112,7 @@ class Receipt:
             self._finished.set()
         for loop, waiters in self._loops.items():
             try:
-                loop.call_soon_threadsafe(_wake, waiters)
+                loop.call_soon_threadsafe(waiters.wake)
             except RuntimeError:
                 # The loop was closed while its coroutines waited: nobody is left there to tell.
                 continue
@@ -78,15 +122,9 @@ class Receipt:
             # A new one for each caller: a shared exception would collect the tracebacks of all.
             raise type(self._error)(*self._error.args) from self._error.__cause__
 
-    @staticmethod
-    def _late(timeout_s: float) -> NotDurableInTime:
-        return NotDurableInTime(
-            f"timeout_s={timeout_s:g}: the journal's disk has not confirmed the events yet; whether they are kept is unknown. "
-            f"Look at the disk under the journal, or allow it more time"
-        )
 
-
-def _wake(waiters: _Waiters) -> None:
-    for future in waiters:
-        if not future.done():
-            future.set_result(None)
+def _late(timeout_s: float) -> NotDurableInTime:
+    return NotDurableInTime(
+        f"timeout_s={timeout_s:g}: the journal's disk has not confirmed the events yet; whether they are kept is unknown. "
+        f"Look at the disk under the journal, or allow it more time"
+    )

@@ -40,6 +40,7 @@ __all__ = [
     "find_output",
     "get_parameter",
     "has_shared_memory",
+    "input_places",
     "pack_bytes",
     "raw_input_position",
     "read_bool_input",
@@ -194,6 +195,18 @@ def raw_input_position(request: ModelInferRequest, name: str) -> int | None:
             return position if raw else None
         position += raw
     return None
+
+
+def input_places(request: ModelInferRequest) -> dict[str, tuple[int, int | None]]:
+    """Of each input, by name, its index and where in `raw_input_contents` its data stands; None: it has no place there. One
+    walk for whoever reads several; of two with one name it is the first, as everywhere here."""
+    places: dict[str, tuple[int, int | None]] = {}
+    position = 0
+    for index, tensor in enumerate(request.inputs):
+        raw = not tensor.HasField("contents") and _SHARED_MEMORY_PARAMETER not in tensor.parameters
+        places.setdefault(tensor.name, (index, position if raw else None))
+        position += raw
+    return places
 
 
 def _output_index(response: ModelInferResponse, name: str) -> int | None:

@@ -7,9 +7,10 @@ traps, and takes out again what was injected, so that a client sees what it woul
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from billing.limits import QUANTITY_MAX
 from serving import kserve
@@ -18,8 +19,6 @@ from serving.kserve import EMPTY_FINAL_PARAMETER, TensorError
 from serving.tokenizers import Framing
 
 if TYPE_CHECKING:
-    from collections.abc import Set as AbstractSet
-
     from serving.gateway.profiles import CountFlags, ModelProfile, TokenIds
     from serving.kserve import ModelInferRequest, ModelInferResponse
 
@@ -58,50 +57,90 @@ class PreparedRequest:
         return message.replace(self.upstream_id, self.client_id or "<id_unknown>")
 
 
-def _refuse_shared_memory(request: ModelInferRequest) -> None:
-    for tensor in (*request.inputs, *request.outputs):
+# What a flag's shape is with the back ends that have flags.
+_SINGLE: Final[tuple[list[int], ...]] = ([1], [1, 1], [])
+_Places = dict[str, tuple[int, int | None]]
+
+
+def _refuse_shared_memory(request: ModelInferRequest, places: _Places) -> None:
+    # An input that has a place has its data there.
+    hidden = [request.inputs[index] for index, position in places.values() if position is None]
+    if len(places) != len(request.inputs):
+        hidden = list(request.inputs)
+    for tensor in (*hidden, *request.outputs):
         if kserve.has_shared_memory(tensor):
             raise TensorError(tensor.name, "in shared memory", "send tensors in the request: the gateway must meter them")
 
 
-def _flag(request: ModelInferRequest, names: AbstractSet[str], name: str | None) -> bool | None:
-    """What the client set the flag to. The set of names spares a walk over all inputs for each that is not there."""
-    return kserve.read_bool_input(request, name) if name and name in names else None
+def _raw_single(request: ModelInferRequest, place: tuple[int, int | None], datatype: str) -> bytes | None:
+    """The data of a raw input of one element of that type; None: it is not plainly that, and must be read with all checks."""
+    index, position = place
+    raws = request.raw_input_contents
+    if position is None or position >= len(raws):
+        return None
+    tensor = request.inputs[index]
+    if tensor.datatype != datatype or list(tensor.shape) not in _SINGLE:
+        return None
+    data: bytes = raws[position]
+    return data
 
 
-def _inject_flag(request: ModelInferRequest, names: AbstractSet[str], flag: str, count: str, shape: tuple[int, ...]) -> bool:
+def _flag(request: ModelInferRequest, places: _Places, name: str | None) -> bool | None:
+    """What the client set the flag to; None: it did not."""
+    place = places.get(name) if name else None
+    if place is None or name is None:
+        return None
+    data = _raw_single(request, place, "BOOL")
+    return kserve.read_bool_input(request, name) if data is None or len(data) != 1 else data != b"\0"
+
+
+def _text(request: ModelInferRequest, places: _Places, name: str) -> str:
+    """The one text of an input that is there."""
+    data = _raw_single(request, places[name], "BYTES")
+    if data is not None and len(data) >= 4 and int.from_bytes(data[:4], "little") == len(data) - 4:
+        with contextlib.suppress(UnicodeDecodeError):
+            return data[4:].decode()
+    return kserve.read_text_input(request, name) or ""
+
+
+def _inject_flag(request: ModelInferRequest, places: _Places, flag: str, count: str, shape: tuple[int, ...]) -> bool:
     """Make the back end report a count; True if the client did not ask for it."""
-    asked = bool(_flag(request, names, flag))
+    asked = bool(_flag(request, places, flag))
     if not asked:
-        if flag in names:
+        if flag in places:
             kserve.strip_input(request, flag)
         kserve.add_bool_input(request, flag, True, shape=shape)
     # A client that lists the outputs that it wants gets those alone.
     return kserve.request_output(request, count) or not asked
 
 
-def _inject(request: ModelInferRequest, names: AbstractSet[str], profile: ModelProfile) -> tuple[str, ...]:
+def _inject(request: ModelInferRequest, places: _Places, profile: ModelProfile) -> tuple[str, ...]:
     """Ask for every output that is metered; those that the client did not ask for."""
-    hidden: list[str] = []
     counts = profile.counts
+    flags = () if counts is None else (counts.input_flag, counts.output_flag)
+    if request.raw_input_contents and not request.outputs and not any(flag in places for flag in flags):
+        # The client says nothing of counts or outputs: all that is asked for goes in at once.
+        request.MergeFrom(profile.injected)
+        return profile.injected_outputs
+    hidden: list[str] = []
     if counts is not None:
         for flag, count in ((counts.input_flag, counts.input_count), (counts.output_flag, counts.output_count)):
-            if flag and _inject_flag(request, names, flag, count, counts.shape):
+            if flag and _inject_flag(request, places, flag, count, counts.shape):
                 hidden.append(count)
     if request.outputs:
         hidden += [name for name in profile.metered_outputs if kserve.request_output(request, name)]
     return tuple(hidden)
 
 
-def _read_prompts(request: ModelInferRequest, names: AbstractSet[str], profile: ModelProfile) -> tuple[str, ...]:
+def _read_prompts(request: ModelInferRequest, places: _Places, profile: ModelProfile) -> tuple[str, ...]:
     found: list[str] = []
     for place, name in enumerate(profile.text_inputs):
-        if name in names:
+        if name in places:
             if profile.counts is None:
                 found += kserve.read_texts_input(request, name) or ()
             else:
                 # A back end that counts takes one prompt a request; its counts could not be told apart.
-                found.append(kserve.read_text_input(request, name) or "")
+                found.append(_text(request, places, name))
         elif place == 0 and profile.tokenizer is not None:
             raise TensorError(name, "missing", "send the prompt as a BYTES tensor of one element")
     return tuple(found)
@@ -124,24 +163,24 @@ def _read_ids(request: ModelInferRequest, ids: TokenIds) -> tuple[int, int]:
 
 def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str, *, stream: bool) -> PreparedRequest:
     """Rewrite `request` in place for the back end. Raises TensorError for what cannot be metered."""
-    _refuse_shared_memory(request)
-    names = {tensor.name for tensor in request.inputs}
+    places = kserve.input_places(request)
+    _refuse_shared_memory(request, places)
     ids = profile.ids
     prompts: tuple[str, ...] = ()
     input_tokens, rows, units = None if profile.counts_input else 0, 1, (0,) * len(profile.units)
-    stops = bool(_flag(request, names, profile.stop_input))
+    stops = bool(_flag(request, places, profile.stop_input))
     if stops:
         # What it says beside is what the back end wants in every request.
         input_tokens = 0
     else:
-        prompts = _read_prompts(request, names, profile) if profile.text_inputs else ()
+        prompts = _read_prompts(request, places, profile) if profile.text_inputs else ()
         if ids is not None:
             input_tokens, rows = _read_ids(request, ids)
         if profile.units:
             units = tuple([rule.of_request(request) for rule in profile.units])
-    streaming = bool(_flag(request, names, profile.stream_input))
-    excluded = _flag(request, names, profile.exclude_input)
-    hidden = _inject(request, names, profile)
+    streaming = bool(_flag(request, places, profile.stream_input))
+    excluded = _flag(request, places, profile.exclude_input)
+    hidden = _inject(request, places, profile)
     empty_final_asked = kserve.get_parameter(request, EMPTY_FINAL_PARAMETER)
     if empty_final_asked is not None and not isinstance(empty_final_asked, bool):
         # The back end would refuse it, and it will not see it.
@@ -154,14 +193,14 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
         client_id=client_id,
         upstream_id=upstream_id,
         prompts=prompts,
-        framing=Framing.CHAT if _flag(request, names, profile.chat_input) else profile.framing,
+        framing=Framing.CHAT if _flag(request, places, profile.chat_input) else profile.framing,
         input_tokens=input_tokens,
         rows=rows,
         units=units,
         hidden_outputs=hidden,
         empty_final_asked=bool(empty_final_asked),
         prompt_echoed=not streaming and not (profile.exclude_input_default if excluded is None else excluded),
-        repeats_all=ids is not None and bool(_flag(request, names, ids.all_generated)),
+        repeats_all=ids is not None and bool(_flag(request, places, ids.all_generated)),
         stops=stops,
     )
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
+from tritonclient.grpc import service_pb2
+
 from billing.v1.usage_pb2 import (
     OPERATION_CLASSIFICATION,
     OPERATION_EMBEDDINGS,
@@ -19,12 +21,15 @@ from billing.v1.usage_pb2 import (
     OPERATION_SPEECH_TO_TEXT,
     OPERATION_TEXT_TO_IMAGE,
 )
+from serving import kserve
 from serving.gateway.output_limits import OutputLimit
 from serving.gateway.units import AudioMilliseconds, Characters, ImageSteps, PerRequest, UnitRule
 from serving.tokenizers import Framing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from serving.kserve import ModelInferRequest
 
 __all__ = [
     "KINDS",
@@ -119,6 +124,10 @@ class ModelProfile:
     """Whether output tokens are metered at all."""
     metered_outputs: tuple[str, ...] = field(init=False)
     """The outputs that the gateway must see, beside counts."""
+    injected: ModelInferRequest = field(init=False, compare=False, repr=False)
+    """The flags that make the back end count, as a part of a request that has its tensors raw."""
+    injected_outputs: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    """What they bring."""
 
     def __post_init__(self) -> None:
         counts, ids = self.counts, self.ids
@@ -126,6 +135,12 @@ class ModelProfile:
         object.__setattr__(self, "counts_input", bool(self.text_inputs or ids or (counts and counts.input_flag)))
         object.__setattr__(self, "counts_output", bool(self.text_output or ids or (counts and counts.output_flag)))
         object.__setattr__(self, "metered_outputs", self._metered_outputs())
+        object.__setattr__(self, "injected", service_pb2.ModelInferRequest())
+        found = () if counts is None else ((counts.input_flag, counts.input_count), (counts.output_flag, counts.output_count))
+        object.__setattr__(self, "injected_outputs", tuple(count for flag, count in found if flag))
+        for flag, _ in found:
+            if flag and counts is not None:
+                kserve.add_bool_input(self.injected, flag, True, shape=counts.shape)
         if not self.model:
             raise ValueError("model: is empty: name the model as its back end does")
         if self.counts is None and self.tokenizer is None and self.ids is None:

@@ -151,3 +151,41 @@ def test_the_empty_final_flag_must_be_a_bool() -> None:
 def test_a_model_that_cannot_be_metered_is_refused_at_start() -> None:
     with pytest.raises(ValueError, match="neither counts nor a tokenizer"):
         ModelProfile("m")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("stream", {"raw": b"\x01\x01"}, "2 bytes for BOOL"),
+        ("stream", {"raw": b""}, "0 bytes for BOOL"),
+        ("stream", {"datatype": "INT8"}, "datatype 'INT8'"),
+        ("stream", {"shape": [2]}, "for BOOL of shape"),
+        ("text_input", {"raw": b"\x03\0\0\0ab"}, "claims 3 bytes, 2 follow"),
+        ("text_input", {"raw": b"\x01\0\0\0ab"}, "more than 1 elements"),
+        ("text_input", {"raw": b"\x02\0\0\0\xff\xfe"}, "is not UTF-8"),
+        ("text_input", {"shape": [2]}, "elements for shape"),
+        ("text_input", {"datatype": "INT8"}, "datatype 'INT8'"),
+    ],
+)
+def test_what_is_not_plainly_a_flag_or_a_text_is_refused_by_name(name: str, change: dict[str, Any], told: str) -> None:
+    made = request(stream=True)
+    index = [tensor.name for tensor in made.inputs].index(name)
+    if "raw" in change:
+        made.raw_input_contents[index] = change["raw"]
+    if "datatype" in change:
+        made.inputs[index].datatype = change["datatype"]
+    if "shape" in change:
+        made.inputs[index].shape[:] = change["shape"]
+    with pytest.raises(TensorError, match=told) as caught:
+        prepare(made, VLLM, "ours", stream=True)
+    assert caught.value.tensor == name
+
+
+def test_of_two_inputs_with_one_name_the_first_counts_and_neither_may_be_in_shared_memory() -> None:
+    made = request()
+    again = made.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    made.raw_input_contents.append(kserve.pack_bytes([b"another"]))
+    assert prepare(made, VLLM, "ours", stream=True).prompts == ("a prompt",)
+    kserve.set_parameter(again, "shared_memory_region", "r")
+    with pytest.raises(TensorError, match="shared memory"):
+        prepare(made, VLLM, "ours", stream=True)
