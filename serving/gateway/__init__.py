@@ -11,8 +11,8 @@ What ends a request, and what its usage event says:
     a back end's error later                  BACKEND_ERROR_PARTIAL: what was delivered (`bill_partial_answers` off: price 0)
     the gateway stops or dies                 INTERRUPTED: what was delivered
     the back end is not there                 asked again, `upstream_attempts` times in all; billed once
-    account, model, prompt, concurrency       REJECTED, with the reason: price 0, never forwarded
-    the key, stale state, a full journal      no event: there is no tenant, or nowhere to write it; counted in the metrics
+    key, account, model, prompt, concurrency  REJECTED, with the reason: price 0, never forwarded
+    an unknown key, stale state, full journal no event: there is no tenant, or nowhere to write it; counted in the metrics
 
 The last response that a client sees says what is billed, in its parameters `taximeter_request_id`, `taximeter_input_tokens`,
 `taximeter_output_tokens` and `taximeter_count_source`, and one for each unit that it used. docs/outcomes.md names the tests.

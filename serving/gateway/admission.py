@@ -85,7 +85,7 @@ def key_refusal(key: KeyView | None, scopes: AbstractSet[int], now_ms: int) -> R
             REFUSAL_REASON_KEY,
             "API key: unknown, revoked or expired: send a valid one in the metadata, as 'authorization: Bearer <key>' or "
             "'x-api-key: <key>'",
-            False,
+            key is not None,
         )
     if not key.scopes & scopes:
         wanted = " or ".join(sorted(_scope_name(scope) for scope in scopes))
@@ -93,7 +93,7 @@ def key_refusal(key: KeyView | None, scopes: AbstractSet[int], now_ms: int) -> R
             grpc.StatusCode.PERMISSION_DENIED,
             REFUSAL_REASON_KEY,
             f"API key {key.key_id}: lacks the scope {wanted}: use a key that has it",
-            False,
+            True,
         )
     return None
 

@@ -36,6 +36,7 @@ from serving.gateway.errors import CallError
 from serving.gateway.limits import Breach, RateLimits, RequestSlot, Scope
 from serving.gateway.metering import MeterParts, Price, RequestMeter, new_event, now_ms
 from serving.gateway.output_limits import read_output_asked
+from serving.gateway.policy import Access
 from serving.gateway.scoping import RunningRequests, SequenceScope
 from serving.gateway.tokens import TextCount
 from serving.gateway.tracing import own_span, with_span
@@ -122,8 +123,8 @@ class Gateway:
             wants_status=("triton_grpc_error", "true") in metadata,
         )
 
-    def authenticate(self, caller: Caller, policy: Policy) -> KeyView:
-        """The caller's key. Raises CallError."""
+    def authenticate(self, caller: Caller, policy: Policy, request: ModelInferRequest | None = None) -> KeyView:
+        """The caller's key. Raises CallError; of an inference, a key that has a tenant but may not be used leaves a record."""
         if self.journal_full:
             self.metrics["journal_full"] += 1
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"usage cannot be recorded: {self.journal_full}")
@@ -132,7 +133,12 @@ class Gateway:
         key = None if caller.secret_hash is None else self._directory.find_key(caller.secret_hash)
         refusal = admission.key_refusal(key, policy.scopes, now_ms())
         if refusal is not None:
-            self._count_refusal(refusal)
+            if key is None or policy.access is not Access.METERED:
+                self._count_refusal(refusal)
+            else:
+                model, client_id = ("-", "") if request is None else (request.model_name or "-", request.id)
+                # Not waited for: whoever guesses shall not queue for the disk.
+                self._record(refusal, new_event(self._parts, key, uuid4().hex, model, 0, client_id))
             if policy.message and refusal.status is grpc.StatusCode.PERMISSION_DENIED:
                 raise CallError(refusal.status, f"denied by policy {policy.name}: {policy.message} ({refusal.message})")
             raise CallError.refused(refusal)
@@ -143,7 +149,7 @@ class Gateway:
 
     async def begin(self, request: ModelInferRequest, caller: Caller, policy: Policy, *, stream: bool) -> Admitted:
         """Admit an inference and open it in the journal; `end` must be called when it is over. Raises CallError."""
-        key = self.authenticate(caller, policy)
+        key = self.authenticate(caller, policy, request)
         tenant_id = key.tenant_id
         refusal = self._slot_refusal(tenant_id)
         if refusal is not None:

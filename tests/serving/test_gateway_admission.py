@@ -99,7 +99,7 @@ def test_keys_that_do_not_open(key: KeyView | None, status: grpc.StatusCode) -> 
     refusal = admission.key_refusal(key, {KEY_SCOPE_METER}, NOW_MS)
     assert refusal is not None
     assert refusal.status is status
-    assert not refusal.recorded
+    assert refusal.recorded is (key is not None), "what has a tenant is put on record"
 
 
 def test_keys_that_open() -> None:

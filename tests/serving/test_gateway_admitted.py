@@ -17,12 +17,13 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from billing.amounts import PICO
-from billing.v1.account_pb2 import BILLING_MODE_PREPAID, Limits, ModelLimits, Plan
+from billing.v1.account_pb2 import BILLING_MODE_PREPAID, KEY_SCOPE_READ, Limits, ModelLimits, Plan
 from billing.v1.command_pb2 import Price, PriceBook
 from billing.v1.usage_pb2 import (
     OUTCOME_COMPLETED,
     OUTCOME_REJECTED,
     REFUSAL_REASON_BALANCE,
+    REFUSAL_REASON_KEY,
     REFUSAL_REASON_OUTPUT_TOO_LARGE,
     REFUSAL_REASON_RATE,
     SERVICE_CLASS_STANDARD,
@@ -47,6 +48,7 @@ from tests.serving.gateway_support import (
     put_account,
     put_key,
     running,
+    settled,
     told,
     trace_inputs,
 )
@@ -223,3 +225,33 @@ async def test_price_and_balance_are_told_where_the_plan_says_so(tmp_path: Path,
             if response is not None and told(response) is not None
         ]
         assert response.parameters["taximeter_price"].string_param == "0.0000023 USD"
+
+
+async def test_a_key_that_may_not_be_used_leaves_a_record_and_one_that_nobody_knows_a_count(
+    tmp_path: Path, back_end: str
+) -> None:
+    directory = known_directory()
+    refused: dict[str, dict[str, Any]] = {
+        "revoked": {"revoked": True},
+        "expired": {"expires_ms": 1},
+        "reads": {"scopes": [KEY_SCOPE_READ]},
+    }
+    for name, fields in refused.items():
+        put_key(directory, api_key(key_id=name, secret=name, **fields))
+    async with serving(tmp_path, back_end, directory) as (server, client):
+        for secret in (*refused, "unknown"):
+            headers = {"x-api-key": secret}
+            with pytest.raises(InferenceServerException):
+                await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=headers, request_id=secret)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, 1)}, headers=headers)
+            # What costs nothing leaves no record: anybody may ask.
+            assert await client.is_server_live(headers=headers)
+        events = await settled(server, 6)
+        assert server.metrics()["refused_key"] == 8
+    assert sorted((event.api_key_id, event.model, event.client_request_id) for event in events) == sorted(
+        place for name in refused for place in ((name, "trace-unary", name), (name, "-", ""))
+    )
+    assert {(event.tenant_id, event.outcome, event.refusal_reason) for event in events} == {
+        ("tenant-a", OUTCOME_REJECTED, REFUSAL_REASON_KEY)
+    }
