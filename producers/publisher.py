@@ -50,6 +50,7 @@ class PublisherSettings:
     partitions: int
     topic: str = "usage.events"
     progress_topic: str = "usage.progress"
+    # While the ledger is at work on what was sent before, five times as long.
     linger_ms: int = 50
     batch_events: int = BATCH_EVENTS_MAX
     batch_bytes: int = BATCH_BYTES_MAX
@@ -287,7 +288,7 @@ class Publisher:
             if delivery.unsent_since is None:
                 delivery.unsent_since = now
             lingered_s = now - delivery.unsent_since
-            linger_s = self.settings.linger_ms / 1_000
+            linger_s = delivery.linger_s(self.settings.linger_ms)
             if lingered_s < linger_s and highest - delivery.sent < self.settings.batch_events and not self._stopping.is_set():
                 return linger_s - lingered_s
             if not self._send_batch(producer, delivery, highest, now):

@@ -19,6 +19,16 @@ def test_only_the_ledgers_word_moves_coverage() -> None:
     assert delivery.covered == 15
 
 
+def test_more_is_gathered_while_the_ledger_is_at_work() -> None:
+    delivery = Delivery.begin(0, freed=0)
+    assert delivery.linger_s(20) == 0.02
+    delivery.on_sent(20, now=1.0)
+    delivery.on_acknowledged(20, delivery.epoch, 5, now=1.0)
+    assert delivery.linger_s(20) == 0.1, "Kafka has it, the ledger has not"
+    delivery.on_progress(20, b"g", highest=20, freed=0, now=2.0)
+    assert delivery.linger_s(20) == 0.02
+
+
 def test_an_offset_that_goes_back_is_another_log() -> None:
     delivery = Delivery.begin(0, freed=0)
     assert delivery.on_acknowledged(0, 0, 7, now=1.0)
