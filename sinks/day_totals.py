@@ -15,7 +15,7 @@ from typing import cast
 from sinks.engine import Engine, Reader, decimal_to_pico
 from sinks.tables import TOKEN_COLUMNS, USAGE_DAYS, USAGE_DAYS_SUMMED
 
-__all__ = ["DAY_S", "TrustedDays", "sum_days", "trusted_days"]
+__all__ = ["COUNTS", "DAY_S", "TrustedDays", "sum_days", "trusted_days"]
 
 DAY_S = 86_400
 _TENANTS_AT_ONCE = 50
@@ -23,7 +23,8 @@ _TENANTS_AT_ONCE = 50
 _ROWS_AT_ONCE = 100_000
 _TIMEOUT_S = 120.0
 _KEY = "tenant_id, day, project_id, model, operation, service_class, currency, ledger_partition"
-_COUNTS = ("events", "refused_events", "unrated_events", *TOKEN_COLUMNS)
+# In the order in which `usage_days.counts` has them.
+COUNTS = ("events", "refused_events", "unrated_events", *TOKEN_COLUMNS)
 # Minutes of one partition, of days that are over, that were stated since the last time, or were not over then.
 _CHANGED = (
     "ledger_partition = {partition:UInt32} AND minute < toDateTime({today:Int64}, 'UTC') "
@@ -103,10 +104,10 @@ def sum_days(engine: Engine, partitions: Collection[int], stopped: Callable[[], 
 def _sums(engine: Engine, changed: dict[str, int], tenants: Sequence[str]) -> list[tuple[object, ...]]:
     """The sums of those tenants' days in which something has changed, whole."""
     whose = "tenant_id IN {tenants:Array(String)}"
-    sums = ", ".join(f"sum({name})" for name in _COUNTS)
+    sums = ", ".join(f"sum({name})" for name in COUNTS)
     return engine.query(
         "SELECT tenant_id, toUInt32(toStartOfDay(minute)) AS day, project_id, model, operation, service_class, currency, "  # noqa: S608
-        f"ledger_partition, {sums}, sumMap(unit_names, unit_quantities), sum(cost) FROM usage_totals FINAL "
+        f"ledger_partition, [{sums}], sumMap(unit_names, unit_quantities), sum(cost) FROM usage_totals FINAL "
         f"WHERE {whose} AND ledger_partition = {{partition:UInt32}} AND (tenant_id, toStartOfDay(minute)) IN "
         f"(SELECT DISTINCT tenant_id, toStartOfDay(minute) FROM usage_totals WHERE {whose} AND {_CHANGED}) GROUP BY {_KEY}",
         {**changed, "tenants": tenants},

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import cast
 
-from sinks.day_totals import DAY_S, TrustedDays, trusted_days
+from sinks.day_totals import COUNTS, DAY_S, TrustedDays, trusted_days
 from sinks.engine import Parameter, Reader, decimal_to_pico
 from sinks.errors import ParameterError
 from sinks.rows import AlertRow, Balance, EventRow, Freshness, Quantities, RejectedRow, Totals, UsageRow
@@ -56,14 +56,10 @@ _EVENT_GROUPS = {"user": "user_id", "key": "api_key_id", "outcome": "outcome", "
 # Every name that `usage(by=...)` knows.
 USAGE_BY = (*_GROUPS, *_EVENT_GROUPS)
 
-_TOKEN_SUMS = ", ".join(f"sum({name}) AS sum_{name}" for name in TOKEN_COLUMNS)
-_SUMMED = ", ".join(
-    (
-        "tenant_id, project_id, model, operation, service_class, currency, events, refused_events, unrated_events",
-        *TOKEN_COLUMNS,
-        "unit_names, unit_quantities, cost",
-    )
-)
+_SUMMED = "tenant_id, project_id, model, operation, service_class, currency, unit_names, unit_quantities, cost"
+# The counts as one column: what takes most of such a query's time is the number of its columns.
+_BY_MINUTE = f"SELECT minute, {_SUMMED}, [{', '.join(COUNTS)}] AS counts FROM usage_totals FINAL"  # noqa: S608
+_BY_DAY = f"SELECT day AS minute, {_SUMMED}, counts FROM usage_days FINAL"  # noqa: S608
 _UNIT_SUMS = "sumMap(unit_names, unit_quantities) AS unit_sums"
 
 
@@ -119,12 +115,9 @@ def usage(
         if tenant_id is None:
             raise ParameterError(f"by {', '.join(by)}: that stands in the events only; name the tenant")
         source, time = "usage_events FINAL", "ended"
-        counts = (
-            f"count() AS event_count, countIf(NOT ({CHARGED})) AS refused_count, "
-            f"countIf(price_version = 0 AND {CHARGED}) AS unrated_count"
-        )
         # What was refused or never delivered is kept out of the totals of quantities, here as there.
-        token_sums = ", ".join(f"sumIf({name}, {CHARGED}) AS sum_{name}" for name in TOKEN_COLUMNS)
+        token_sums = ", ".join(f"sumIf({name}, {CHARGED})" for name in TOKEN_COLUMNS)
+        counts = f"[count(), countIf(NOT ({CHARGED})), countIf(price_version = 0 AND {CHARGED}), {token_sums}]"
         unit_sums = f"sumMapIf(unit_names, unit_quantities, {CHARGED}) AS unit_sums"
         conditions += ["ended >= fromUnixTimestamp64Milli({start:Int64})", "ended < fromUnixTimestamp64Milli({end:Int64})"]
         parameters |= {"start": start_ms, "end": end_ms}
@@ -136,30 +129,31 @@ def usage(
         days = trusted_days(reader, tenant_id, start_s) if by_day and tenant_id is not None else TrustedDays()
         source, time = _totals_between(start_s, end_s, days, _where(conditions)), "minute"
         conditions = []
-        counts = "sum(events) AS event_count, sum(refused_events) AS refused_count, sum(unrated_events) AS unrated_count"
-        token_sums, unit_sums = _TOKEN_SUMS, _UNIT_SUMS
+        counts, unit_sums = "sumForEach(counts)", _UNIT_SUMS
     groups = [(_GROUPS | _EVENT_GROUPS)[name].replace("{time}", time) for name in by]
     group_columns = "".join(f"{expression} AS group_{index}, " for index, expression in enumerate(groups))
     group_names = "".join(f"group_{index}, " for index in range(len(groups)))
     rows = reader.query(
-        f"SELECT {group_columns}currency, {counts}, {token_sums}, {unit_sums}, sum(cost) AS cost_sum FROM {source}"  # noqa: S608
+        f"SELECT {group_columns}currency, {counts}, {unit_sums}, sum(cost) AS cost_sum FROM {source}"  # noqa: S608
         f"{_where(conditions)} GROUP BY {group_names}currency ORDER BY {group_names}currency "
         "LIMIT {limit:UInt32} OFFSET {offset:UInt64}",
         parameters | {"limit": limit, "offset": offset},
     ).rows
     width = len(groups)
-    return [
-        UsageRow(
-            group=tuple(_text(value) for value in row[:width]),
-            currency=_text(row[width]),
-            events=_int(row[width + 1]),
-            refused_events=_int(row[width + 2]),
-            unrated_events=_int(row[width + 3]),
-            quantities=_quantities(row[width + 4 : width + 13]),
-            cost_pico=_pico(row[width + 13]),
-        )
-        for row in rows
-    ]
+    return [_usage_row(row[:width], *row[width:]) for row in rows]
+
+
+def _usage_row(group: Sequence[object], currency: object, counts: object, units: object, cost: object) -> UsageRow:
+    events, refused_events, unrated_events, *tokens = cast("Sequence[int]", counts)
+    return UsageRow(
+        group=tuple(_text(value) for value in group),
+        currency=_text(currency),
+        events=events,
+        refused_events=refused_events,
+        unrated_events=unrated_events,
+        quantities=_quantities([*tokens, units]),
+        cost_pico=_pico(cost),
+    )
 
 
 def _totals_between(start_s: int, end_s: int, days: TrustedDays, where: str) -> str:
@@ -167,13 +161,13 @@ def _totals_between(start_s: int, end_s: int, days: TrustedDays, where: str) -> 
     first_s, last_s = -(-start_s // DAY_S) * DAY_S, min(end_s // DAY_S * DAY_S, days.before_s)
     joined = f"{where} AND" if where else " WHERE"
     if first_s >= last_s:
-        return f"(SELECT * FROM usage_totals FINAL{joined} {_minutes([(start_s, end_s)])})"  # noqa: S608
+        return f"({_BY_MINUTE}{joined} {_minutes([(start_s, end_s)])})"
     stale_s = [day_s for day_s in days.stale_s if first_s <= day_s < last_s]
     minutes = [(start_s, first_s), *((day_s, day_s + DAY_S) for day_s in stale_s), (last_s, end_s)]
     return (
-        f"(SELECT day AS minute, {_SUMMED} FROM usage_days FINAL{joined} {_minutes([(first_s, last_s)], 'day')} "  # noqa: S608
+        f"({_BY_DAY}{joined} {_minutes([(first_s, last_s)], 'day')} "
         f"AND NOT {_minutes([(day_s, day_s + DAY_S) for day_s in stale_s], 'day')} "
-        f"UNION ALL SELECT minute, {_SUMMED} FROM usage_totals FINAL{joined} {_minutes(minutes)})"
+        f"UNION ALL {_BY_MINUTE}{joined} {_minutes(minutes)})"
     )
 
 
