@@ -10,6 +10,7 @@ from billing.v1.account_pb2 import (
     Account,
     Calendar,
     Plan,
+    Restriction,
 )
 
 
@@ -31,15 +32,28 @@ class AccountState:
     # What gateways hold of the balance: the sum of what remains of their leases.
     leased_pico: int = 0
     calendar: Calendar = field(default_factory=Calendar)
+    # What the abuse rules remember: see AbuseState.
     minute: int = 0
     minute_tokens: int = 0
+    minute_requests: int = 0
+    minute_prompt_tokens: int = 0
+    minute_cost_pico: int = 0
+    minute_cancelled: int = 0
+    minute_refused: int = 0
     baseline_tokens_x256: int = 0
+    baseline_requests_x256: int = 0
+    baseline_prompt_x256: int = 0
+    baseline_cost_pico: int = 0
     baseline_minutes: int = 0
     duplicate_minute: int = 0
     minute_duplicates: int = 0
-    raised_ms: dict[int, int] = field(default_factory=dict)
+    minute_conflicts: int = 0
     # Periods that ended by then are invoiced.
     invoiced_through_ms: int = 0
+    # Log time since when the status is what it is.
+    status_ms: int = 0
+    # What rules do at present, and what has expired since it was last stated.
+    restrictions: list[Restriction] = field(default_factory=list)
     # The contract form as last stated, filled again at each statement: building it anew costs ten times as much.
     _account: Account | None = field(default=None, repr=False, compare=False)
     _stated_plan: Plan | None = field(default=None, repr=False, compare=False)
@@ -73,15 +87,27 @@ class AccountState:
         account.version.sequence = sequence
         account.log_time_ms = log_time_ms
         account.invoiced_through_ms = self.invoiced_through_ms
+        account.status_ms = self.status_ms
+        if self.restrictions or account.restrictions:
+            self.restrictions = [held for held in self.restrictions if held.until_ms > log_time_ms]
+            del account.restrictions[:]
+            account.restrictions.extend(self.restrictions)
         abuse = account.abuse
         abuse.minute = self.minute
         abuse.minute_tokens = self.minute_tokens
+        abuse.minute_requests = self.minute_requests
+        abuse.minute_prompt_tokens = self.minute_prompt_tokens
+        abuse.minute_cost_pico = self.minute_cost_pico
+        abuse.minute_cancelled = self.minute_cancelled
+        abuse.minute_refused = self.minute_refused
         abuse.baseline_tokens_x256 = self.baseline_tokens_x256
+        abuse.baseline_requests_x256 = self.baseline_requests_x256
+        abuse.baseline_prompt_x256 = self.baseline_prompt_x256
+        abuse.baseline_cost_pico = self.baseline_cost_pico
         abuse.baseline_minutes = self.baseline_minutes
         abuse.duplicate_minute = self.duplicate_minute
         abuse.minute_duplicates = self.minute_duplicates
-        if self.raised_ms:
-            abuse.raised_ms.update(self.raised_ms)
+        abuse.minute_conflicts = self.minute_conflicts
         return account
 
     @classmethod
@@ -104,10 +130,20 @@ class AccountState:
             unrated_events=account.unrated_events,
             minute=abuse.minute,
             minute_tokens=abuse.minute_tokens,
+            minute_requests=abuse.minute_requests,
+            minute_prompt_tokens=abuse.minute_prompt_tokens,
+            minute_cost_pico=abuse.minute_cost_pico,
+            minute_cancelled=abuse.minute_cancelled,
+            minute_refused=abuse.minute_refused,
             baseline_tokens_x256=abuse.baseline_tokens_x256,
+            baseline_requests_x256=abuse.baseline_requests_x256,
+            baseline_prompt_x256=abuse.baseline_prompt_x256,
+            baseline_cost_pico=abuse.baseline_cost_pico,
             baseline_minutes=abuse.baseline_minutes,
             duplicate_minute=abuse.duplicate_minute,
             minute_duplicates=abuse.minute_duplicates,
-            raised_ms=dict(abuse.raised_ms),
+            minute_conflicts=abuse.minute_conflicts,
             invoiced_through_ms=account.invoiced_through_ms,
+            status_ms=account.status_ms,
+            restrictions=list(account.restrictions),
         )

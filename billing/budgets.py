@@ -27,7 +27,7 @@ from billing.limits import (
 )
 from billing.periods import period_at
 from billing.v1.account_pb2 import BudgetState, Calendar, LedgerPosition
-from billing.v1.alert_pb2 import ALERT_RULE_BUDGET, SEVERITY_CRITICAL, SEVERITY_WARNING, Alert
+from billing.v1.alert_pb2 import ALERT_RULE_BUDGET, ALERT_STATE_RESOLVED, SEVERITY_CRITICAL, SEVERITY_WARNING, Alert
 from billing.v1.command_pb2 import BudgetUpsert
 from billing.v1.ledger_pb2 import LedgerRecord
 
@@ -104,6 +104,7 @@ class Budgets:
             if known is None:
                 return False
             known.gone = True
+            _resolve(known, record)
             self._state(known, record)
             self._drop(said.tenant_id, place)
             return True
@@ -118,6 +119,8 @@ class Budgets:
         budget.threshold_millionths[:] = sorted(set(said.threshold_millionths))
         budget.hard_stop = said.hard_stop
         # What was passed before is not told again; what this very change makes pass is.
+        if budget.warned and not _reached(budget):
+            _resolve(budget, record)
         budget.warned = min(budget.warned, len(_reached(budget)))
         _judge(budget, account.currency, record)
         self._put(budget)
@@ -237,23 +240,46 @@ def _judge(budget: BudgetState, currency: str, record: LedgerRecord, alerts_max:
     """Warn of each threshold that was newly reached, at most so many; note whether it is used up. Returns how many warned."""
     budget.used_up = from_amount(budget.spend) >= from_amount(budget.amount)
     new = _reached(budget)[budget.warned :][:alerts_max]
-    record.alerts.extend(_alert(budget, threshold, currency, record.log_time_ms) for threshold in new)
+    record.alerts.extend(_alert(budget, threshold, currency) for threshold in new)
     budget.warned += len(new)
     return len(new)
 
 
-def _alert(budget: BudgetState, threshold: int, currency: str, now_ms: int) -> Alert:
-    amount_pico, spend_pico = from_amount(budget.amount), from_amount(budget.spend)
+def _resolve(budget: BudgetState, record: LedgerRecord) -> None:
+    """What was told of it in this period holds no longer."""
+    if budget.warned:
+        record.alerts.add(
+            rule=ALERT_RULE_BUDGET,
+            state=ALERT_STATE_RESOLVED,
+            tenant_id=budget.tenant_id,
+            subject=_subject(budget),
+            summary=f"the budget of {_whose(budget)} was changed or ended",
+            labels={"project_id": budget.project_id, "user_id": budget.user_id},
+        )
+
+
+def _whose(budget: BudgetState) -> str:
+    subject = _subject(budget)
+    return f"{subject} of tenant {budget.tenant_id}" if subject else f"tenant {budget.tenant_id}"
+
+
+def _subject(budget: BudgetState) -> str:
     place = Place(budget.project_id, budget.user_id)
-    whose = f"{place} of tenant {budget.tenant_id}" if any(place) else f"tenant {budget.tenant_id}"
+    return str(place) if any(place) else ""
+
+
+def _alert(budget: BudgetState, threshold: int, currency: str) -> Alert:
+    amount_pico, spend_pico = from_amount(budget.amount), from_amount(budget.spend)
     used = spend_pico * 100 // amount_pico
     stops = ", and gateways refuse what comes until the period ends" if budget.used_up and budget.hard_stop else ""
     return Alert(
         rule=ALERT_RULE_BUDGET,
         severity=SEVERITY_CRITICAL if budget.used_up else SEVERITY_WARNING,
         tenant_id=budget.tenant_id,
-        raised_ms=now_ms,
-        summary=f"the budget of {whose} is used to {used} %: {format_pico(spend_pico, currency)} of "
+        subject=_subject(budget),
+        # The next period begins without it.
+        resolves_ms=budget.period_end_ms,
+        summary=f"the budget of {_whose(budget)} is used to {used} %: {format_pico(spend_pico, currency)} of "
         f"{format_pico(amount_pico, currency)}{stops}",
         # In millionths of the currency: an int64 of pico ends at nine million units.
         figures={

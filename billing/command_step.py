@@ -13,6 +13,7 @@ from billing.limits import ID_CHARS_MAX, KEY_BYTES_MAX, PLAN_BYTES_MAX, RELEASED
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
 from billing.registrations import register, registration_problem
+from billing.rule_limits import rules_problem
 from billing.state import DAY_MS, LedgerState
 from billing.tenant_step import check_key, close_tenant, upsert_budget, upsert_project
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
@@ -56,7 +57,7 @@ def apply_command(state: LedgerState, signed: SignedCommand, record: LedgerRecor
         applied.refusal = str(refused)
         if told := _ALERTS.get(applied.refusal.partition(":")[0]):
             rule, summary = told
-            record.alerts.append(Alert(rule=rule, severity=SEVERITY_CRITICAL, raised_ms=record.log_time_ms, summary=summary))
+            record.alerts.append(Alert(rule=rule, severity=SEVERITY_CRITICAL, summary=summary))
     else:
         applied.applied = True
         if remembered:
@@ -93,6 +94,8 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
             _retire_leases(state, command.lease_retirement, record, applied)
         case "adjustment":
             _adjust(state, command, record, applied)
+        case "alert_acknowledgement":
+            _acknowledge(state, command, record, applied)
         case "invoice_finalization":
             _invoice(state, command.invoice_finalization, record, applied)
         case other:
@@ -138,6 +141,9 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
         raise CommandRefused(f"currency: {currency[:16]!r}; write a code such as USD")
     if upsert.plan.ByteSize() > PLAN_BYTES_MAX:
         raise CommandRefused(f"plan: {upsert.plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
+    problem = rules_problem(upsert.plan.rules)
+    if problem:
+        raise CommandRefused(problem)
     if account is None:
         account = state.accounts[upsert.tenant_id] = AccountState(upsert.tenant_id, currency, plan=state.settings.default_plan)
     elif currency != account.currency and _has_amounts(state, account):
@@ -148,7 +154,13 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
         _check_calendar(state, account, upsert.calendar, record.log_time_ms)
         account.calendar = upsert.calendar
     account.currency = currency
+    before = account.status
     account.status = upsert.status or (ACCOUNT_STATUS_ACTIVE if account.status == ACCOUNT_STATUS_UNKNOWN else account.status)
+    if account.status != before:
+        account.status_ms = record.log_time_ms
+    if upsert.status == ACCOUNT_STATUS_ACTIVE:
+        # Whoever lets a tenant go on has looked at what the rules did.
+        account.restrictions = []
     if upsert.display_name:
         account.display_name = upsert.display_name[:ID_CHARS_MAX]
     if upsert.HasField("plan"):
@@ -229,6 +241,16 @@ def _retire_leases(state: LedgerState, retirement: LeaseRetirement, record: Ledg
         record.producers.append(producer.to_mark())
         if given_up:
             applied.outcome += f"; {given_up} event(s) that it counted are given up as missing"
+
+
+def _acknowledge(state: LedgerState, command: Command, record: LedgerRecord, applied: CommandApplied) -> None:
+    said = command.alert_acknowledgement
+    # "<generation>-<partition>-…": see `Alerts`.
+    partition = said.alert_id.split("-")[1:2]
+    if partition != [str(state.partition)] and partition and partition[0].isdecimal():
+        applied.outcome = f"it is of partition {partition[0][:8]}"
+        return
+    state.alerts.acknowledge(said.alert_id, command.issuer[:ID_CHARS_MAX], said.note, record)
 
 
 def _invoice(state: LedgerState, said: InvoiceFinalization, record: LedgerRecord, applied: CommandApplied) -> None:

@@ -21,6 +21,8 @@ from billing.state import LedgerState
 from billing.v1.alert_pb2 import (
     ALERT_RULE_MISSING_SEQUENCE,
     ALERT_RULE_SILENT_PRODUCER,
+    ALERT_STATE_RESOLVED,
+    ALERT_STATE_UNSPECIFIED,
     SEVERITY_CRITICAL,
     SEVERITY_INFO,
     SEVERITY_WARNING,
@@ -185,7 +187,8 @@ def _alert(
     return Alert(
         rule=rule,
         severity=severity,
-        raised_ms=now_ms,
+        subject=producer.producer_id,
+        state=ALERT_STATE_RESOLVED if severity == SEVERITY_INFO else ALERT_STATE_UNSPECIFIED,
         summary=summary,
         figures={**figures, "partition": partition},
         labels={"producer_id": producer.producer_id, "state": state},

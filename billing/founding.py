@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from billing.alerts import RESOLVE_MS
 from billing.chain import seal
 from billing.completeness import MISSING_GRACE_MS, SILENCE_MS
+from billing.drift import DRIFT_MILLIONTHS
 from billing.key_ring import Keys
 from billing.limits import SCHEMA_VERSION
 from billing.registrations import EVERYONE
 from billing.release import folded
+from billing.rule_limits import DEFAULT_RULES
 from billing.state import DAY_MS, LedgerState
-from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan, ProducerRegistration
+from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan, ProducerRegistration, RuleLimits
 from billing.v1.ledger_pb2 import CorrectedEvent, Founding, InvoiceSeries, LedgerRecord
 
 GENERATION_BYTES = 16
@@ -33,6 +36,8 @@ class LedgerSettings:
     alert_cooldown_ms: int = 10 * 60_000
     missing_grace_ms: int = MISSING_GRACE_MS
     silence_ms: int = SILENCE_MS
+    alert_resolve_ms: int = RESOLVE_MS
+    drift_millionths: int = DRIFT_MILLIONTHS
     default_currency: str = "USD"
     default_prompt_tokens_max: int = 0
     default_burst_tokens_floor: int = 1_000_000
@@ -40,6 +45,7 @@ class LedgerSettings:
     default_duplicate_flood_events: int = 1_000
     # Usage is taken of registered producers alone, from the first event on; else until a command says so.
     registered_producers_only: bool = False
+    default_rules: RuleLimits = field(default_factory=lambda: DEFAULT_RULES)
 
     def __post_init__(self) -> None:
         if not 1 <= self.partitions <= 10_000:
@@ -61,6 +67,8 @@ class LedgerSettings:
             alert_cooldown_ms=self.alert_cooldown_ms,
             missing_grace_ms=self.missing_grace_ms,
             silence_ms=self.silence_ms,
+            alert_resolve_ms=self.alert_resolve_ms,
+            drift_millionths=self.drift_millionths,
             founded_ms=founded_ms,
             default_currency=self.default_currency,
             default_plan=Plan(
@@ -70,6 +78,7 @@ class LedgerSettings:
                 burst_tokens_floor=self.default_burst_tokens_floor,
                 burst_factor=self.default_burst_factor,
                 duplicate_flood_events=self.default_duplicate_flood_events,
+                rules=self.default_rules,
             ),
         )
 
@@ -155,6 +164,8 @@ def _founding_record(
         )
         record.budgets.extend(carried.budgets.all(generation))
         record.projects.extend(carried.all_projects())
+        record.alert_states.extend(carried.alerts.all())
+        record.key_places.extend(carried.places.all())
         record.corrected.extend(
             CorrectedEvent(key=key, adjustment_id=by.adjustment_id, corrected_ms=by.corrected_ms)
             for key, by in sorted(carried.corrected.items())

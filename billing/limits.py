@@ -25,7 +25,22 @@ ATTRIBUTE_CHARS_MAX = 256
 TIME_MS_MAX = 9_999_999_999_999
 
 ALERT_REQUEST_IDS_MAX = 10
-# Of one record; a rule that could not speak is not silenced, it speaks with the tenant's next usage.
+# Of the request IDs that one alert names.
+ALERT_ID_BYTES_MAX = 1_024
+ALERT_NOTE_CHARS_MAX = 256
+# Of one partition; what a rule finds beyond it is told when others are resolved.
+ALERTS_ACTIVE_MAX = 10_000
+# What rules do to one tenant at the same time; every record that touches the tenant states it.
+RESTRICTIONS_MAX = 16
+RULE_ACTIONS_MAX = 16
+# Models whose recount one batch may speak of.
+COUNT_DRIFTS_MAX = 64
+# Places remembered of one key, keys of one tenant, and events of one batch that are asked where they came from.
+KEY_PLACES_KEPT = 16
+PLACE_CHARS_MAX = 64
+PLACED_KEYS_MAX = 1_000
+PLACE_SAMPLES = 32
+# Of one record, raised, moved or resolved; a rule that could not speak is not silenced, it speaks with the tenant's next usage.
 ALERTS_MAX = 256
 # Before a window is followed by another one of the same minute: its sums fit in 64 bits, its units in a record.
 WINDOW_EVENTS_MAX = 2**23
@@ -35,6 +50,8 @@ WINDOW_PARTS_MAX = 16
 WINDOW_PARTS_HARD_MAX = 32
 # What a minute counts for in the burst rule at most: its baseline, in 1/256, fits in 64 bits.
 MINUTE_TOKENS_MAX = 2**55
+# The same of the burn rate: four million units a minute, in pico.
+MINUTE_COST_PICO_MAX = 2**62
 PLAN_BYTES_MAX = 2_048
 # Four names in the longest encoding, a hash, scopes and limits.
 KEY_BYTES_MAX = 8_192

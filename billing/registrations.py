@@ -187,7 +187,7 @@ def alert_refused(
         Alert(
             rule=ALERT_RULE_UNREGISTERED_PRODUCER,
             severity=SEVERITY_CRITICAL,
-            raised_ms=record.log_time_ms,
+            subject=name,
             summary=f"usage was refused: {what}",
             request_ids=[request_id[:ID_CHARS_MAX] for request_id in request_ids[:ALERT_REQUEST_IDS_MAX]],
             figures={"events": events},

@@ -69,6 +69,12 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
         state.series[series.series] = SeriesHead(series.number, series.head_hash)
     for budget in record.budgets:
         state.budgets.set(budget)
+    for alert in record.alerts:
+        state.alerts.set(alert)
+    for alert in record.alert_states:
+        state.alerts.set(alert)
+    for places in record.key_places:
+        state.places.set(places)
     for project in record.projects:
         state.projects.setdefault(project.tenant_id, {})[project.project_id] = project
     for entry in record.corrected:

@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol
 
 from billing import credit
 from billing.accounts import AccountState
+from billing.alerts import Alerts
 from billing.budgets import Budgets
+from billing.key_places import HOUR_MS, Places
 from billing.leases import Leases
 from billing.limits import RELEASED_BYTES_MAX, RELEASED_WINDOWS_MAX
 from billing.period_lines import KEPT_MS as LINES_KEPT_MS
@@ -17,7 +19,7 @@ from billing.prices import PriceBooks
 from billing.quantities import KEPT_MS, Quantities
 from billing.registrations import Registrations
 from billing.sequences import ProducerSequences
-from billing.v1.account_pb2 import ApiKey, Project
+from billing.v1.account_pb2 import ApiKey, Project, RuleLimits
 from billing.v1.ledger_pb2 import Founding
 from billing.windows import MINUTE_MS, Key, Window
 
@@ -115,6 +117,9 @@ class LedgerState:
         # Of invoices, by its name.
         self.series: dict[str, SeriesHead] = {}
         self.budgets = Budgets()
+        self.alerts = Alerts()
+        # Where keys are used from.
+        self.places = Places()
         # By tenant and project.
         self.projects: dict[str, dict[str, Project]] = {}
         # Dedupe key of an event that was voided or amended: by which command, and when.
@@ -134,6 +139,11 @@ class LedgerState:
         for tenant_id in sorted(self.projects):
             projects = self.projects[tenant_id]
             yield from (projects[project_id] for project_id in sorted(projects))
+
+    def rule_limits(self, account: AccountState) -> RuleLimits:
+        """When the rules speak of a tenant: its plan says so, else the ledger's founding."""
+        plan = account.plan
+        return plan.rules if plan.HasField("rules") else self.settings.default_plan.rules
 
     def touch_window(self, window: Window, log_time_ms: int) -> None:
         """Note that `window` changed at `log_time_ms`: it stays open until both its end and this are past the lateness."""
@@ -183,6 +193,7 @@ class LedgerState:
         self.quantities.forget(log_time_ms - KEPT_MS)
         self.credits.forget(log_time_ms - credit.KEPT_MS)
         self.lines.forget(log_time_ms - LINES_KEPT_MS, lambda tenant_id: self.accounts[tenant_id].invoiced_through_ms)
+        self.places.forget(log_time_ms // HOUR_MS - 1)
         for key in [key for key, by in self.corrected.items() if by.corrected_ms < log_time_ms - CORRECTED_KEPT_MS]:
             del self.corrected[key]
 
@@ -231,6 +242,10 @@ class LedgerState:
         add(sorted(self.series.items()))
         for budget in self.budgets.all():
             add(budget.SerializeToString(deterministic=True))
+        for alert in self.alerts.all():
+            add(alert.SerializeToString(deterministic=True))
+        for places in self.places.all():
+            add(places.SerializeToString(deterministic=True))
         for project in self.all_projects():
             add(project.SerializeToString(deterministic=True))
         add(sorted(self.corrected.items()))

@@ -27,7 +27,6 @@ from billing.registrations import alert_refused, forward_key, permission, sign_b
 from billing.release import release_due
 from billing.state import DAY_MS, LedgerState
 from billing.usage_step import Forward, apply_usage
-from billing.v1.account_pb2 import LedgerPosition
 from billing.v1.alert_pb2 import ALERT_RULE_FORGED_RECORD, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import SignedCommand
 from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, RefusedRecord, Rejected, SnapshotTaken, Tick
@@ -123,9 +122,10 @@ def step(state: LedgerState, source: Input, log_time_ms: int, *, keys: LedgerKey
     release_due(state, record)
     record.lines.extend(state.lines.take_touched())
     record.inputs.extend(InputPosition(topic=topic, offset=offset) for topic, offset in sorted(state.inputs.items()))
-    for number, alert in enumerate(record.alerts):
-        alert.alert_id = f"{state.generation.hex()[:12]}-{state.partition}-{record.sequence}-{number}"
-        alert.position.CopyFrom(LedgerPosition(generation=state.generation, sequence=record.sequence))
+    if record.alerts or state.alerts.next_ms <= log_time_ms:
+        restricted = state.alerts.settle(record, state.settings, state.accounts, state.settings.default_plan.rules)
+        if restricted:
+            _state_again(state, record, restricted)
     stored, state.record_hash = chain.seal_and_hash(record, keys.seal_key)
     state.log_time_ms = log_time_ms
     state.sequence = record.sequence
@@ -145,6 +145,14 @@ def _state_accounts(state: LedgerState, record: LedgerRecord) -> None:
     for tenant_id in sorted({credit.tenant_id for credit in record.credits} - stated):
         account = state.accounts[tenant_id]
         record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
+
+
+def _state_again(state: LedgerState, record: LedgerRecord, tenant_ids: set[str]) -> None:
+    """A rule has acted: accounts that the record may have stated already."""
+    stated = {account.tenant_id: account for account in record.accounts}
+    for tenant_id in sorted(tenant_ids):
+        account = state.accounts[tenant_id].to_account(state.generation, record.sequence, record.log_time_ms)
+        (stated.get(tenant_id) or record.accounts.add()).CopyFrom(account)
 
 
 def _usage(state: LedgerState, source: UsageInput, record: LedgerRecord, keys: LedgerKeys) -> list[Forward]:
@@ -214,7 +222,6 @@ def _tick(state: LedgerState, source: TickInput, record: LedgerRecord) -> None:
             Alert(
                 rule=ALERT_RULE_FORGED_RECORD,
                 severity=SEVERITY_CRITICAL,
-                raised_ms=record.log_time_ms,
                 summary=f"{source.refused_records} message(s) in the ledger's log were refused; the first, at offset "
                 f"{first.offset}: {first.reason}",
                 figures={"records": source.refused_records, "first_offset": first.offset},

@@ -65,6 +65,7 @@ class UsageColumns:
         self._largest = {place: max(column) for place, column in self.tokens.items()}
         self.with_units = {index for index, event in enumerate(self.events) if event.units} if merged.units else set()
         self._any_attributes = bool(merged.attributes)
+        self.any_keys = merged.HasField("api_key_id")
 
     def _read(self, name: str) -> list[Any]:
         return list(map(attrgetter(name), self.events))

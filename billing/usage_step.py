@@ -12,13 +12,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 
-from billing.abuse import Evidence, Rules
+from billing.abuse import SUSPENSION_GRACE_MS, Evidence, MinuteUse, Rules, outlier_tokens
 from billing.accounts import AccountState
 from billing.amounts import to_amount
 from billing.budget_step import charge_budgets
+from billing.drift import find_drifts
 from billing.identity import identities, partition_of
+from billing.key_places import place_of
 from billing.leases import Leases
-from billing.limits import BATCH_BYTES_MAX, ID_CHARS_MAX, RELEASED_LEASES_MAX, SCHEMA_VERSION, WINDOW_PARTS_HARD_MAX
+from billing.limits import (
+    BATCH_BYTES_MAX,
+    ID_CHARS_MAX,
+    PLACE_SAMPLES,
+    RELEASED_LEASES_MAX,
+    SCHEMA_VERSION,
+    WINDOW_PARTS_HARD_MAX,
+)
 from billing.line_parts import add_rated
 from billing.prices import Rate
 from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
@@ -29,6 +38,7 @@ from billing.sequences import ProducerSequences, is_numbered
 from billing.state import DAY_MS, LedgerState
 from billing.terms_step import rate_by_terms
 from billing.usage_columns import UsageColumns
+from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_SUSPENDED
 from billing.v1.ledger_pb2 import (
     DROP_REASON_CONFLICT,
     DROP_REASON_DUPLICATE,
@@ -43,6 +53,7 @@ from billing.v1.ledger_pb2 import (
     RememberedKeys,
 )
 from billing.v1.usage_pb2 import (
+    OUTCOME_CANCELLED,
     OUTCOME_REJECTED,
     REFUSAL_REASON_PROMPT_TOO_LARGE,
     RawUsageBatch,
@@ -248,7 +259,8 @@ class _Batch:
         for index, key in zip(admitted, map(keys.__getitem__, admitted), strict=True):
             groups[key].append(index)
         # What most batches have none of is looked for once.
-        free = not FREE_OUTCOMES.isdisjoint(columns.outcomes)
+        outcomes = set(columns.outcomes)
+        free, cancelled = not FREE_OUTCOMES.isdisjoint(outcomes), OUTCOME_CANCELLED in outcomes
         largest_prompt = columns.largest_prompt_tokens()
         state = self.state
         book_changes = state.books.change_within(first_minute * MINUTE_MS, (last_minute + 1) * MINUTE_MS)
@@ -261,13 +273,26 @@ class _Batch:
                 evidence.last_indexes = rated
                 window.events += len(rated)
                 account.events += len(rated)
+                use = evidence.minutes.get(key[5])
+                if use is None:
+                    use = evidence.minutes[key[5]] = MinuteUse()
                 if limit and largest_prompt > limit:
-                    self._find_oversized(rated, limit, evidence)
-                charged = self._set_free_aside(rated, window, limit, evidence) if free else rated
+                    evidence.oversized += self._prompts_over(rated, limit)
+                if evidence.outlier_tokens < 0:
+                    evidence.outlier_tokens = outlier_tokens(account, state.rule_limits(account))
+                if 0 < evidence.outlier_tokens < largest_prompt:
+                    evidence.outliers += self._prompts_over(rated, evidence.outlier_tokens)
+                charged = self._set_free_aside(rated, window, limit, evidence, use) if free else rated
+                if cancelled:
+                    self._find_cancelled(charged, evidence, use)
                 if self.with_units:
                     self._add_units(charged, window)
+                prompt_tokens = window.prompt_tokens
                 tokens, cost = self._rate(rate, window, account, evidence, charged)
-                evidence.minute_tokens[key[5]] = evidence.minute_tokens.get(key[5], 0) + tokens
+                use.tokens += tokens
+                use.requests += len(rated)
+                use.prompt_tokens += window.prompt_tokens - prompt_tokens
+                use.cost_pico += cost
                 window.cost_pico += cost
                 account.spend_pico += cost
                 evidence.cost_pico += cost
@@ -285,10 +310,13 @@ class _Batch:
             windows[window.key] = window
         return window  # type: ignore[no-any-return]
 
-    def _set_free_aside(self, indexes: list[int], window: Window, limit: int, evidence: Evidence) -> list[int]:
+    def _set_free_aside(self, indexes: list[int], window: Window, limit: int, evidence: Evidence, use: MinuteUse) -> list[int]:
         outcomes = self.columns.outcomes
         refused = [index for index in indexes if outcomes[index] in FREE_OUTCOMES]
         window.refused_events += len(refused)
+        by_gateway = [self.request_ids[index] for index in refused if outcomes[index] == OUTCOME_REJECTED]
+        evidence.refused += by_gateway
+        use.refused += len(by_gateway)
         self._find_refused_prompts(refused, limit, evidence)
         return [index for index in indexes if outcomes[index] not in FREE_OUTCOMES]
 
@@ -350,9 +378,15 @@ class _Batch:
                 cost += of_units
         return tokens, cost
 
-    def _find_oversized(self, indexes: Iterable[int], limit: int, evidence: Evidence) -> None:
+    def _prompts_over(self, indexes: Iterable[int], limit: int) -> list[tuple[str, int]]:
         prompts = [(self.request_ids[index], self.columns.prompt_tokens(index)) for index in indexes]
-        evidence.oversized.extend([(request_id, tokens) for request_id, tokens in prompts if tokens > limit])
+        return [(request_id, tokens) for request_id, tokens in prompts if tokens > limit]
+
+    def _find_cancelled(self, indexes: Iterable[int], evidence: Evidence, use: MinuteUse) -> None:
+        outcomes = self.columns.outcomes
+        cancelled = [self.request_ids[index] for index in indexes if outcomes[index] == OUTCOME_CANCELLED]
+        evidence.cancelled += cancelled
+        use.cancelled += len(cancelled)
 
     def _find_refused_prompts(self, refused: Iterable[int], limit: int, evidence: Evidence) -> None:
         """Prompts that a gateway refused by a limit of its own, which the plan does not state."""
@@ -417,17 +451,49 @@ class _Batch:
             changed = Leases.charge(epochs, account, costs)
             record.leases.extend(lease.to_lease(self.state.generation, record.sequence) for lease in changed)
 
-    def judge(self, record: LedgerRecord) -> None:
+    def _find_places(self, admitted: Sequence[int], record: LedgerRecord) -> None:
+        """Where keys were used from: asked of some events of a large batch, other ones in each record."""
+        if not self.columns.any_keys:
+            return
+        stride = -(-len(admitted) // PLACE_SAMPLES)
+        for index in admitted[record.sequence % stride :: stride]:
+            event = self.events[index]
+            key_id, place = event.api_key_id, place_of(event)
+            if key_id and place:
+                tenant_id = event.tenant_id
+                places = self.state.places.note(tenant_id, key_id, place, record)
+                if len(places) > 1:
+                    evidence = self.evidence[tenant_id]
+                    _, request_ids = evidence.places.get(key_id, ((), []))
+                    evidence.places[key_id] = places, [*request_ids, event.request_id]
+
+    def _find_suspended(self, admitted: Sequence[int], tenant_id: str, since_ms: int) -> list[str]:
+        """Charged requests of the tenant that began after it was suspended or closed, and gateways had time to hear of it."""
+        after_ms = since_ms + SUSPENSION_GRACE_MS
+        columns = self.columns
+        return [
+            self.request_ids[index]
+            for index in admitted
+            if self.tenant_ids[index] == tenant_id
+            and columns.started_ms[index] > after_ms
+            and columns.outcomes[index] not in FREE_OUTCOMES
+        ]
+
+    def judge(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Let the abuse rules look at every tenant that the batch touched, then state its account."""
         state = self.state
-        rules = Rules(self.log_time_ms, state.settings.alert_cooldown_ms)
+        rules = Rules(self.log_time_ms, state.settings.alert_cooldown_ms, state.alerts)
+        if admitted:
+            self._find_places(admitted, record)
         for tenant_id in sorted(self.evidence):
             account = state.accounts[tenant_id]
             evidence = self.evidence[tenant_id]
             evidence.request_ids = [self.request_ids[index] for index in evidence.last_indexes[-_REQUEST_IDS_NAMED:]]
-            rules.look(account, evidence, account.plan.prompt_tokens_max)
+            if account.status in (ACCOUNT_STATUS_SUSPENDED, ACCOUNT_STATUS_CLOSED):
+                evidence.suspended = self._find_suspended(admitted, tenant_id, account.status_ms)
+            rules.look(account, evidence, state.rule_limits(account))
             record.accounts.add().CopyFrom(account.to_account(state.generation, record.sequence, self.log_time_ms))
-        record.alerts.extend(rules.alerts)
+        record.alerts.extend(rules.found)
 
 
 def apply_usage(
@@ -447,7 +513,7 @@ def apply_usage(
     record.usage.duplicates = work.duplicates
     record.usage.conflicts = work.conflicts
     released = _mark(state, batch, record) if is_numbered(batch) else set()
-    work.judge(record)
+    work.judge(admitted, record)
     if work.foreign:
         foreign = [index for index, tenant_id in enumerate(work.tenant_ids) if tenant_id in work.foreign]
         alert_refused(
@@ -460,6 +526,8 @@ def apply_usage(
             request_ids=[work.request_ids[index] for index in foreign],
             events=len(foreign),
         )
+    if batch.count_drifts:
+        find_drifts(state, batch, record)
     for tenant_id in sorted(released - work.evidence.keys()):
         account = state.accounts[tenant_id]
         record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))

@@ -18,7 +18,6 @@ from billing.amounts import from_amount
 from billing.limits import REJECTED_PAYLOAD_BYTES_MAX, TIME_MS_MAX
 from billing.sequences import first_number
 from billing.v1.account_pb2 import AccountStatus, BillingMode, KeyScope
-from billing.v1.alert_pb2 import AlertRule, Severity
 from billing.v1.command_pb2 import Command
 from billing.v1.ledger_pb2 import (
     DROP_REASON_DUPLICATE,
@@ -32,6 +31,7 @@ from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
 from sinks import tables
 from sinks.account_columns import account_rows
 from sinks.adjustment_rows import adjustment_rows, corrected_rows
+from sinks.alert_columns import alert_rows
 from sinks.coded import Coded
 from sinks.engine import Columns, Table, whole
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames, EventColumns
@@ -69,8 +69,6 @@ def version_of(generation_ordinal: int, sequence: int) -> int:
 
 
 _DROPS = EnumNames(DropReason.items(), "DROP_REASON_")
-_RULES = EnumNames(AlertRule.items(), "ALERT_RULE_")
-_SEVERITIES = EnumNames(Severity.items(), "SEVERITY_")
 _STATUSES = EnumNames(AccountStatus.items(), "ACCOUNT_STATUS_")
 _MODES = EnumNames(BillingMode.items(), "BILLING_MODE_")
 _SCOPES = EnumNames(KeyScope.items(), "KEY_SCOPE_")
@@ -86,7 +84,7 @@ def build_columns(batch: Sequence[Accepted], usage_topic: str) -> list[tuple[Tab
         tables.LEDGER_RECORDS: _ledger_records(batch),
         **_usage(batch, usage_topic),
         tables.USAGE_TOTALS: _totals(batch),
-        tables.ALERTS: _alerts(batch),
+        tables.ALERTS: _from_rows(tables.ALERTS, alert_rows(batch)),
         **_books(batch),
         tables.ADJUSTMENTS: _from_rows(tables.ADJUSTMENTS, adjustment_rows(batch)),
         tables.CORRECTED_EVENTS: _from_rows(tables.CORRECTED_EVENTS, corrected_rows(batch)),
@@ -366,31 +364,6 @@ def build_accounts(batch: Sequence[Accepted]) -> Columns:
             for accepted, account in last
         ],
     )
-
-
-def _alerts(batch: Sequence[Accepted]) -> Columns:
-    rows = []
-    for accepted in batch:
-        for alert in accepted.record.alerts:
-            figures, labels = sorted(alert.figures.items()), sorted(alert.labels.items())
-            rows.append(
-                (
-                    alert.tenant_id,
-                    alert.alert_id,
-                    _RULES[alert.rule],
-                    _SEVERITIES[alert.severity],
-                    alert.raised_ms,
-                    alert.summary,
-                    list(alert.request_ids),
-                    [name for name, _ in figures],
-                    [value for _, value in figures],
-                    [name for name, _ in labels],
-                    [value for _, value in labels],
-                    *_position(accepted),
-                    accepted.version,
-                )
-            )
-    return _from_rows(tables.ALERTS, rows)
 
 
 def _commands(batch: Sequence[Accepted]) -> Columns:

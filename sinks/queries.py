@@ -207,23 +207,29 @@ def alerts(
     since_ms: int = 0,
     after: Mapping[int, int] | None = None,
     *,
+    filters: Mapping[str, str] | None = None,
     limit: int = ROWS_MAX,
 ) -> list[AlertRow]:
-    """Alerts raised at or after `since_ms`, oldest first.
+    """Alerts of which something was told at or after `since_ms`, each as it is now, oldest first; `filters` by column.
 
     `after`: partition -> version of the last alert that the caller has seen there; those and older ones are left out. (Log
     times of partitions differ, so one time could not say what was seen.)
     """
     conditions, parameters = _tenant(tenant_id)
-    conditions.append("raised >= fromUnixTimestamp64Milli({since:Int64})")
+    conditions.append("updated >= fromUnixTimestamp64Milli({since:Int64})")
     parameters |= {"since": since_ms, "limit": limit}
+    for column in ("severity", "rule", "state"):
+        if (filters or {}).get(column):
+            conditions.append(f"{column} = {{{column}:String}}")
+            parameters[column] = (filters or {})[column]
     for index, (partition, version) in enumerate(sorted((after or {}).items())):
         conditions.append(f"NOT (ledger_partition = {{p{index}:UInt32}} AND version <= {{v{index}:UInt64}})")
         parameters |= {f"p{index}": partition, f"v{index}": version}
     rows = reader.query(
         f"SELECT alert_id, tenant_id, rule, severity, {_ms('raised')}, summary, request_ids, figure_names, figure_values, "  # noqa: S608
-        f"label_names, label_values, ledger_partition, version FROM alerts FINAL{_where(conditions)} "
-        "ORDER BY raised, ledger_partition, version, alert_id LIMIT {limit:UInt32}",
+        f"label_names, label_values, ledger_partition, version, subject, state, {_ms('updated')}, acknowledged_by, note, "
+        f"action FROM alerts FINAL{_where(conditions)} "
+        "ORDER BY updated, ledger_partition, version, alert_id LIMIT {limit:UInt32}",
         parameters,
     ).rows
     return [
@@ -239,6 +245,12 @@ def alerts(
             labels=dict(zip(cast("list[str]", row[9]), cast("list[str]", row[10]), strict=True)),
             partition=_int(row[11]),
             version=_int(row[12]),
+            subject=_text(row[13]),
+            state=_text(row[14]),
+            updated_ms=_int(row[15]),
+            acknowledged_by=_text(row[16]),
+            note=_text(row[17]),
+            action=_text(row[18]),
         )
         for row in rows
     ]

@@ -106,7 +106,14 @@ class AlertRow:
     figures: Mapping[str, int]
     labels: Mapping[str, str]
     partition: int
-    # Of the ledger record that raised it, comparable over generations: give it to `alerts(after=...)`.
+    subject: str
+    # raised, updated, acknowledged, resolved
+    state: str
+    updated_ms: int
+    acknowledged_by: str
+    note: str
+    action: str
+    # Of the ledger record that told of it last, comparable over generations: give it to `alerts(after=...)`.
     version: int
 
 

@@ -206,6 +206,13 @@ ALERTS = table(
     generation=Kind.TEXT,
     sequence=Kind.UINT64,
     version=Kind.UINT64,
+    subject=Kind.TEXT,
+    state=Kind.TEXT,
+    revision=Kind.UINT32,
+    updated=Kind.MILLIS,
+    acknowledged_by=Kind.TEXT,
+    note=Kind.TEXT,
+    action=Kind.TEXT,
 )
 REJECTED = table(
     "rejected",

@@ -14,8 +14,9 @@ sink has not confirmed, so that the sink can be fed the missing tail from here.
 Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
 windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, t their registrations, c
 command IDs, l leases, q quantities of periods, i periods' lines that no invoice has, j series of invoices, g credit grants, e
-what else there is to a tenant's credit, d budgets, r projects, x corrected events, s runs of the dedupe memory, b dedupe keys
-that are in no run yet (by sequence), u unconfirmed records (by sequence). `store_names` makes those of what a record states.
+what else there is to a tenant's credit, d budgets, r projects, o active alerts, y places of keys, x corrected events, s runs of
+the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence). `store_names` makes
+those of what a record states.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from rocksdict import Options, Rdict, WriteBatch
 from billing import chain, credit
 from billing.accounts import AccountState
 from billing.commands import remembered_id
+from billing.key_places import HOUR_MS
 from billing.leases import LeaseState
 from billing.period_lines import KEPT_MS as LINES_KEPT_MS
 from billing.prices import PriceBooks
@@ -42,6 +44,7 @@ from billing.quantities import KEPT_MS
 from billing.sequences import ProducerSequences
 from billing.state import CORRECTED_KEPT_MS, Corrected, LedgerState, SeriesHead
 from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, LedgerPosition, ProducerRegistration, Progress, Project
+from billing.v1.alert_pb2 import Alert
 from billing.v1.command_pb2 import Command, PriceBook
 from billing.v1.invoice_pb2 import PeriodLine
 from billing.v1.ledger_pb2 import (
@@ -49,6 +52,7 @@ from billing.v1.ledger_pb2 import (
     CreditState,
     Founding,
     InvoiceSeries,
+    KeyPlaces,
     LedgerRecord,
     PeriodQuantities,
     ProducerMark,
@@ -243,6 +247,10 @@ class LocalStore:
         for _, value in self._range(b"r"):
             project = Project.FromString(value)
             state.projects.setdefault(project.tenant_id, {})[project.project_id] = project
+        for _, value in self._range(b"o"):
+            state.alerts.set(Alert.FromString(value))
+        for _, value in self._range(b"y"):
+            state.places.set(KeyPlaces.FromString(value))
         for _, value in self._range(b"x"):
             entry = CorrectedEvent.FromString(value)
             state.corrected[entry.key] = Corrected(entry.adjustment_id, entry.corrected_ms)
@@ -354,6 +362,7 @@ class LocalStore:
             self._forget_grants(effect, record.log_time_ms)
             self._forget_periods(effect, record.log_time_ms)
             self._forget_corrected(effect, record.log_time_ms)
+            self._forget_places(effect, record.log_time_ms)
         effect.states.update(states_of(record))
         for total in record.totals:
             effect.windows[window_name(total.key)] = record.log_time_ms, total
@@ -411,6 +420,13 @@ class LocalStore:
         known |= {name: state for name, state in effect.states.items() if isinstance(state, CorrectedEvent)}
         for name, entry in known.items():
             if entry.corrected_ms < log_time_ms - CORRECTED_KEPT_MS:
+                effect.states[name] = None
+
+    def _forget_places(self, effect: _Effect, log_time_ms: int) -> None:
+        known = {name: KeyPlaces.FromString(value) for name, value in self._range(b"y")}
+        known |= {name: state for name, state in effect.states.items() if isinstance(state, KeyPlaces)}
+        for name, places in known.items():
+            if places.hour < log_time_ms // HOUR_MS - 1:
                 effect.states[name] = None
 
     def _finish_runs(self) -> None:

@@ -6,12 +6,14 @@ import struct
 from collections.abc import Iterator
 
 from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, ProducerRegistration, Project
+from billing.v1.alert_pb2 import ALERT_STATE_RESOLVED, Alert
 from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
 from billing.v1.ledger_pb2 import (
     CorrectedEvent,
     CreditState,
     GrantState,
     InvoiceSeries,
+    KeyPlaces,
     LedgerRecord,
     PeriodQuantities,
     PeriodUnits,
@@ -23,11 +25,13 @@ __all__ = ["Stated", "states_of", "window_name"]
 
 Stated = (
     Account
+    | Alert
     | ApiKey
     | BudgetState
     | CorrectedEvent
     | CreditState
     | InvoiceSeries
+    | KeyPlaces
     | Lease
     | PeriodLine
     | PeriodQuantities
@@ -68,8 +72,13 @@ def states_of(record: LedgerRecord) -> Iterator[tuple[bytes, Stated | None]]:
     for budget in record.budgets:
         yield _budget_name(budget), None if budget.gone else budget
     for project in record.projects:
-        names = Project(tenant_id=project.tenant_id, project_id=project.project_id)
-        yield b"r" + names.SerializeToString(), project
+        yield b"r" + Project(tenant_id=project.tenant_id, project_id=project.project_id).SerializeToString(), project
+    for alert in record.alerts:
+        yield _alert_name(alert), None if alert.state == ALERT_STATE_RESOLVED else alert
+    for alert in record.alert_states:
+        yield _alert_name(alert), alert
+    for places in record.key_places:
+        yield b"y" + KeyPlaces(tenant_id=places.tenant_id, key_id=places.key_id).SerializeToString(), places
     for entry in record.corrected:
         yield b"x" + entry.key, entry
     for registration in record.registrations:
@@ -102,6 +111,11 @@ def _quantity_name(stated: PeriodQuantities) -> bytes:
 def _budget_name(budget: BudgetState) -> bytes:
     names = BudgetState(tenant_id=budget.tenant_id, project_id=budget.project_id, user_id=budget.user_id)
     return b"d" + names.SerializeToString()
+
+
+def _alert_name(alert: Alert) -> bytes:
+    names = Alert(rule=alert.rule, tenant_id=alert.tenant_id, subject=alert.subject)
+    return b"o" + names.SerializeToString()
 
 
 def _grant_name(tenant_id: str, grant: GrantState) -> bytes:

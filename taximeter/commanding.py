@@ -26,9 +26,11 @@ from billing.v1.account_pb2 import (
     ModelLimits,
     Plan,
     ProducerRegistration,
+    RuleLimits,
 )
 from billing.v1.command_pb2 import (
     Adjustment,
+    AlertAcknowledgement,
     BudgetUpsert,
     Command,
     CreditGrant,
@@ -79,6 +81,8 @@ class PlanTerms:
     model_limits: Mapping[str, Limits] = field(default_factory=dict)
     tell_price: bool = False
     shadow: bool = False
+    # None: those that the ledger was founded with.
+    rules: RuleLimits | None = None
 
     def to_plan(self) -> Plan:
         return Plan(
@@ -94,6 +98,7 @@ class PlanTerms:
             model_limits=[ModelLimits(model=model, limits=limits) for model, limits in sorted(self.model_limits.items())],
             tell_price=self.tell_price,
             shadow=self.shadow,
+            rules=self.rules,
         )
 
 
@@ -250,6 +255,10 @@ class Commander:
     def lease_retirement(self, holder_id: str, *, unexpired: bool) -> Command:
         """Give up on a gateway, in every partition."""
         return self._command("", "", lease_retirement=LeaseRetirement(holder_id=holder_id, unexpired=unexpired))
+
+    def acknowledgement(self, alert_id: str, note: str) -> Command:
+        """Take an alert on."""
+        return self._command("", "", alert_acknowledgement=AlertAcknowledgement(alert_id=alert_id, note=note))
 
     def send(self, commands: Sequence[Command]) -> None:
         """Send, without waiting for what becomes of them."""

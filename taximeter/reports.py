@@ -242,8 +242,11 @@ def print_alerts(output: Output, rows: Sequence[AlertRow]) -> None:
     """Alerts as a table."""
     output.table(
         "Alerts",
-        ("raised", "severity", "rule", "tenant", "what"),
-        [(show_time(row.raised_ms), row.severity, row.rule, row.tenant_id, row.summary) for row in rows],
+        ("raised", "state", "severity", "rule", "tenant", "what", "alert"),
+        [
+            (show_time(row.raised_ms), row.state, row.severity, row.rule, row.tenant_id, row.summary, row.alert_id)
+            for row in rows
+        ],
         empty="No alerts.",
     )
 
@@ -359,6 +362,12 @@ def alert_values(row: AlertRow) -> dict[str, object]:
         "request_ids": list(row.request_ids),
         "figures": dict(row.figures),
         "labels": dict(row.labels),
+        "subject": row.subject,
+        "state": row.state,
+        "updated": show_time(row.updated_ms),
+        "acknowledged_by": row.acknowledged_by,
+        "note": row.note,
+        "action": row.action,
     }
 
 

@@ -211,6 +211,7 @@ class Plan(_message.Message):
     BURST_FACTOR_FIELD_NUMBER: _builtins.int
     DUPLICATE_FLOOD_EVENTS_FIELD_NUMBER: _builtins.int
     CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     MODEL_LIMITS_FIELD_NUMBER: _builtins.int
     TELL_PRICE_FIELD_NUMBER: _builtins.int
@@ -232,6 +233,10 @@ class Plan(_message.Message):
     @_builtins.property
     def credit_limit(self) -> Global___Amount: ...
     @_builtins.property
+    def rules(self) -> Global___RuleLimits:
+        """Absent: those that the ledger was founded with."""
+
+    @_builtins.property
     def limits(self) -> Global___Limits:
         """Numbers from 20: what only gateways look at."""
 
@@ -248,18 +253,144 @@ class Plan(_message.Message):
         burst_factor: _builtins.int = ...,
         duplicate_flood_events: _builtins.int = ...,
         credit_limit: Global___Amount | None = ...,
+        rules: Global___RuleLimits | None = ...,
         limits: Global___Limits | None = ...,
         model_limits: _abc.Iterable[Global___ModelLimits] | None = ...,
         tell_price: _builtins.bool = ...,
         shadow: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "limits", b"limits", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing_mode", b"billing_mode", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "credit_limit", b"credit_limit", "duplicate_flood_events", b"duplicate_flood_events", "limits", b"limits", "model_limits", b"model_limits", "output_tokens_default", b"output_tokens_default", "plan_id", b"plan_id", "prompt_tokens_max", b"prompt_tokens_max", "shadow", b"shadow", "tell_price", b"tell_price"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing_mode", b"billing_mode", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "credit_limit", b"credit_limit", "duplicate_flood_events", b"duplicate_flood_events", "limits", b"limits", "model_limits", b"model_limits", "output_tokens_default", b"output_tokens_default", "plan_id", b"plan_id", "prompt_tokens_max", b"prompt_tokens_max", "rules", b"rules", "shadow", b"shadow", "tell_price", b"tell_price"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class RuleLimits(_message.Message):
+    """When the abuse rules speak of a tenant. Zero means: that rule does not speak."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_OUTLIER_TOKENS_FLOOR_FIELD_NUMBER: _builtins.int
+    PROMPT_OUTLIER_FACTOR_FIELD_NUMBER: _builtins.int
+    BURST_REQUESTS_FLOOR_FIELD_NUMBER: _builtins.int
+    BURST_REQUESTS_FACTOR_FIELD_NUMBER: _builtins.int
+    BURN_HORIZON_MINUTES_FIELD_NUMBER: _builtins.int
+    CONFLICT_FLOOD_EVENTS_FIELD_NUMBER: _builtins.int
+    KEY_PLACES_MAX_FIELD_NUMBER: _builtins.int
+    CANCELLED_REQUESTS_FIELD_NUMBER: _builtins.int
+    CANCELLED_PERCENT_FIELD_NUMBER: _builtins.int
+    REFUSED_REQUESTS_FIELD_NUMBER: _builtins.int
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    prompt_outlier_tokens_floor: _builtins.int
+    """A prompt of more tokens than this, and more than so many times the tenant's own mean."""
+    prompt_outlier_factor: _builtins.int
+    burst_requests_floor: _builtins.int
+    """Requests in a minute: more than this, and more than so many times the baseline."""
+    burst_requests_factor: _builtins.int
+    burn_horizon_minutes: _builtins.int
+    """Prepaid: at the present rate the balance ends within so many minutes, and before the period does."""
+    conflict_flood_events: _builtins.int
+    """Conflicts of one tenant in one minute."""
+    key_places_max: _builtins.int
+    """Distinct places that one key is used from within an hour: client addresses, where events carry them, else regions, else servers."""
+    cancelled_requests: _builtins.int
+    """In one minute: so many requests cancelled by the client, and so many percent of all."""
+    cancelled_percent: _builtins.int
+    refused_requests: _builtins.int
+    """Refused in one minute."""
+    @_builtins.property
+    def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RuleAction]:
+        """What gateways do when a rule speaks."""
+
+    def __init__(
+        self,
+        *,
+        prompt_outlier_tokens_floor: _builtins.int = ...,
+        prompt_outlier_factor: _builtins.int = ...,
+        burst_requests_floor: _builtins.int = ...,
+        burst_requests_factor: _builtins.int = ...,
+        burn_horizon_minutes: _builtins.int = ...,
+        conflict_flood_events: _builtins.int = ...,
+        key_places_max: _builtins.int = ...,
+        cancelled_requests: _builtins.int = ...,
+        cancelled_percent: _builtins.int = ...,
+        refused_requests: _builtins.int = ...,
+        actions: _abc.Iterable[Global___RuleAction] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "burn_horizon_minutes", b"burn_horizon_minutes", "burst_requests_factor", b"burst_requests_factor", "burst_requests_floor", b"burst_requests_floor", "cancelled_percent", b"cancelled_percent", "cancelled_requests", b"cancelled_requests", "conflict_flood_events", b"conflict_flood_events", "key_places_max", b"key_places_max", "prompt_outlier_factor", b"prompt_outlier_factor", "prompt_outlier_tokens_floor", b"prompt_outlier_tokens_floor", "refused_requests", b"refused_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RuleLimits: _TypeAlias = RuleLimits  # noqa: Y015
+
+@_typing.final
+class RuleAction(_message.Message):
+    """A rule that acts: whoever is hit is told the rule, the alert and when it ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    rule: _builtins.int
+    """An AlertRule."""
+    requests_per_minute: _builtins.int
+    """In any minute; 0: nothing is let through."""
+    duration_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        rule: _builtins.int = ...,
+        requests_per_minute: _builtins.int = ...,
+        duration_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ms", b"duration_ms", "requests_per_minute", b"requests_per_minute", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RuleAction: _TypeAlias = RuleAction  # noqa: Y015
+
+@_typing.final
+class Restriction(_message.Message):
+    """What a rule does to a tenant, or to one of its keys, until it expires."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    ALERT_ID_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    UNTIL_MS_FIELD_NUMBER: _builtins.int
+    rule: _builtins.int
+    alert_id: _builtins.str
+    key_id: _builtins.str
+    """Empty: the whole tenant."""
+    requests_per_minute: _builtins.int
+    """0: nothing is let through."""
+    until_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        rule: _builtins.int = ...,
+        alert_id: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        requests_per_minute: _builtins.int = ...,
+        until_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_id", b"alert_id", "key_id", b"key_id", "requests_per_minute", b"requests_per_minute", "rule", b"rule", "until_ms", b"until_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Restriction: _TypeAlias = Restriction  # noqa: Y015
 
 @_typing.final
 class Account(_message.Message):
@@ -284,6 +415,8 @@ class Account(_message.Message):
     LEASED_FIELD_NUMBER: _builtins.int
     CALENDAR_FIELD_NUMBER: _builtins.int
     INVOICED_THROUGH_MS_FIELD_NUMBER: _builtins.int
+    STATUS_MS_FIELD_NUMBER: _builtins.int
+    RESTRICTIONS_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     status: Global___AccountStatus.ValueType
     currency: _builtins.str
@@ -295,6 +428,8 @@ class Account(_message.Message):
     display_name: _builtins.str
     invoiced_through_ms: _builtins.int
     """Periods that ended by then are invoiced; 0: none is."""
+    status_ms: _builtins.int
+    """Log time since when the status is what it is; 0: always."""
     @_builtins.property
     def plan(self) -> Global___Plan: ...
     @_builtins.property
@@ -317,6 +452,10 @@ class Account(_message.Message):
 
     @_builtins.property
     def calendar(self) -> Global___Calendar: ...
+    @_builtins.property
+    def restrictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Restriction]:
+        """What rules do at present; what has expired may still stand here for some seconds."""
+
     def __init__(
         self,
         *,
@@ -337,10 +476,12 @@ class Account(_message.Message):
         leased: Global___Amount | None = ...,
         calendar: Global___Calendar | None = ...,
         invoiced_through_ms: _builtins.int = ...,
+        status_ms: _builtins.int = ...,
+        restrictions: _abc.Iterable[Global___Restriction] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "calendar", b"calendar", "credit", b"credit", "leased", b"leased", "plan", b"plan", "spend", b"spend", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "calendar", b"calendar", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "display_name", b"display_name", "duplicates", b"duplicates", "events", b"events", "invoiced_through_ms", b"invoiced_through_ms", "leased", b"leased", "log_time_ms", b"log_time_ms", "plan", b"plan", "spend", b"spend", "status", b"status", "tenant_id", b"tenant_id", "unrated_events", b"unrated_events", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abuse", b"abuse", "calendar", b"calendar", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "display_name", b"display_name", "duplicates", b"duplicates", "events", b"events", "invoiced_through_ms", b"invoiced_through_ms", "leased", b"leased", "log_time_ms", b"log_time_ms", "plan", b"plan", "restrictions", b"restrictions", "spend", b"spend", "status", b"status", "status_ms", b"status_ms", "tenant_id", b"tenant_id", "unrated_events", b"unrated_events", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -456,33 +597,21 @@ class AbuseState(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class RaisedMsEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.int
-        value: _builtins.int
-        def __init__(
-            self,
-            *,
-            key: _builtins.int = ...,
-            value: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     MINUTE_FIELD_NUMBER: _builtins.int
     MINUTE_TOKENS_FIELD_NUMBER: _builtins.int
     BASELINE_TOKENS_X256_FIELD_NUMBER: _builtins.int
     BASELINE_MINUTES_FIELD_NUMBER: _builtins.int
     DUPLICATE_MINUTE_FIELD_NUMBER: _builtins.int
     MINUTE_DUPLICATES_FIELD_NUMBER: _builtins.int
-    RAISED_MS_FIELD_NUMBER: _builtins.int
+    MINUTE_CONFLICTS_FIELD_NUMBER: _builtins.int
+    MINUTE_REQUESTS_FIELD_NUMBER: _builtins.int
+    MINUTE_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MINUTE_COST_PICO_FIELD_NUMBER: _builtins.int
+    MINUTE_CANCELLED_FIELD_NUMBER: _builtins.int
+    MINUTE_REFUSED_FIELD_NUMBER: _builtins.int
+    BASELINE_REQUESTS_X256_FIELD_NUMBER: _builtins.int
+    BASELINE_PROMPT_X256_FIELD_NUMBER: _builtins.int
+    BASELINE_COST_PICO_FIELD_NUMBER: _builtins.int
     minute: _builtins.int
     """The event-time minute that is being counted, and what it holds so far."""
     minute_tokens: _builtins.int
@@ -492,10 +621,17 @@ class AbuseState(_message.Message):
     duplicate_minute: _builtins.int
     """The log-time minute in which duplicates are being counted."""
     minute_duplicates: _builtins.int
-    @_builtins.property
-    def raised_ms(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
-        """When each rule last raised an alert (log time), for the cool-down. Key: the AlertRule's number."""
-
+    minute_conflicts: _builtins.int
+    minute_requests: _builtins.int
+    """Of the event-time minute, as its tokens."""
+    minute_prompt_tokens: _builtins.int
+    minute_cost_pico: _builtins.int
+    minute_cancelled: _builtins.int
+    minute_refused: _builtins.int
+    baseline_requests_x256: _builtins.int
+    """As the baseline of tokens; that of prompts is the mean of a request, and moves only in minutes that had any."""
+    baseline_prompt_x256: _builtins.int
+    baseline_cost_pico: _builtins.int
     def __init__(
         self,
         *,
@@ -505,11 +641,19 @@ class AbuseState(_message.Message):
         baseline_minutes: _builtins.int = ...,
         duplicate_minute: _builtins.int = ...,
         minute_duplicates: _builtins.int = ...,
-        raised_ms: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+        minute_conflicts: _builtins.int = ...,
+        minute_requests: _builtins.int = ...,
+        minute_prompt_tokens: _builtins.int = ...,
+        minute_cost_pico: _builtins.int = ...,
+        minute_cancelled: _builtins.int = ...,
+        minute_refused: _builtins.int = ...,
+        baseline_requests_x256: _builtins.int = ...,
+        baseline_prompt_x256: _builtins.int = ...,
+        baseline_cost_pico: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_minutes", b"baseline_minutes", "baseline_tokens_x256", b"baseline_tokens_x256", "duplicate_minute", b"duplicate_minute", "minute", b"minute", "minute_duplicates", b"minute_duplicates", "minute_tokens", b"minute_tokens", "raised_ms", b"raised_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_cost_pico", b"baseline_cost_pico", "baseline_minutes", b"baseline_minutes", "baseline_prompt_x256", b"baseline_prompt_x256", "baseline_requests_x256", b"baseline_requests_x256", "baseline_tokens_x256", b"baseline_tokens_x256", "duplicate_minute", b"duplicate_minute", "minute", b"minute", "minute_cancelled", b"minute_cancelled", "minute_conflicts", b"minute_conflicts", "minute_cost_pico", b"minute_cost_pico", "minute_duplicates", b"minute_duplicates", "minute_prompt_tokens", b"minute_prompt_tokens", "minute_refused", b"minute_refused", "minute_requests", b"minute_requests", "minute_tokens", b"minute_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

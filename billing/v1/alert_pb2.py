@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from billing.v1 import account_pb2 as billing_dot_v1_dot_account__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62illing/v1/alert.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\"\x9f\x03\n\x05\x41lert\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\t\x12#\n\x04rule\x18\x02 \x01(\x0e\x32\x15.billing.v1.AlertRule\x12&\n\x08severity\x18\x03 \x01(\x0e\x32\x14.billing.v1.Severity\x12\x11\n\ttenant_id\x18\x04 \x01(\t\x12\x11\n\traised_ms\x18\x05 \x01(\x03\x12\x0f\n\x07summary\x18\x06 \x01(\t\x12\x13\n\x0brequest_ids\x18\x07 \x03(\t\x12/\n\x07\x66igures\x18\x08 \x03(\x0b\x32\x1e.billing.v1.Alert.FiguresEntry\x12-\n\x06labels\x18\t \x03(\x0b\x32\x1d.billing.v1.Alert.LabelsEntry\x12,\n\x08position\x18\n \x01(\x0b\x32\x1a.billing.v1.LedgerPosition\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xf2\x03\n\tAlertRule\x12\x1a\n\x16\x41LERT_RULE_UNSPECIFIED\x10\x00\x12 \n\x1c\x41LERT_RULE_PROMPT_OVER_LIMIT\x10\x01\x12\x1a\n\x16\x41LERT_RULE_TOKEN_BURST\x10\x02\x12\x1e\n\x1a\x41LERT_RULE_DUPLICATE_FLOOD\x10\x03\x12\x1d\n\x19\x41LERT_RULE_UNKNOWN_TENANT\x10\x04\x12\x1c\n\x18\x41LERT_RULE_UNKNOWN_MODEL\x10\x05\x12\x1b\n\x17\x41LERT_RULE_FUTURE_USAGE\x10\x06\x12\x17\n\x13\x41LERT_RULE_CONFLICT\x10\x07\x12\x1f\n\x1b\x41LERT_RULE_MISSING_SEQUENCE\x10\x08\x12\x1f\n\x1b\x41LERT_RULE_UNSIGNED_COMMAND\x10\t\x12\x1e\n\x1a\x41LERT_RULE_SILENT_PRODUCER\x10\n\x12\x15\n\x11\x41LERT_RULE_BUDGET\x10\x0b\x12\x1d\n\x19\x41LERT_RULE_COUNTING_DRIFT\x10\x0c\x12\x1c\n\x18\x41LERT_RULE_FORGED_RECORD\x10(\x12$\n ALERT_RULE_UNREGISTERED_PRODUCER\x10)\x12\x1c\n\x18\x41LERT_RULE_STALE_COMMAND\x10**d\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_INFO\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x15\n\x11SEVERITY_CRITICAL\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62illing/v1/alert.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/account.proto\"\x82\x05\n\x05\x41lert\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\t\x12#\n\x04rule\x18\x02 \x01(\x0e\x32\x15.billing.v1.AlertRule\x12&\n\x08severity\x18\x03 \x01(\x0e\x32\x14.billing.v1.Severity\x12\x11\n\ttenant_id\x18\x04 \x01(\t\x12\x11\n\traised_ms\x18\x05 \x01(\x03\x12\x0f\n\x07summary\x18\x06 \x01(\t\x12\x13\n\x0brequest_ids\x18\x07 \x03(\t\x12/\n\x07\x66igures\x18\x08 \x03(\x0b\x32\x1e.billing.v1.Alert.FiguresEntry\x12-\n\x06labels\x18\t \x03(\x0b\x32\x1d.billing.v1.Alert.LabelsEntry\x12,\n\x08position\x18\n \x01(\x0b\x32\x1a.billing.v1.LedgerPosition\x12\r\n\x05index\x18\x0b \x01(\r\x12\x0f\n\x07subject\x18\x0c \x01(\t\x12%\n\x05state\x18\r \x01(\x0e\x32\x16.billing.v1.AlertState\x12\x10\n\x08revision\x18\x0e \x01(\r\x12\x12\n\nupdated_ms\x18\x0f \x01(\x03\x12\x0f\n\x07told_ms\x18\x10 \x01(\x03\x12\x13\n\x0bresolves_ms\x18\x11 \x01(\x03\x12\x17\n\x0f\x61\x63knowledged_ms\x18\x12 \x01(\x03\x12\x17\n\x0f\x61\x63knowledged_by\x18\x13 \x01(\t\x12\x0c\n\x04note\x18\x14 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x15 \x01(\t\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xe1\x05\n\tAlertRule\x12\x1a\n\x16\x41LERT_RULE_UNSPECIFIED\x10\x00\x12 \n\x1c\x41LERT_RULE_PROMPT_OVER_LIMIT\x10\x01\x12\x1a\n\x16\x41LERT_RULE_TOKEN_BURST\x10\x02\x12\x1e\n\x1a\x41LERT_RULE_DUPLICATE_FLOOD\x10\x03\x12\x1d\n\x19\x41LERT_RULE_UNKNOWN_TENANT\x10\x04\x12\x1c\n\x18\x41LERT_RULE_UNKNOWN_MODEL\x10\x05\x12\x1b\n\x17\x41LERT_RULE_FUTURE_USAGE\x10\x06\x12\x17\n\x13\x41LERT_RULE_CONFLICT\x10\x07\x12\x1f\n\x1b\x41LERT_RULE_MISSING_SEQUENCE\x10\x08\x12\x1f\n\x1b\x41LERT_RULE_UNSIGNED_COMMAND\x10\t\x12\x1e\n\x1a\x41LERT_RULE_SILENT_PRODUCER\x10\n\x12\x15\n\x11\x41LERT_RULE_BUDGET\x10\x0b\x12\x1d\n\x19\x41LERT_RULE_COUNTING_DRIFT\x10\x0c\x12\x1d\n\x19\x41LERT_RULE_PROMPT_OUTLIER\x10\r\x12\x1c\n\x18\x41LERT_RULE_REQUEST_BURST\x10\x0e\x12\x18\n\x14\x41LERT_RULE_BURN_RATE\x10\x0f\x12\x1d\n\x19\x41LERT_RULE_CONFLICT_FLOOD\x10\x10\x12\x19\n\x15\x41LERT_RULE_KEY_PLACES\x10\x11\x12\x1c\n\x18\x41LERT_RULE_CANCELLATIONS\x10\x12\x12\x17\n\x13\x41LERT_RULE_REFUSALS\x10\x13\x12%\n!ALERT_RULE_USAGE_AFTER_SUSPENSION\x10\x14\x12\x1c\n\x18\x41LERT_RULE_FORGED_RECORD\x10(\x12$\n ALERT_RULE_UNREGISTERED_PRODUCER\x10)\x12\x1c\n\x18\x41LERT_RULE_STALE_COMMAND\x10**\x92\x01\n\nAlertState\x12\x1b\n\x17\x41LERT_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41LERT_STATE_RAISED\x10\x01\x12\x17\n\x13\x41LERT_STATE_UPDATED\x10\x02\x12\x1c\n\x18\x41LERT_STATE_ACKNOWLEDGED\x10\x03\x12\x18\n\x14\x41LERT_STATE_RESOLVED\x10\x04*d\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_INFO\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x15\n\x11SEVERITY_CRITICAL\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,14 +36,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ALERT_FIGURESENTRY']._serialized_options = b'8\001'
   _globals['_ALERT_LABELSENTRY']._loaded_options = None
   _globals['_ALERT_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ALERTRULE']._serialized_start=483
-  _globals['_ALERTRULE']._serialized_end=981
-  _globals['_SEVERITY']._serialized_start=983
-  _globals['_SEVERITY']._serialized_end=1083
+  _globals['_ALERTRULE']._serialized_start=710
+  _globals['_ALERTRULE']._serialized_end=1447
+  _globals['_ALERTSTATE']._serialized_start=1450
+  _globals['_ALERTSTATE']._serialized_end=1596
+  _globals['_SEVERITY']._serialized_start=1598
+  _globals['_SEVERITY']._serialized_end=1698
   _globals['_ALERT']._serialized_start=65
-  _globals['_ALERT']._serialized_end=480
-  _globals['_ALERT_FIGURESENTRY']._serialized_start=387
-  _globals['_ALERT_FIGURESENTRY']._serialized_end=433
-  _globals['_ALERT_LABELSENTRY']._serialized_start=435
-  _globals['_ALERT_LABELSENTRY']._serialized_end=480
+  _globals['_ALERT']._serialized_end=707
+  _globals['_ALERT_FIGURESENTRY']._serialized_start=614
+  _globals['_ALERT_FIGURESENTRY']._serialized_end=660
+  _globals['_ALERT_LABELSENTRY']._serialized_start=662
+  _globals['_ALERT_LABELSENTRY']._serialized_end=707
 # @@protoc_insertion_point(module_scope)

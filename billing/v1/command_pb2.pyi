@@ -128,6 +128,7 @@ class Command(_message.Message):
     ADJUSTMENT_FIELD_NUMBER: _builtins.int
     BUDGET_UPSERT_FIELD_NUMBER: _builtins.int
     PROJECT_UPSERT_FIELD_NUMBER: _builtins.int
+    ALERT_ACKNOWLEDGEMENT_FIELD_NUMBER: _builtins.int
     PRODUCER_UPSERT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     command_id: _builtins.str
@@ -157,6 +158,8 @@ class Command(_message.Message):
     @_builtins.property
     def project_upsert(self) -> Global___ProjectUpsert: ...
     @_builtins.property
+    def alert_acknowledgement(self) -> Global___AlertAcknowledgement: ...
+    @_builtins.property
     def producer_upsert(self) -> Global___ProducerUpsert: ...
     def __init__(
         self,
@@ -176,13 +179,14 @@ class Command(_message.Message):
         adjustment: Global___Adjustment | None = ...,
         budget_upsert: Global___BudgetUpsert | None = ...,
         project_upsert: Global___ProjectUpsert | None = ...,
+        alert_acknowledgement: Global___AlertAcknowledgement | None = ...,
         producer_upsert: Global___ProducerUpsert | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert", "producer_upsert"]  # noqa: Y015
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert", "alert_acknowledgement", "producer_upsert"]  # noqa: Y015
     _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
 
@@ -451,6 +455,33 @@ class Adjustment(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adjustment: _TypeAlias = Adjustment  # noqa: Y015
+
+@_typing.final
+class AlertAcknowledgement(_message.Message):
+    """Somebody has taken an alert on: it is not told again until it becomes more severe or is resolved. Goes to every
+    partition; its ID says which it is of.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALERT_ID_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    alert_id: _builtins.str
+    note: _builtins.str
+    """For people: who else reads it, what is done."""
+    def __init__(
+        self,
+        *,
+        alert_id: _builtins.str = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_id", b"alert_id", "note", b"note"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AlertAcknowledgement: _TypeAlias = AlertAcknowledgement  # noqa: Y015
 
 @_typing.final
 class KeyUpsert(_message.Message):

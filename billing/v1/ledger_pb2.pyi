@@ -95,6 +95,8 @@ class LedgerRecord(_message.Message):
     PROJECTS_FIELD_NUMBER: _builtins.int
     INVOICE_SERIES_FIELD_NUMBER: _builtins.int
     CORRECTED_FIELD_NUMBER: _builtins.int
+    ALERT_STATES_FIELD_NUMBER: _builtins.int
+    KEY_PLACES_FIELD_NUMBER: _builtins.int
     REGISTRATIONS_FIELD_NUMBER: _builtins.int
     SEAL_KEY_ID_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
@@ -147,7 +149,9 @@ class LedgerRecord(_message.Message):
     @_builtins.property
     def producers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProducerMark]: ...
     @_builtins.property
-    def alerts(self) -> _containers.RepeatedCompositeFieldContainer[_alert_pb2.Alert]: ...
+    def alerts(self) -> _containers.RepeatedCompositeFieldContainer[_alert_pb2.Alert]:
+        """What is told by this record, in this order; also the state of each."""
+
     @_builtins.property
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Lease]: ...
     @_builtins.property
@@ -170,6 +174,12 @@ class LedgerRecord(_message.Message):
     def invoice_series(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceSeries]: ...
     @_builtins.property
     def corrected(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorrectedEvent]: ...
+    @_builtins.property
+    def alert_states(self) -> _containers.RepeatedCompositeFieldContainer[_alert_pb2.Alert]:
+        """Active alerts that changed and are not told of."""
+
+    @_builtins.property
+    def key_places(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyPlaces]: ...
     @_builtins.property
     def registrations(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.ProducerRegistration]:
         """Of producers, those that changed."""
@@ -206,13 +216,15 @@ class LedgerRecord(_message.Message):
         projects: _abc.Iterable[_account_pb2.Project] | None = ...,
         invoice_series: _abc.Iterable[Global___InvoiceSeries] | None = ...,
         corrected: _abc.Iterable[Global___CorrectedEvent] | None = ...,
+        alert_states: _abc.Iterable[_alert_pb2.Alert] | None = ...,
+        key_places: _abc.Iterable[Global___KeyPlaces] | None = ...,
         registrations: _abc.Iterable[_account_pb2.ProducerRegistration] | None = ...,
         seal_key_id: _builtins.str = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "corrected", b"corrected", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "registrations", b"registrations", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "seal_key_id", b"seal_key_id", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alert_states", b"alert_states", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "corrected", b"corrected", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "key_places", b"key_places", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "registrations", b"registrations", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "seal_key_id", b"seal_key_id", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -261,6 +273,8 @@ class Founding(_message.Message):
     PRICE_BOOKS_FIELD_NUMBER: _builtins.int
     MISSING_GRACE_MS_FIELD_NUMBER: _builtins.int
     SILENCE_MS_FIELD_NUMBER: _builtins.int
+    ALERT_RESOLVE_MS_FIELD_NUMBER: _builtins.int
+    DRIFT_MILLIONTHS_FIELD_NUMBER: _builtins.int
     partitions: _builtins.int
     dedupe_key: _builtins.bytes
     """32 random bytes: the key of the dedupe hash."""
@@ -271,7 +285,7 @@ class Founding(_message.Message):
     """Usage that ends later than log time by more is alarmed, and refused beyond the second bound."""
     future_reject_ms: _builtins.int
     alert_cooldown_ms: _builtins.int
-    """How long a rule stays silent about a tenant after it raised an alert."""
+    """How long an active alert is not told again, unless it becomes more severe."""
     founded_ms: _builtins.int
     predecessor_hash: _builtins.bytes
     default_currency: _builtins.str
@@ -279,6 +293,10 @@ class Founding(_message.Message):
     missing_grace_ms: _builtins.int
     """How long a number may be missing, and a producer silent, before an alert says so; 0: this version's own bounds."""
     silence_ms: _builtins.int
+    alert_resolve_ms: _builtins.int
+    """How long a rule must have seen nothing before its alert is resolved; 0: this version's own bound."""
+    drift_millionths: _builtins.int
+    """By how much, in millionths, counts may differ from a back end's; 0: this version's own bound."""
     @_builtins.property
     def predecessor(self) -> _account_pb2.LedgerPosition:
         """When this generation carries on the local state of one whose log is gone: where that one ended."""
@@ -309,10 +327,12 @@ class Founding(_message.Message):
         price_books: _abc.Iterable[_command_pb2.PriceBook] | None = ...,
         missing_grace_ms: _builtins.int = ...,
         silence_ms: _builtins.int = ...,
+        alert_resolve_ms: _builtins.int = ...,
+        drift_millionths: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_plan", b"default_plan", "predecessor", b"predecessor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_cooldown_ms", b"alert_cooldown_ms", "dedupe_horizon_ms", b"dedupe_horizon_ms", "dedupe_key", b"dedupe_key", "default_currency", b"default_currency", "default_plan", b"default_plan", "founded_ms", b"founded_ms", "future_alert_ms", b"future_alert_ms", "future_reject_ms", b"future_reject_ms", "missing_grace_ms", b"missing_grace_ms", "partitions", b"partitions", "predecessor", b"predecessor", "predecessor_hash", b"predecessor_hash", "price_books", b"price_books", "silence_ms", b"silence_ms", "window_lateness_ms", b"window_lateness_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_cooldown_ms", b"alert_cooldown_ms", "alert_resolve_ms", b"alert_resolve_ms", "dedupe_horizon_ms", b"dedupe_horizon_ms", "dedupe_key", b"dedupe_key", "default_currency", b"default_currency", "default_plan", b"default_plan", "drift_millionths", b"drift_millionths", "founded_ms", b"founded_ms", "future_alert_ms", b"future_alert_ms", "future_reject_ms", b"future_reject_ms", "missing_grace_ms", b"missing_grace_ms", "partitions", b"partitions", "predecessor", b"predecessor", "predecessor_hash", b"predecessor_hash", "price_books", b"price_books", "silence_ms", b"silence_ms", "window_lateness_ms", b"window_lateness_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -976,6 +996,38 @@ class CorrectedEvent(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CorrectedEvent: _TypeAlias = CorrectedEvent  # noqa: Y015
+
+@_typing.final
+class KeyPlaces(_message.Message):
+    """Where one key was used from in one hour, absolute; nothing is known of earlier hours."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    HOUR_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    key_id: _builtins.str
+    hour: _builtins.int
+    """Hours since 1970, log time."""
+    @_builtins.property
+    def places(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        hour: _builtins.int = ...,
+        places: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hour", b"hour", "key_id", b"key_id", "places", b"places", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyPlaces: _TypeAlias = KeyPlaces  # noqa: Y015
 
 @_typing.final
 class PeriodUnits(_message.Message):

@@ -179,6 +179,7 @@ class UsageBatch(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     FORWARDED_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    COUNT_DRIFTS_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """The version of this contract that the writer speaks. A reader that does not know it sends the batch to `usage.rejected`."""
@@ -198,6 +199,10 @@ class UsageBatch(_message.Message):
     """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageEvent]: ...
+    @_builtins.property
+    def count_drifts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountDrift]:
+        """What the producer's sampled recount has found, by model: its own last samples, told again with every heartbeat."""
+
     def __init__(
         self,
         *,
@@ -208,15 +213,46 @@ class UsageBatch(_message.Message):
         events: _abc.Iterable[Global___UsageEvent] | None = ...,
         forwarded: _builtins.bool = ...,
         closed: _builtins.bool = ...,
+        count_drifts: _abc.Iterable[Global___CountDrift] | None = ...,
         signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "events", b"events", "first_sequence", b"first_sequence", "forwarded", b"forwarded", "highest_sequence", b"highest_sequence", "producer_id", b"producer_id", "schema_version", b"schema_version", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "count_drifts", b"count_drifts", "events", b"events", "first_sequence", b"first_sequence", "forwarded", b"forwarded", "highest_sequence", b"highest_sequence", "producer_id", b"producer_id", "schema_version", b"schema_version", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UsageBatch: _TypeAlias = UsageBatch  # noqa: Y015
+
+@_typing.final
+class CountDrift(_message.Message):
+    """Of a model's last sampled answers: what its back end counted, and what the model's own tokenizer did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    BACKEND_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_TOKENS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    samples: _builtins.int
+    backend_tokens: _builtins.int
+    tokenizer_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        samples: _builtins.int = ...,
+        backend_tokens: _builtins.int = ...,
+        tokenizer_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend_tokens", b"backend_tokens", "model", b"model", "samples", b"samples", "tokenizer_tokens", b"tokenizer_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountDrift: _TypeAlias = CountDrift  # noqa: Y015
 
 @_typing.final
 class RawUsageBatch(_message.Message):
@@ -343,7 +379,7 @@ class MergedUsageEvent(_message.Message):
         tenant_id: _builtins.bytes = ...,
         project_id: _builtins.bytes = ...,
         user_id: _builtins.bytes = ...,
-        api_key_id: _builtins.bytes = ...,
+        api_key_id: _builtins.bytes | None = ...,
         model: _builtins.bytes = ...,
         operation: _builtins.int = ...,
         service_class: _builtins.int = ...,
@@ -371,10 +407,12 @@ class MergedUsageEvent(_message.Message):
         backfill: _builtins.bool = ...,
         attributes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_audio_input_tokens", b"_audio_input_tokens", "_audio_output_tokens", b"_audio_output_tokens", "_cache_read_tokens", b"_cache_read_tokens", "_cache_write_tokens", b"_cache_write_tokens", "_image_input_tokens", b"_image_input_tokens", "_output_tokens", b"_output_tokens", "_reasoning_tokens", b"_reasoning_tokens", "_uncached_input_tokens", b"_uncached_input_tokens", "audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "image_input_tokens", b"image_input_tokens", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens", "uncached_input_tokens", b"uncached_input_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_api_key_id", b"_api_key_id", "_audio_input_tokens", b"_audio_input_tokens", "_audio_output_tokens", b"_audio_output_tokens", "_cache_read_tokens", b"_cache_read_tokens", "_cache_write_tokens", b"_cache_write_tokens", "_image_input_tokens", b"_image_input_tokens", "_output_tokens", b"_output_tokens", "_reasoning_tokens", b"_reasoning_tokens", "_uncached_input_tokens", b"_uncached_input_tokens", "api_key_id", b"api_key_id", "audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "image_input_tokens", b"image_input_tokens", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens", "uncached_input_tokens", b"uncached_input_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_audio_input_tokens", b"_audio_input_tokens", "_audio_output_tokens", b"_audio_output_tokens", "_cache_read_tokens", b"_cache_read_tokens", "_cache_write_tokens", b"_cache_write_tokens", "_image_input_tokens", b"_image_input_tokens", "_output_tokens", b"_output_tokens", "_reasoning_tokens", b"_reasoning_tokens", "_uncached_input_tokens", b"_uncached_input_tokens", "api_key_id", b"api_key_id", "attributes", b"attributes", "audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "backfill", b"backfill", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "client_request_id", b"client_request_id", "context_tokens", b"context_tokens", "count_source", b"count_source", "ended_ms", b"ended_ms", "image_input_tokens", b"image_input_tokens", "latency_ms", b"latency_ms", "model", b"model", "operation", b"operation", "outcome", b"outcome", "output_tokens", b"output_tokens", "project_id", b"project_id", "reasoning_tokens", b"reasoning_tokens", "refusal_reason", b"refusal_reason", "region", b"region", "request_id", b"request_id", "server_id", b"server_id", "service_class", b"service_class", "started_ms", b"started_ms", "tenant_id", b"tenant_id", "time_to_first_token_ms", b"time_to_first_token_ms", "tokenizer", b"tokenizer", "uncached_input_tokens", b"uncached_input_tokens", "units", b"units", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_api_key_id", b"_api_key_id", "_audio_input_tokens", b"_audio_input_tokens", "_audio_output_tokens", b"_audio_output_tokens", "_cache_read_tokens", b"_cache_read_tokens", "_cache_write_tokens", b"_cache_write_tokens", "_image_input_tokens", b"_image_input_tokens", "_output_tokens", b"_output_tokens", "_reasoning_tokens", b"_reasoning_tokens", "_uncached_input_tokens", b"_uncached_input_tokens", "api_key_id", b"api_key_id", "attributes", b"attributes", "audio_input_tokens", b"audio_input_tokens", "audio_output_tokens", b"audio_output_tokens", "backfill", b"backfill", "cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "client_request_id", b"client_request_id", "context_tokens", b"context_tokens", "count_source", b"count_source", "ended_ms", b"ended_ms", "image_input_tokens", b"image_input_tokens", "latency_ms", b"latency_ms", "model", b"model", "operation", b"operation", "outcome", b"outcome", "output_tokens", b"output_tokens", "project_id", b"project_id", "reasoning_tokens", b"reasoning_tokens", "refusal_reason", b"refusal_reason", "region", b"region", "request_id", b"request_id", "server_id", b"server_id", "service_class", b"service_class", "started_ms", b"started_ms", "tenant_id", b"tenant_id", "time_to_first_token_ms", b"time_to_first_token_ms", "tokenizer", b"tokenizer", "uncached_input_tokens", b"uncached_input_tokens", "units", b"units", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__api_key_id: _TypeAlias = _typing.Literal["api_key_id"]  # noqa: Y015
+    _WhichOneofArgType__api_key_id: _TypeAlias = _typing.Literal["_api_key_id", b"_api_key_id"]  # noqa: Y015
     _WhichOneofReturnType__audio_input_tokens: _TypeAlias = _typing.Literal["audio_input_tokens"]  # noqa: Y015
     _WhichOneofArgType__audio_input_tokens: _TypeAlias = _typing.Literal["_audio_input_tokens", b"_audio_input_tokens"]  # noqa: Y015
     _WhichOneofReturnType__audio_output_tokens: _TypeAlias = _typing.Literal["audio_output_tokens"]  # noqa: Y015
@@ -391,6 +429,8 @@ class MergedUsageEvent(_message.Message):
     _WhichOneofArgType__reasoning_tokens: _TypeAlias = _typing.Literal["_reasoning_tokens", b"_reasoning_tokens"]  # noqa: Y015
     _WhichOneofReturnType__uncached_input_tokens: _TypeAlias = _typing.Literal["uncached_input_tokens"]  # noqa: Y015
     _WhichOneofArgType__uncached_input_tokens: _TypeAlias = _typing.Literal["_uncached_input_tokens", b"_uncached_input_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__api_key_id) -> _WhichOneofReturnType__api_key_id | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__audio_input_tokens) -> _WhichOneofReturnType__audio_input_tokens | None: ...
     @_typing.overload

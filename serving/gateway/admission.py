@@ -55,6 +55,7 @@ __all__ = [
     "prompt_refusal",
     "rate_refusal",
     "reason_name",
+    "restriction_refusal",
 ]
 
 
@@ -176,6 +177,20 @@ def budget_refusal(stop: BudgetView, currency: str) -> Refusal:
         f"budget of {whose}: {format_pico(stop.amount_pico, currency)} is used up until {until}: wait for the next period, or "
         "ask whoever set it to raise it",
         True,
+    )
+
+
+def restriction_refusal(key: KeyView, account: AccountView, now_ms: int) -> Refusal | None:
+    """For a tenant, or a key, that an abuse rule has stopped: which rule, which alert, and until when."""
+    held = next((held for held in account.restrictions if not held.requests_per_minute and held.holds(key, now_ms)), None)
+    if held is None:
+        return None
+    return Refusal(
+        grpc.StatusCode.PERMISSION_DENIED,
+        REFUSAL_REASON_SUSPENDED,
+        f"{f'API key {held.key_id}' if held.key_id else 'account'}: stopped by the rule {held}: wait, or ask the operator",
+        True,
+        max(1, -(-(held.until_ms - now_ms) // 1_000)),
     )
 
 

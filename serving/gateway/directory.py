@@ -10,11 +10,13 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from billing.alerts import rule_name
 from billing.amounts import from_amount
 from billing.identity import partition_of
 from billing.v1.account_pb2 import (
@@ -29,7 +31,7 @@ from billing.v1.account_pb2 import (
 )
 from serving.gateway.limits import NO_LIMITS, LimitsView, Scope, limits_view
 
-__all__ = ["AccountView", "BudgetView", "Directory", "KeyView", "scopes_of"]
+__all__ = ["AccountView", "BudgetView", "Directory", "KeyView", "RestrictionView", "scopes_of"]
 
 _NO_MODEL_LIMITS: Final[Mapping[str, LimitsView]] = MappingProxyType({})
 
@@ -50,6 +52,27 @@ class KeyView:
 
 
 @dataclass(frozen=True, slots=True)
+class RestrictionView:
+    """What an abuse rule does to a tenant, or to one of its keys."""
+
+    rule: str
+    alert_id: str
+    key_id: str
+    """Empty: the whole tenant."""
+    requests_per_minute: int
+    """0: nothing is let through."""
+    until_ms: int
+
+    def holds(self, key: KeyView, now_ms: int) -> bool:
+        """Whether it is about this key, and has not expired."""
+        return now_ms < self.until_ms and self.key_id in ("", key.key_id)
+
+    def __str__(self) -> str:
+        until = datetime.fromtimestamp(self.until_ms / 1_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return f"{self.rule} until {until} (alert {self.alert_id})"
+
+
+@dataclass(frozen=True, slots=True)
 class AccountView:
     """What admission must know of a tenant."""
 
@@ -67,6 +90,7 @@ class AccountView:
     tell_price: bool = False
     shadow: bool = False
     """Nothing is refused for its sake; what would be is counted."""
+    restrictions: tuple[RestrictionView, ...] = ()
 
     @property
     def free_pico(self) -> int | None:
@@ -134,11 +158,15 @@ def _account_view(account: Account) -> AccountView:
         model_limits={entry.model: limits_view(entry.limits) for entry in plan.model_limits},
         tell_price=plan.tell_price,
         shadow=plan.shadow,
+        restrictions=tuple(
+            RestrictionView(rule_name(held.rule), held.alert_id, held.key_id, held.requests_per_minute, held.until_ms)
+            for held in account.restrictions
+        ),
     )
 
 
-def scopes_of(key: KeyView, account: AccountView | None, model: str) -> list[Scope]:
-    """Whose limits hold for a request, those that there are."""
+def scopes_of(key: KeyView, account: AccountView | None, model: str, now_ms: int) -> list[Scope]:
+    """Whose limits hold for a request, those that there are: also what an abuse rule leaves of them."""
     found = []
     if key.limits != NO_LIMITS:
         found.append(Scope("key", key.key_id, key.limits))
@@ -147,6 +175,11 @@ def scopes_of(key: KeyView, account: AccountView | None, model: str) -> list[Sco
             found.append(Scope("tenant", account.tenant_id, account.limits))
         if (limits := account.model_limits.get(model)) is not None:
             found.append(Scope("model", f"{model} of tenant {account.tenant_id}", limits))
+        found += [
+            Scope("rule", str(held), LimitsView(requests_per_minute=held.requests_per_minute))
+            for held in account.restrictions
+            if held.requests_per_minute and held.holds(key, now_ms)
+        ]
     return found
 
 

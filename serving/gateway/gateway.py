@@ -219,7 +219,7 @@ class Gateway:
             await self._enforce(refusal, event, account)
         if profile is None:
             await self._refuse(admission.model_refusal(model), event)
-        scopes = scopes_of(key, account, model)
+        scopes = scopes_of(key, account, model, now_ms())
         slot = self._rates.admit(scopes, time.monotonic())
         if isinstance(slot, Breach):
             await self._enforce(admission.rate_refusal(slot), event, account)
@@ -347,6 +347,10 @@ class Gateway:
     def _stopped(self, key: KeyView, account: AccountView | None) -> Refusal | None:
         if self._directory.is_closed(key.tenant_id, key.project_id):
             return admission.project_refusal(key.project_id)
+        if account is not None and account.restrictions:
+            refusal = admission.restriction_refusal(key, account, now_ms())
+            if refusal is not None:
+                return refusal
         # A test key's usage costs nothing.
         stop = None if key.test else self._directory.find_stop(key, now_ms())
         return None if stop is None else admission.budget_refusal(stop, "" if account is None else account.currency)

@@ -17,6 +17,7 @@ from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import open_reader
 from taximeter.errors import MisuseError, TaximeterError
 from taximeter.limit_options import LimitOption, parse_limits, parse_model_limits
+from taximeter.rule_options import RuleOption, parse_rules
 from taximeter.times import now_ms, parse_time_ms
 
 __all__ = ["TenantArgument", "check_id", "create_tenant", "expiry", "grant_credit", "issuer", "read_amount", "tell"]
@@ -41,6 +42,7 @@ def create_tenant(
     model_limit: Annotated[
         list[str] | None, typer.Option(metavar="MODEL:NAME=NUMBER", help="The same for one model; may be repeated.")
     ] = None,
+    rule: RuleOption = None,
     tell_price: Annotated[
         bool, typer.Option("--tell-price", help="Answers say their price and the remaining balance.")
     ] = False,
@@ -58,6 +60,7 @@ def create_tenant(
         model_limits=parse_model_limits("--model-limit", model_limit or ()),
         tell_price=tell_price,
         shadow=shadow,
+        rules=parse_rules("--rule", rule or ()),
     )
     calendar = calendar_of(time_zone, now_ms()) if time_zone else None
     config = context.config()

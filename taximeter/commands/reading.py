@@ -1,30 +1,25 @@
-"""What the database says: balances, usage, statements, alerts. Each answer says how fresh it is where that matters."""
+"""What the database says: balances, usage, statements. Each answer says how fresh it is where that matters."""
 
-import time
 from typing import Annotated, Final
 
 import typer
 
 from sinks import queries
-from sinks.engine import Reader
-from sinks.queries import AlertRow
 from sinks.statement import statement as make_statement
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import open_reader
 from taximeter.errors import TaximeterError
 from taximeter.reports import (
-    alert_values,
     balance_values,
-    print_alerts,
     print_balances,
     print_statement,
     print_usage,
     statement_values,
     usage_values,
 )
-from taximeter.times import MINUTE_MS, now_ms, parse_time_ms, show_time
+from taximeter.times import MINUTE_MS, now_ms, parse_time_ms
 
-__all__ = ["alerts", "balance", "statement", "usage"]
+__all__ = ["OptionalTenant", "balance", "statement", "usage"]
 
 _FOLLOW_INTERVAL_S: Final = 0.5
 TenantArgument = Annotated[str, typer.Argument(help="The tenant.")]
@@ -82,40 +77,6 @@ def statement(
         context.output.json(statement_values(found))
     else:
         print_statement(context.output, found)
-
-
-@command
-def alerts(
-    context: Context,
-    tenant: OptionalTenant = None,
-    since: Annotated[str, typer.Option(help="From then, or for so long: 1h, 7d.")] = "7d",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, and print each new alert as it comes.")] = False,
-    json: JsonOption = False,
-) -> None:
-    """Show alerts, oldest first."""
-    since_ms = parse_time_ms("--since", since, now=now_ms())
-    with open_reader(context.config()) as reader:
-        rows = queries.alerts(reader, tenant, since_ms)
-        if not follow:
-            if json:
-                context.output.json([alert_values(row) for row in rows])
-            else:
-                print_alerts(context.output, rows)
-            return
-        _follow(context, reader, tenant, since_ms, rows, json=json)
-
-
-def _follow(context: Context, reader: Reader, tenant: str | None, since_ms: int, rows: list[AlertRow], *, json: bool) -> None:
-    after: dict[int, int] = {}
-    while True:
-        for row in rows:
-            if json:
-                context.output.json_line(alert_values(row))
-            else:
-                context.output.say(f"{show_time(row.raised_ms)} {row.severity} {row.rule} {row.tenant_id}: {row.summary}")
-            after[row.partition] = max(after.get(row.partition, 0), row.version)
-        time.sleep(_FOLLOW_INTERVAL_S)
-        rows = queries.alerts(reader, tenant, since_ms, after)
 
 
 def _period(start: str | None, end: str | None) -> tuple[int, int]:

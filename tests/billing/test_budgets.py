@@ -17,7 +17,7 @@ from billing.amounts import from_amount, to_amount
 from billing.limits import BATCH_EVENTS_MAX, BUDGET_ALERTS_MAX, RECORD_BYTES_MAX
 from billing.periods import month_at, month_of, month_start_ms, period_at
 from billing.v1.account_pb2 import Amount, BudgetState, Calendar
-from billing.v1.alert_pb2 import ALERT_RULE_BUDGET, SEVERITY_CRITICAL, SEVERITY_WARNING, Alert
+from billing.v1.alert_pb2 import ALERT_RULE_BUDGET, ALERT_STATE_RESOLVED, SEVERITY_CRITICAL, SEVERITY_WARNING, Alert
 from billing.v1.command_pb2 import BudgetUpsert, TenantUpsert
 from billing.v1.ledger_pb2 import LedgerRecord
 from sinks.recompute import Recomputed
@@ -52,8 +52,13 @@ def use(made: Ledger, *names: str, at_ms: int = NOW_MS, **fields: Any) -> Ledger
     return made.usage(batch(events), at_ms).record
 
 
+def told_of(record: LedgerRecord) -> list[Alert]:
+    """The thresholds that were reached, not what is over."""
+    return [alert for alert in record.alerts if alert.rule == ALERT_RULE_BUDGET and alert.state != ALERT_STATE_RESOLVED]
+
+
 def warned(record: LedgerRecord) -> list[int]:
-    return [alert.figures["threshold_millionths"] for alert in record.alerts if alert.rule == ALERT_RULE_BUDGET]
+    return [alert.figures["threshold_millionths"] for alert in told_of(record)]
 
 
 def test_each_threshold_warns_once_and_the_last_one_stops(tmp_path: Path) -> None:
@@ -213,7 +218,7 @@ def _check(script: list[Any]) -> None:
         # A threshold that a raised amount takes back may be reached, and told, again.
         told = {each for each in told if each in reached or each[2] != month() or kind != "set"}
         new = reached - told
-        assert sorted(_named(alert) for alert in record.alerts if alert.rule == ALERT_RULE_BUDGET) == sorted(
+        assert sorted(map(_named, told_of(record))) == sorted(
             (project_id, user_id, threshold) for project_id, user_id, _, threshold in new
         )
         told |= new

@@ -17,8 +17,8 @@ from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.alert_pb2 import (
     ALERT_RULE_MISSING_SEQUENCE,
     ALERT_RULE_SILENT_PRODUCER,
+    ALERT_STATE_RESOLVED,
     SEVERITY_CRITICAL,
-    SEVERITY_INFO,
     SEVERITY_WARNING,
     Alert,
 )
@@ -105,7 +105,8 @@ def test_a_hole_is_told_once_after_the_grace_and_told_when_it_closes(line: Timel
     assert line.wait(5 * COOLDOWN_MS) == []
     line.send("p", 11, 13, 30)
     [closed] = line.wait(TICK_MS)
-    assert (closed.rule, closed.severity, closed.labels["state"]) == (ALERT_RULE_MISSING_SEQUENCE, SEVERITY_INFO, "closed")
+    assert (closed.rule, closed.state, closed.labels["state"]) == (ALERT_RULE_MISSING_SEQUENCE, ALERT_STATE_RESOLVED, "closed")
+    assert closed.alert_id == alert.alert_id
     assert line.wait(5 * COOLDOWN_MS) == []
     line.close()
 
@@ -187,7 +188,8 @@ def test_a_producer_whose_heartbeats_stop_is_silent_and_nothing_is_missing(line:
     assert line.wait(5 * SILENCE_MS) == []
     line.heartbeat(AT_HOME, 5)
     [heard] = line.wait(TICK_MS)
-    assert (heard.severity, heard.labels["state"]) == (SEVERITY_INFO, "heard")
+    assert (heard.state, heard.labels["state"]) == (ALERT_STATE_RESOLVED, "heard")
+    assert heard.alert_id == alert.alert_id
     line.close()
 
 

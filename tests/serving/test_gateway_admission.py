@@ -19,11 +19,15 @@ from billing.v1.account_pb2 import (
     KEY_SCOPE_METER,
     KEY_SCOPE_OPERATE,
     KEY_SCOPE_READ,
+    Account,
+    AccountUpdate,
 )
+from billing.v1.alert_pb2 import ALERT_RULE_TOKEN_BURST
 from billing.v1.usage_pb2 import REFUSAL_REASON_BALANCE, REFUSAL_REASON_PROMPT_TOO_LARGE, REFUSAL_REASON_SUSPENDED
 from serving.gateway import admission
 from serving.gateway.credentials import find_secret, hash_secret
-from serving.gateway.directory import AccountView, KeyView
+from serving.gateway.directory import AccountView, Directory, KeyView, RestrictionView, scopes_of
+from serving.gateway.limits import Breach, RateLimits
 from serving.gateway.policy import POLICIES, Access
 from serving.gateway.settings import AdmissionSettings
 from serving.kserve import SERVICE_NAME
@@ -166,3 +170,33 @@ def test_a_prompt_refusal_says_how_it_was_counted() -> None:
     assert exact.reason == REFUSAL_REASON_PROMPT_TOO_LARGE
     assert "11 tokens: at most 10" in exact.message
     assert "up to 11 tokens by its bytes" in admission.prompt_refusal(11, 10, exact=False).message
+
+
+@pytest.mark.parametrize(("key_id", "stopped"), [("", True), ("key-a", True), ("key-b", False)])
+def test_whom_a_rule_has_stopped_is_told_the_rule_the_alert_and_until_when(key_id: str, stopped: bool) -> None:
+    held = RestrictionView("key_places", "alert-1", key_id, 0, NOW_MS + 60_000)
+    refusal = admission.restriction_refusal(KEY, replace(ACCOUNT, restrictions=(held,)), NOW_MS)
+    assert (refusal is not None) is stopped
+    if refusal is not None:
+        whose = f"API key {key_id}" if key_id else "account"
+        assert refusal.message.startswith(f"{whose}: stopped by the rule key_places until 1970-01-01T00:17:40Z (alert alert-1)")
+        assert (refusal.reason, refusal.recorded, refusal.retry_after_s) == (REFUSAL_REASON_SUSPENDED, True, 60)
+    assert admission.restriction_refusal(KEY, replace(ACCOUNT, restrictions=(held,)), NOW_MS + 60_000) is None
+
+
+def test_a_rule_that_slows_down_is_one_more_limit_until_it_expires() -> None:
+    directory = Directory(1)
+    account = Account(tenant_id="tenant-a", status=ACCOUNT_STATUS_ACTIVE)
+    account.restrictions.add(rule=ALERT_RULE_TOKEN_BURST, alert_id="alert-1", requests_per_minute=6, until_ms=NOW_MS + 60_000)
+    directory.on_account(b"tenant-a", AccountUpdate(account=account).SerializeToString(), 0)
+    view = directory.find_account("tenant-a")
+    assert view is not None
+    assert admission.restriction_refusal(KEY, view, NOW_MS) is None
+    [scope] = scopes_of(KEY, view, "m", NOW_MS)
+    assert (scope.kind, scope.limits.requests_per_minute) == ("rule", 6)
+    rates = RateLimits()
+    assert not any(isinstance(rates.admit([scope], 0.0), Breach) for _ in range(6))
+    breach = rates.admit([scope], 0.0)
+    assert isinstance(breach, Breach)
+    assert "of rule token_burst until 1970-01-01T00:17:40Z (alert alert-1) are used" in admission.rate_refusal(breach).message
+    assert scopes_of(KEY, view, "m", NOW_MS + 60_000) == []

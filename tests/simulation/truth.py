@@ -4,7 +4,7 @@ Promise: no judgement here uses the code that it judges. Links, charges, costs, 
 bytes in the log; of `billing` only the contracts, the partitioner and `replay.apply` (for digests) are used. Continuously, with
 each record that the first-valid-record rule accepts: log time and inputs move forward; a request is charged once; nothing is
 charged that nobody attempted; what is called a duplicate, a conflict or forwarded is one; each cost is quantity times price;
-window totals and accounts are the sums of the charged events; alert IDs are new.
+window totals and accounts are the sums of the charged events; alerts are raised once, and told in order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from billing import replay
 from billing.identity import partition_of
 from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.account_pb2 import Amount, Progress
+from billing.v1.alert_pb2 import ALERT_STATE_RAISED
 from billing.v1.command_pb2 import Command, PriceBook
 from billing.v1.ledger_pb2 import (
     DROP_REASON_CONFLICT,
@@ -76,6 +77,8 @@ class PartitionTruth:
         self.rejected: set[bytes] = set()
         self.conflicts: set[bytes] = set()
         self.alert_ids: set[str] = set()
+        # What was told of each: its ID and revision.
+        self.told: set[tuple[str, int]] = set()
         self.shown_rejections: set[str] = set()
         self.windows: dict[bytes, Sum] = {}
         self.accounts: dict[str, Sum] = defaultdict(Sum)
@@ -166,9 +169,13 @@ class Truth:
             self._fail(truth, record, f"the inputs {moved} moved by a {source}")
         truth.inputs.update({p.topic: p.offset for p in record.inputs})
         for alert in record.alerts:
-            if alert.alert_id in truth.alert_ids:
-                self._fail(truth, record, f"alert {alert.alert_id} was raised before")
+            if (alert.state == ALERT_STATE_RAISED) == (alert.alert_id in truth.alert_ids):
+                self._fail(truth, record, f"alert {alert.alert_id} was raised before, or never was")
+            name, revision = alert.alert_id, alert.revision
+            if (name, revision) in truth.told or (revision > 1 and (name, revision - 1) not in truth.told):
+                self._fail(truth, record, f"alert {name}: revision {revision} is told twice, or the one before never")
             truth.alert_ids.add(alert.alert_id)
+            truth.told.add((alert.alert_id, alert.revision))
         if source == "rejected":
             truth.shown_rejections.add(f"{record.sequence}/-1")
         if source == "usage":

@@ -518,13 +518,13 @@ class World:
 
     def _judge_published(self, partition: int) -> None:
         known = self.truth.partitions[partition]
-        alerts: dict[str, bytes] = {}
+        alerts: dict[tuple[str, int], bytes] = {}
         for _, value in self.broker.log(TOPICS.alerts, partition):
-            alert_id = Alert.FromString(value).alert_id
-            if alerts.setdefault(alert_id, value) != value:
-                self.loop.fail(f"alert {alert_id} was published in two ways")
-        if set(alerts) != known.alert_ids:
-            self.loop.fail(f"partition {partition}: alerts {set(alerts) ^ known.alert_ids} are published or raised alone")
+            alert = Alert.FromString(value)
+            if alerts.setdefault((alert.alert_id, alert.revision), value) != value:
+                self.loop.fail(f"alert {alert.alert_id} was published in two ways")
+        if set(alerts) != known.told:
+            self.loop.fail(f"partition {partition}: alerts {set(alerts) ^ known.told} are published or told alone")
         rejected = {
             f"{each.position.sequence}/{each.index}"
             for _, value in self.broker.log(TOPICS.rejected, partition)
