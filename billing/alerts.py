@@ -20,15 +20,18 @@ from billing.limits import (
     ALERT_NOTE_CHARS_MAX,
     ALERTS_ACTIVE_MAX,
     ALERTS_MAX,
+    RESTRICTED_KEY_BYTES_MAX,
     RESTRICTIONS_MAX,
     TIME_MS_MAX,
 )
 from billing.v1.account_pb2 import LedgerPosition, Restriction, RuleLimits
 from billing.v1.alert_pb2 import (
     ALERT_RULE_BUDGET,
+    ALERT_RULE_FORGED_RECORD,
     ALERT_RULE_KEY_PLACES,
     ALERT_RULE_MISSING_SEQUENCE,
     ALERT_RULE_SILENT_PRODUCER,
+    ALERT_RULE_UNREGISTERED_PRODUCER,
     ALERT_STATE_ACKNOWLEDGED,
     ALERT_STATE_RAISED,
     ALERT_STATE_RESOLVED,
@@ -48,7 +51,7 @@ _OTHERS = "(others)"
 _NEVER_MS = TIME_MS_MAX + 1
 # They say themselves when it is over, and when something is to be told.
 _SELF_TOLD = frozenset((ALERT_RULE_MISSING_SEQUENCE, ALERT_RULE_SILENT_PRODUCER))
-_PROMPT = _SELF_TOLD | {ALERT_RULE_BUDGET}
+_PROMPT = _SELF_TOLD | {ALERT_RULE_BUDGET, ALERT_RULE_FORGED_RECORD, ALERT_RULE_UNREGISTERED_PRODUCER}
 
 
 class Name(NamedTuple):
@@ -194,9 +197,10 @@ class Alerts:
         return told
 
     def _resolve_due(self, record: LedgerRecord) -> None:
-        """In a stated order, at most ALERTS_MAX; more wait for the next record."""
+        """In a stated order, as many as the record has room for beside what it found; more wait for the next."""
         due = sorted(name for name, alert in self._active.items() if 0 < alert.resolves_ms <= record.log_time_ms)
-        for name in due[:ALERTS_MAX]:
+        room = max(0, ALERTS_MAX - len(record.alerts) - len(record.alert_states))
+        for name in due[:room]:
             alert = Alert()
             alert.CopyFrom(self._active[name])
             self._tell(alert, ALERT_STATE_RESOLVED, record)
@@ -250,7 +254,7 @@ def _act(told: Alert, account: AccountState, rules: RuleLimits, now_ms: int) -> 
     key_id = told.subject if told.rule == ALERT_RULE_KEY_PLACES else ""
     until_ms = min(now_ms + action.duration_ms, TIME_MS_MAX)
     kept = [held for held in account.restrictions if (held.rule, held.key_id) != (told.rule, key_id) and held.until_ms > now_ms]
-    if len(kept) >= RESTRICTIONS_MAX:
+    if len(kept) >= RESTRICTIONS_MAX or len(key_id.encode()) > RESTRICTED_KEY_BYTES_MAX:
         return False
     restriction = Restriction(
         rule=told.rule,

@@ -30,8 +30,9 @@ ALERT_ID_BYTES_MAX = 1_024
 ALERT_NOTE_CHARS_MAX = 256
 # Of one partition; what a rule finds beyond it is told when others are resolved.
 ALERTS_ACTIVE_MAX = 10_000
-# What rules do to one tenant at the same time; every record that touches the tenant states it.
-RESTRICTIONS_MAX = 16
+# What rules do to one tenant at the same time, and the keys that they may name: every record that touches the tenant states it.
+RESTRICTIONS_MAX = 4
+RESTRICTED_KEY_BYTES_MAX = 64
 RULE_ACTIONS_MAX = 16
 # Models whose recount one batch may speak of.
 COUNT_DRIFTS_MAX = 64

@@ -30,8 +30,10 @@ from confluent_kafka.admin import (
 )
 
 from billing import replay
+from billing.alerts import RESOLVE_MS
 from billing.chain import Chain, UnreadableRecord
 from billing.completeness import missing_grace_ms, silence_ms
+from billing.drift import DRIFT_MILLIONTHS
 from billing.founding import GENERATION_BYTES, LedgerSettings, found, found_again
 from billing.key_ring import Keys
 from billing.state import LedgerState
@@ -327,6 +329,9 @@ def _settings_of(given: LedgerSettings, founding: Founding) -> LedgerSettings:
         alert_cooldown_ms=founding.alert_cooldown_ms,
         missing_grace_ms=missing_grace_ms(founding),
         silence_ms=silence_ms(founding),
+        alert_resolve_ms=founding.alert_resolve_ms or RESOLVE_MS,
+        drift_millionths=founding.drift_millionths or DRIFT_MILLIONTHS,
+        default_rules=founding.default_plan.rules,
         default_currency=founding.default_currency,
         default_prompt_tokens_max=founding.default_plan.prompt_tokens_max,
         default_burst_tokens_floor=founding.default_plan.burst_tokens_floor,
