@@ -136,7 +136,7 @@ def _publish(path: Path, port: int) -> None:
 
 
 @dataclass(slots=True)
-class _Target:
+class Target:
     """What is measured, and how much processor time it used for how much work."""
 
     name: str
@@ -170,7 +170,7 @@ class _Target:
 
 
 @contextmanager
-def _process(name: str, command: list[str], port_file: Path) -> Iterator[_Target]:
+def serving_process(name: str, command: list[str], port_file: Path) -> Iterator[Target]:
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -178,7 +178,7 @@ def _process(name: str, command: list[str], port_file: Path) -> Iterator[_Target
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{name} did not start: exit code {process.returncode}")
             time.sleep(0.02)
-        yield _Target(name, f"127.0.0.1:{port_file.read_text().strip()}", process.pid)
+        yield Target(name, f"127.0.0.1:{port_file.read_text().strip()}", process.pid)
     finally:
         process.terminate()
         process.wait(20)
@@ -187,7 +187,7 @@ def _process(name: str, command: list[str], port_file: Path) -> Iterator[_Target
 # -- the load ----------------------------------------------------------------------------------------------------------
 
 
-def _request(model: str, output_tokens: int) -> bytes:
+def request_bytes(model: str, output_tokens: int) -> bytes:
     request = service_pb2.ModelInferRequest(model_name=model, id="client")
     kserve.add_bytes_input(request, "text_input", [b"a prompt of some words"])
     kserve.add_bool_input(request, "stream", model == "trace")
@@ -198,7 +198,7 @@ def _request(model: str, output_tokens: int) -> bytes:
 
 
 async def _unary(channel: Any, requests: int, in_flight: int, latencies_ms: list[float] | None = None) -> None:
-    call, request = channel.unary_unary(UNARY), _request("trace-unary", 5)
+    call, request = channel.unary_unary(UNARY), request_bytes("trace-unary", 5)
     left = iter(range(requests))
 
     async def client() -> None:
@@ -212,7 +212,7 @@ async def _unary(channel: Any, requests: int, in_flight: int, latencies_ms: list
 
 
 async def _stream(channel: Any) -> None:
-    call, request = channel.stream_stream(STREAM), _request("trace", CHUNKS)
+    call, request = channel.stream_stream(STREAM), request_bytes("trace", CHUNKS)
 
     async def client() -> None:
         stream = call(metadata=METADATA)
@@ -226,7 +226,7 @@ async def _stream(channel: Any) -> None:
     await asyncio.gather(*(client() for _ in range(STREAMS)))
 
 
-async def _measure(targets: list[_Target]) -> None:
+async def _measure(targets: list[Target]) -> None:
     channels: list[Any] = [grpc.aio.insecure_channel(target.address) for target in targets]
     for channel in channels:
         await _unary(channel, 50, 4)
@@ -245,11 +245,11 @@ def run() -> list[Measurement]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = ["serving.model_server", "--models", "trace", "--port", "0", "--port-file", str(folder / "model.port")]
-        with _process("back end", model, folder / "model.port") as direct:
+        with serving_process("back end", model, folder / "model.port") as direct:
             proxies = {proxy: ["benchmarks.gateway", proxy, direct.address, str(folder)] for proxy in ("bare", "gateway")}
             with (
-                _process("bare", proxies["bare"], folder / "bare.port") as bare,
-                _process("gateway", proxies["gateway"], folder / "gateway.port") as gateway,
+                serving_process("bare", proxies["bare"], folder / "bare.port") as bare,
+                serving_process("gateway", proxies["gateway"], folder / "gateway.port") as gateway,
                 asyncio.Runner(loop_factory=new_event_loop) as runner,
             ):
                 runner.run(_measure([direct, bare, gateway]))

@@ -171,7 +171,9 @@ class Gateway:
         self._named.remove(admitted.tenant_id, admitted.prepared.client_id, admitted.prepared.upstream_id)
         admitted.slot.end(admitted.meter.tokens, time.monotonic())
         if not admitted.meter.is_closed:
-            self._settle(admitted.meter, self._cut_off_outcome(caller), admitted.end)
+            # It holds the request as the request holds it: let go, or only the collector of cycles frees them.
+            end, admitted.end = admitted.end, None
+            self._settle(admitted.meter, self._cut_off_outcome(caller), end)
         elif admitted.profile.tokenizer is not None and self.audit.takes(admitted.request.id):
             self.spawn(self._count_again(admitted))
 

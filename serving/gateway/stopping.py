@@ -9,6 +9,7 @@ produced has been counted then, and no more was. A back end that does not end in
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import grpc
@@ -37,7 +38,8 @@ def can_stop(gateway: Gateway, admitted: Admitted) -> bool:
 
 async def await_end(gateway: Gateway, admitted: Admitted, counting: Awaitable[None], *, stream: bool) -> None:
     """Stop the answer; returns when `counting` has seen its end, or when it has taken too long."""
-    stopping = asyncio.get_running_loop().create_task(_stop(gateway, admitted, stream=stream))
+    ended = asyncio.Event()
+    gateway.spawn(_stop(gateway, admitted, ended, stream=stream))
     try:
         async with asyncio.timeout(gateway.settings.limits.stop_timeout_s):
             await counting
@@ -45,14 +47,14 @@ async def await_end(gateway: Gateway, admitted: Admitted, counting: Awaitable[No
     except TimeoutError:
         gateway.metrics["cancels_unconfirmed"] += 1
     finally:
-        stopping.cancel()
+        ended.set()
 
 
-async def _stop(gateway: Gateway, admitted: Admitted, *, stream: bool) -> None:
-    """Say it until someone has seen the end, and cancels this."""
+async def _stop(gateway: Gateway, admitted: Admitted, ended: asyncio.Event, *, stream: bool) -> None:
+    """Say it until someone has seen the end. Its own call is never cancelled: gRPC leaks a little for each that is."""
     request = _stop_request(admitted)
     limit_s = gateway.settings.limits.stop_timeout_s
-    while True:
+    while not ended.is_set():
         try:
             if stream:
                 call = gateway.upstream.stream_infer(timeout=limit_s)
@@ -65,7 +67,8 @@ async def _stop(gateway: Gateway, admitted: Admitted, *, stream: bool) -> None:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             # Whether it was heard shows in the answer alone.
             gateway.metrics["stops_failed"] += 1
-        await asyncio.sleep(_REPEAT_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), _REPEAT_S)
 
 
 def _stop_request(admitted: Admitted) -> ModelInferRequest:
