@@ -325,7 +325,9 @@ class _Sink:
                 except queue.Empty:
                     self._progress.serve()
                     continue
+                began_s = time.monotonic()
                 positions = self._persist("writing", lambda prepared=prepared: self._writer.store(prepared))  # type: ignore[misc]
+                self._status.stored(prepared.records, time.monotonic() - began_s)
                 for partition, position in positions.items():
                     self._status.at(partition, position)
                     self._progress.publish(position)

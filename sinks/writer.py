@@ -33,6 +33,8 @@ class Position:
     sequence: int
     record_hash: bytes
     ledger_offset: int
+    # Of the record there: everything up to then is in the database.
+    log_time_ms: int
 
     def __str__(self) -> str:
         return f"generation {self.generation.hex()[:12]}, sequence {self.sequence}"
@@ -44,6 +46,7 @@ class Prepared:
 
     inserts: list[tuple[Table, Columns]]
     ends: dict[int, Accepted]
+    records: int
 
 
 def _now_ms() -> int:
@@ -61,17 +64,25 @@ class Writer:
     def positions(self) -> dict[int, Position]:
         """How far the database is, by partition. In SQL that every ClickHouse understands."""
         rows = self._engine.query(
-            "SELECT ledger_partition, generation, generation_ordinal, sequence, record_hash, ledger_offset "
+            "SELECT ledger_partition, generation, generation_ordinal, sequence, record_hash, ledger_offset, "
+            "toUnixTimestamp64Milli(log_time) "
             "FROM sink_positions FINAL ORDER BY ledger_partition"
         ).rows
         found = {}
-        for partition, generation, ordinal, sequence, record_hash, offset in rows:
+        for partition, generation, ordinal, sequence, record_hash, offset, log_time_ms in rows:
             assert isinstance(partition, int)
             assert isinstance(ordinal, int)
             assert isinstance(sequence, int)
             assert isinstance(offset, int)
+            assert isinstance(log_time_ms, int)
             found[partition] = Position(
-                partition, bytes.fromhex(str(generation)), ordinal, sequence, bytes.fromhex(str(record_hash)), offset
+                partition,
+                bytes.fromhex(str(generation)),
+                ordinal,
+                sequence,
+                bytes.fromhex(str(record_hash)),
+                offset,
+                log_time_ms,
             )
         return found
 
@@ -81,7 +92,8 @@ class Writer:
 
     def prepare(self, batch: Sequence[Accepted]) -> Prepared:
         """The columns of `batch`, which holds each partition's records in order. No I/O: may run beside a `store`."""
-        return Prepared(build_columns(batch, self._usage_topic), {accepted.record.partition: accepted for accepted in batch})
+        ends = {accepted.record.partition: accepted for accepted in batch}
+        return Prepared(build_columns(batch, self._usage_topic), ends, len(batch))
 
     def store(self, prepared: Prepared) -> dict[int, Position]:
         """Write what was prepared; returns the new positions. Raises EngineError; then repeat it, or stop."""
@@ -121,4 +133,5 @@ def _position(end: Accepted) -> Position:
         record.sequence,
         end.record_hash,
         end.ledger_offset,
+        record.log_time_ms,
     )

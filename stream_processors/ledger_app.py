@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import faust
+from faust.exceptions import ConsumerNotStarted
 from faust.types import TP
 
 from billing.step import CommandInput, UsageInput
@@ -38,6 +39,7 @@ from stream_processors.restoring import Restoring
 from stream_processors.settings import SnapshotSettings, WorkerSettings
 from stream_processors.snapshots import Snapshot, SnapshotStore
 from stream_processors.snapshotter import Snapshotter
+from stream_processors.tally import Tally
 
 __all__ = ["LedgerApp"]
 
@@ -51,6 +53,7 @@ class LedgerApp:
         self.settings = settings
         self.failure = failure
         self.hosts: dict[int, LedgerHost] = {}
+        self.tally = Tally()
         self.reader = KafkaLogReader(settings.kafka)
         self.writer = KafkaLogWriter(settings.kafka)
         self._host_settings = host_settings
@@ -88,6 +91,23 @@ class LedgerApp:
         host = self.hosts.get(partition)
         if host is not None and host.store.place.position.generation == generation:
             host.store.trim_unconfirmed(sequence)
+
+    def waiting(self, partition: int) -> dict[str, int]:
+        """By topic, how many messages the partition's host has not taken, by the log's end as last heard of. Any thread."""
+        host = self.hosts.get(partition)
+        found: dict[str, int] = {}
+        for topic in self._inputs if host is not None else ():
+            # Not assigned any more, or not started yet: nothing is known.
+            with contextlib.suppress(AssertionError, ConsumerNotStarted):
+                end = self.app.consumer.highwater(TP(topic, partition))
+                if end is not None and host is not None:
+                    found[topic] = max(0, end - host.state.inputs.get(topic, -1) - 1)
+        return found
+
+    def snapshot_log_time_ms(self, partition: int) -> int | None:
+        """Of the last snapshot, whoever took it; None: none are taken, or it is not known yet."""
+        snapshotter = self._snapshotters.get(partition)
+        return None if snapshotter is None else snapshotter.last_log_time_ms
 
     async def applied(self, partition: int, sequence: int) -> None:
         """Wait until this process has the record on local disk."""
@@ -173,6 +193,7 @@ class LedgerApp:
             _clock_ms,
             self.failure.set,
             restored=restored,
+            tally=self.tally,
         )
         try:
             # In this order: what a reader has taken by now, the log has by the time that its end is looked for.

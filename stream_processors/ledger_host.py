@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from billing.v1.ledger_pb2 import LedgerRecord, RefusedRecord, SnapshotTaken
 from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefused
 from stream_processors.local_store import Acknowledged, LocalStore
 from stream_processors.log_place import Standing, find_place
+from stream_processors.tally import Tally
 
 __all__ = ["APPLY_RECORDS", "HostSettings", "LedgerHost", "LogReader", "LogWriter"]
 
@@ -99,6 +101,7 @@ class LedgerHost:
         on_stopped: Callable[[HostStopped], None] = lambda _: None,
         *,
         restored: SnapshotTaken | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self.partition = partition
         self.store = store
@@ -118,6 +121,7 @@ class LedgerHost:
         self._on_stopped = on_stopped
         # What the store was made from.
         self._restored = restored
+        self._tally = tally or Tally()
         self._owned = False
         self._stopped: HostStopped | None = None
         self._next_offset = 0
@@ -281,7 +285,9 @@ class LedgerHost:
                 if source.topic not in self._in_order:
                     await self._check_none_passed_over(source)
             try:
+                began_s = time.perf_counter()
                 result = step(self.state, source, self._clock_ms(), keys=self._settings.keys, writer=self._settings.writer)
+                self._tally.stepped(time.perf_counter() - began_s)
                 for forward in result.forwards:
                     await self._forward(forward.partition, forward.value)
             except BaseException as error:
@@ -407,7 +413,8 @@ class LedgerHost:
             return
         self.acknowledged_records += len(delivered)
         self.logged_bytes += sum(len(acknowledged.stored) for acknowledged, _ in delivered)
-        for _, done in delivered:
+        for acknowledged, done in delivered:
+            self._tally.took(acknowledged.record)
             done()
         self._changed.set()
 

@@ -72,6 +72,8 @@ class Batch:
     states: dict[tuple[str, str], bytes] = field(default_factory=dict)
     notices: list[tuple[str, str, bytes]] = field(default_factory=list)
     place: Progress | None = None
+    # Of the record at `place`.
+    log_time_ms: int = 0
     events: list[Any] = field(default_factory=list)
 
     @property
@@ -174,6 +176,8 @@ class PublisherApp:
         self.settings = settings
         self.failure = failure
         self.published_records = 0
+        # By partition, the last record of which everything is published: its sequence and log time.
+        self.published: dict[int, tuple[int, int]] = {}
         self._seal_key = seal_key
         self._gate = gate
         self._reader = KafkaLogReader(settings.kafka)
@@ -221,6 +225,7 @@ class PublisherApp:
         await self._settle()
         self._chains.clear()
         self._batches.clear()
+        self.published.clear()
         self._doubted_s.clear()
 
     async def _on_rebalanced(self, _app: Any, /, *_: Any, **__: Any) -> None:
@@ -321,6 +326,7 @@ class PublisherApp:
             record_hash=self._chains[partition].record_hash,
             ledger_offset=offset,
         )
+        batch.log_time_ms = record.log_time_ms
         self.published_records += 1
         if batch.size >= _BATCH_MESSAGES_MAX:
             await self._flush(partition)
@@ -364,6 +370,7 @@ class PublisherApp:
             await self._send_all(partition, sends)
             progress = (self.settings.topics.progress, f"reader/{READER_NAME}/{partition}", batch.place.SerializeToString())
             await self._send_all(partition, [progress])
+            self.published[partition] = batch.place.position.sequence, batch.log_time_ms
             for event in batch.events:
                 event.ack()
 

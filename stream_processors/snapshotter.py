@@ -49,6 +49,11 @@ class Snapshotter:
         self._work: Future[Snapshot | None] | None = threads.submit(self._find_last)
 
     @property
+    def last_log_time_ms(self) -> int | None:
+        """Up to when the last snapshot has everything; None: there is none that this one knows of."""
+        return None if self._last is None else self._last.manifest.log_time_ms
+
+    @property
     def is_busy(self) -> bool:
         """Whether the other thread has something to do for this one."""
         return self._work is not None

@@ -29,9 +29,13 @@ _CONFIRMATIONS_INTERVAL_S = 2.0
 
 
 async def run_worker(
-    settings: WorkerSettings, *, stop: asyncio.Event | None = None, ready: Callable[[LedgerApp | None], None] | None = None
+    settings: WorkerSettings,
+    *,
+    stop: asyncio.Event | None = None,
+    ready: Callable[[LedgerApp | None], None] | None = None,
+    watch: Callable[[LedgerApp | None, PublisherApp | None], None] | None = None,
 ) -> None:
-    """Work until told to stop. `ready` hears of the ledger app once the group was joined, for metrics and tests."""
+    """Work until told to stop. `watch` hears of the apps before they start, for metrics; `ready` once the group was joined."""
     partitions = await asyncio.to_thread(check_partitions, settings.kafka, settings.topics)
     settings.state_folder.mkdir(parents=True, exist_ok=True)
     stopping = stop or asyncio.Event()
@@ -44,6 +48,8 @@ async def run_worker(
     ledger = _ledger(settings, partitions, failure) if settings.ledger else None
     publisher = _publisher(settings, failure, ledger) if settings.publish else None
     apps = [app for app in (ledger, publisher) if app is not None]
+    if watch is not None:
+        watch(ledger, publisher)
     tasks = [asyncio.ensure_future(stopping.wait()), asyncio.ensure_future(failure.wait())]
     try:
         await asyncio.gather(*(app.start() for app in apps))

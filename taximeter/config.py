@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from taximeter.errors import ConfigError
+from taximeter.logs import keep_out
 
 __all__ = [
     "ClickHouseConfig",
@@ -42,7 +43,9 @@ __all__ = [
 
 ENVIRONMENT_PREFIX: Final = "TAXIMETER_"
 # Variables of the command line itself, which are no keys of the configuration.
-_COMMAND_LINE_VARIABLES: Final = frozenset({"TAXIMETER_CONFIG", "TAXIMETER_DATA_DIR"})
+_COMMAND_LINE_VARIABLES: Final = frozenset(
+    {"TAXIMETER_CONFIG", "TAXIMETER_DATA_DIR", "TAXIMETER_LOG_FORMAT", "TAXIMETER_LOG_LEVEL"}
+)
 DEFAULT_FILE: Final = Path("taximeter.toml")
 _FILE_BYTES_MAX: Final = 1_000_000
 
@@ -448,11 +451,15 @@ def is_anything_set() -> bool:
 
 
 def read_secret(section: BaseModel, field: str, *, needed_for: str) -> bytes:
-    """The secret `field` of a section: from `<field>_file` or the value itself. ConfigError when neither is there."""
+    """The secret `field` of a section: from `<field>_file` or the value itself; no log shows it from now on. ConfigError when
+    neither is there.
+    """
     section_name = _section_name(section)
     value: SecretStr | None = getattr(section, field)
     if value is not None:
-        return value.get_secret_value().encode()
+        secret = value.get_secret_value().encode()
+        keep_out(secret)
+        return secret
     path: Path | None = getattr(section, f"{field}_file")
     variable = f"{ENVIRONMENT_PREFIX}{section_name.upper()}__{field.upper()}"
     if path is None:
@@ -465,6 +472,7 @@ def read_secret(section: BaseModel, field: str, *, needed_for: str) -> bytes:
         raise ConfigError(f"{section_name}.{field}_file {path} cannot be read ({error.strerror}): correct the path") from None
     if not secret:
         raise ConfigError(f"{section_name}.{field}_file {path} is empty: put the secret in it")
+    keep_out(secret)
     return secret
 
 

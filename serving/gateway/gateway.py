@@ -34,7 +34,7 @@ from serving.gateway.credentials import CREDENTIAL_METADATA, SecretHasher, find_
 from serving.gateway.directory import scopes_of
 from serving.gateway.errors import CallError
 from serving.gateway.limits import Breach, RateLimits, RequestSlot, Scope
-from serving.gateway.metering import MeterParts, Price, RequestMeter, new_event, now_ms
+from serving.gateway.metering import MeterParts, Price, RequestMeter, log_request, new_event, now_ms
 from serving.gateway.output_limits import read_output_asked
 from serving.gateway.policy import Access
 from serving.gateway.scoping import RunningRequests, SequenceScope
@@ -344,7 +344,10 @@ class Gateway:
         if account is None or not account.shadow or not admission.is_shadowed(refusal):
             await self._refuse(refusal, event)
         self.metrics[f"shadow_{admission.reason_name(refusal)}"] += 1
-        _LOG.info("tenant %s is in shadow mode; a request would have been refused: %s", event.tenant_id, refusal.message)
+        names = {"tenant_id": event.tenant_id, "request_id": event.request_id}
+        _LOG.info(
+            "tenant %s is in shadow mode; a request would have been refused: %s", event.tenant_id, refusal.message, extra=names
+        )
 
     def _stopped(self, key: KeyView, account: AccountView | None) -> Refusal | None:
         if self._directory.is_closed(key.tenant_id, key.project_id):
@@ -438,6 +441,7 @@ class Gateway:
         event.outcome = OUTCOME_REJECTED
         event.refusal_reason = refusal.reason  # type: ignore[assignment]
         event.ended_ms = max(now_ms(), event.started_ms)
+        log_request(event)
         try:
             return self._parts.meter.record(event)
         except ProducerError:
@@ -447,7 +451,8 @@ class Gateway:
     def _lost_refusal(self, event: UsageEvent) -> None:
         # It costs nothing and is refused all the same; the metric says that the record lacks it.
         self.metrics["refusals_unrecorded"] += 1
-        _LOG.warning("a refusal of tenant %s could not be recorded", event.tenant_id, exc_info=True)
+        names = {"tenant_id": event.tenant_id, "request_id": event.request_id}
+        _LOG.warning("a refusal of tenant %s could not be recorded", event.tenant_id, exc_info=True, extra=names)
 
     def _count_refusal(self, refusal: Refusal) -> None:
         self.metrics[f"refused_{admission.reason_name(refusal)}"] += 1

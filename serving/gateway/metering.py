@@ -10,6 +10,7 @@ progress: what was delivered, at most one group of chunks more than reached the 
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from billing.v1.usage_pb2 import (
     SERVICE_CLASS_STANDARD,
     SERVICE_CLASS_TEST,
     CountSource,
+    Outcome,
     UsageEvent,
 )
 from producers.errors import JournalError
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
     from serving.gateway.tokens import TokenCounts
     from serving.kserve import ModelInferResponse
 
-__all__ = ["MeterParts", "Price", "RequestMeter", "Usage", "new_event", "now_ms", "tell_usage"]
+__all__ = ["MeterParts", "Price", "RequestMeter", "Usage", "log_request", "new_event", "now_ms", "tell_usage"]
+
+_LOG = logging.getLogger(__name__)
 
 # Text that may still change how it splits into tokens; what lies before it is counted once.
 _WINDOW_CHARS = 2_048
@@ -343,12 +347,22 @@ class RequestMeter:
             self._money.settle(event)
         if self._parts.genai is not None:
             self._parts.genai.observe(event)
+        log_request(event)
 
     def _usage(self) -> Usage:
         event = self._event
         told = tuple((entry.unit, entry.quantity) for entry in event.units)
         price = None if self._price_of is None else self._price_of(event)
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told, price)
+
+
+def log_request(event: UsageEvent) -> None:
+    """A request has ended, or was refused: for whoever looks for one. Off by default, as there are thousands a second."""
+    if _LOG.isEnabledFor(logging.DEBUG):
+        outcome = Outcome.Name(event.outcome).removeprefix("OUTCOME_").lower()
+        names = {"request_id": event.request_id, "tenant_id": event.tenant_id, "model": event.model, "outcome": outcome}
+        traced = {"traceparent": event.attributes[TRACEPARENT]} if TRACEPARENT in event.attributes else {}
+        _LOG.debug("request %s of tenant %s: %s", event.request_id, event.tenant_id, outcome, extra={**names, **traced})
 
 
 def _weaker(source: int, count: TextCount) -> int:

@@ -285,6 +285,11 @@ class GatewayServer:
         assert self._meter is not None, "start opens the journal"
         return self._meter
 
+    @property
+    def waiting_for(self) -> str:
+        """Why inferences are not accepted now; empty: they are."""
+        return self.gateway.journal_full or ("" if self.gateway.ready else "keys, accounts and the recovery of its journal")
+
     def metrics(self) -> Mapping[str, int]:
         """Counts since the start, and what is known now."""
         spending = self.gateway.spending

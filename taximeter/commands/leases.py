@@ -15,11 +15,17 @@ __all__ = ["key", "retire"]
 
 
 @command
-def key(context: Context, json: JsonOption = False) -> None:
+def key(
+    context: Context,
+    bare: Annotated[bool, typer.Option("--bare", help="The key alone, for a file.")] = False,
+    json: JsonOption = False,
+) -> None:
     """Show the key that gateways sign lease requests with, made from the command key. It signs nothing else."""
     secret = to_hex(lease_key(key_ring(context.config(), "command_key", needed_for="making the lease key")))
     told = {"lease_key": secret}
-    if json:
+    if bare:
+        context.output.say(secret)
+    elif json:
         context.output.json(told)
     else:
         context.output.pairs("", told)

@@ -9,7 +9,8 @@ from sinks.migrate import migrate as migrate_schema
 from sinks.migrate import pending
 from taximeter import compose
 from taximeter.commands.common import Context, JsonOption, command
-from taximeter.commands.parts import LogLevelOption, log_to_stderr
+from taximeter.commands.parts import LogLevelOption
+from taximeter.logs import start_logging
 
 __all__ = ["apply_topics", "migrate", "prepare"]
 
@@ -59,5 +60,5 @@ def prepare(context: Context, log_level: LogLevelOption = "info") -> None:
     """Of `up`: schema, topics, and a ledger that is new, or carries on the local state."""
     from taximeter.embedded.founding import prepare as prepare_embedded
 
-    log_to_stderr(log_level)
+    start_logging("prepare", log_level)
     asyncio.run(prepare_embedded(context.config()))

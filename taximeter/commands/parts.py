@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import logging
 import signal
-import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -15,21 +13,25 @@ from taximeter import compose
 from taximeter.commands.common import Context, command
 from taximeter.config import read_secret
 from taximeter.errors import TaximeterError
+from taximeter.logs import LogFormat, LogLevel, start_logging
 from taximeter.times import now_ms
 
 __all__ = ["gateway", "model_server", "sink", "worker"]
 
 LogLevelOption = Annotated[
-    Literal["debug", "info", "warning", "error"], typer.Option("--log-level", help="How much is said on standard error.")
+    LogLevel, typer.Option("--log-level", envvar="TAXIMETER_LOG_LEVEL", help="How much is said on standard error.")
+]
+LogFormatOption = Annotated[
+    LogFormat, typer.Option("--log-format", envvar="TAXIMETER_LOG_FORMAT", help="For people, or a JSON document a line.")
 ]
 
 
 @command
-def gateway(context: Context, log_level: LogLevelOption = "info") -> None:
+def gateway(context: Context, log_level: LogLevelOption = "info", log_format: LogFormatOption = "text") -> None:
     """Run the metering gateway: KServe v2 in front of a model server."""
     from serving.gateway import new_event_loop, run_gateway
 
-    log_to_stderr(log_level)
+    start_logging("gateway", log_level, log_format)
     config = context.config()
     settings = compose.gateway_settings(config)
     with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -38,7 +40,8 @@ def gateway(context: Context, log_level: LogLevelOption = "info") -> None:
             if address := config.gateway.metrics_address:
                 from taximeter.metrics import gateway_metrics, serve_metrics
 
-                stack.callback(serve_metrics("gateway.metrics_address", address, gateway_metrics(server)))
+                close = serve_metrics("gateway.metrics_address", address, gateway_metrics(server), lambda: server.waiting_for)
+                stack.callback(close)
 
         runner.run(until_told(run_gateway(settings, watch=watch)))
 
@@ -48,23 +51,30 @@ def worker(
     context: Context,
     ready_file: Annotated[Path | None, typer.Option(help="Made when the worker has joined its group.")] = None,
     log_level: LogLevelOption = "info",
+    log_format: LogFormatOption = "text",
 ) -> None:
     """Run a ledger worker: usage and commands in, ledger records out; start as many as there are partitions."""
     from stream_processors.worker import run_worker
 
-    log_to_stderr(log_level)
+    start_logging("worker", log_level, log_format)
     config = context.config()
     settings = compose.worker_settings(config)
     with contextlib.ExitStack() as stack:
+        waits_for = "its group, which it has not joined yet"
 
-        def ready(ledger: Any) -> None:
-            if (address := config.ledger.metrics_address) and ledger is not None:
+        def watch(ledger: Any, publisher: Any) -> None:
+            if address := config.ledger.metrics_address:
                 from taximeter.metrics import serve_metrics, worker_metrics
 
-                stack.callback(serve_metrics("ledger.metrics_address", address, worker_metrics(ledger)))
+                metrics = worker_metrics(ledger, publisher)
+                stack.callback(serve_metrics("ledger.metrics_address", address, metrics, lambda: waits_for))
+
+        def ready(_ledger: Any) -> None:
+            nonlocal waits_for
+            waits_for = ""
             mark_ready(ready_file)
 
-        asyncio.run(run_worker(settings, ready=ready))
+        asyncio.run(run_worker(settings, ready=ready, watch=watch))
 
 
 @command
@@ -74,6 +84,7 @@ def sink(
         bool, typer.Option("--migrate/--no-migrate", help="Bring the schema up to date first, or refuse an older one.")
     ] = True,
     log_level: LogLevelOption = "info",
+    log_format: LogFormatOption = "text",
 ) -> None:
     """Run the sink: the ledger into ClickHouse. With chDB it owns the database and answers everybody's queries."""
     from sinks.anchors import Anchoring
@@ -83,7 +94,7 @@ def sink(
     from sinks.migrate import pending
     from sinks.status import SinkStatus
 
-    log_to_stderr(log_level)
+    start_logging("sink", log_level, log_format)
     config = context.config()
     settings, status = compose.sink_settings(config), SinkStatus()
     with compose.open_engine(config) as engine, contextlib.ExitStack() as stack:
@@ -99,7 +110,8 @@ def sink(
         if address := config.clickhouse.metrics_address:
             from taximeter.metrics import serve_metrics, sink_metrics
 
-            stack.callback(serve_metrics("clickhouse.metrics_address", address, sink_metrics(status)))
+            close = serve_metrics("clickhouse.metrics_address", address, sink_metrics(status), lambda: status.waiting_for)
+            stack.callback(close)
         if config.ledger.anchor_file is not None:
             assert settings.seal_key is not None, "compose reads it"
             anchoring = Anchoring(config.ledger.anchor_file, engine, settings.seal_key, now_ms)
@@ -112,7 +124,7 @@ def model_server(context: Context, log_level: LogLevelOption = "info") -> None:
     """Run the small KServe v2 server with SmolLM2 on the CPU, for laptops."""
     from serving.model_server import serve
 
-    log_to_stderr(log_level)
+    start_logging("model-server", log_level)
     asyncio.run(until_told(serve(compose.model_server_settings(context.config()))))
 
 
@@ -127,15 +139,6 @@ async def until_told(work: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         if not task.cancelled():
             raise
-
-
-def log_to_stderr(level: Literal["debug", "info", "warning", "error"]) -> None:
-    """A line an event, with its time."""
-    if level != "debug":
-        # Faust and what is under it tell of each of their services' every step.
-        for name in ("faust", "mode", "aiokafka"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def mark_ready(path: Path | None) -> None:

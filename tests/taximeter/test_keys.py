@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import pytest
 import tritonclient.grpc as triton
+from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 from sinks import queries
@@ -22,6 +23,7 @@ from taximeter.commanding import Commander
 from taximeter.compose import open_reader
 from taximeter.config import load
 from taximeter.embedded.process import free_port
+from taximeter.metric_names import METRICS
 from tests.serving.gateway_support import trace_inputs
 from tests.taximeter.support import ROOT, Up, environment, until
 
@@ -154,6 +156,12 @@ def test_a_request_s_trace_reaches_the_database_and_each_part_can_be_scraped(up:
     assert f'gen_ai_server_request_duration_seconds_bucket{{error_type="",{labels},le="0.01"}}' in gateway
     assert "traced" not in gateway, "no tenant is a label"
     assert 'taximeter_ledger_owned{partition="0"} 1.0' in ledger
-    assert "taximeter_ledger_acknowledged_records_total" in ledger
+    assert 'taximeter_ledger_lag_messages{partition="0",topic="usage.events"} 0.0' in ledger
+    assert 'taximeter_publisher_log_time_seconds{partition="0"}' in ledger
+    assert 'taximeter_ledger_commands_total{action="key_upsert",outcome="applied"}' in ledger
+    # Whatever a part says stands in the table, and what the table has the part says.
+    for part, text in (("gateway", gateway), ("worker", ledger), ("sink", sink)):
+        said = {family.name for family in text_string_to_metric_families(text) if not family.name.startswith("process_")}
+        assert said == {each.name for each in METRICS if each.part == part}
     assert 'taximeter_sink_sequence{partition="0"}' in sink
     assert "taximeter_sink_waiting 0.0" in sink
