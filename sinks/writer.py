@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sinks.columns import Accepted, build_accounts, build_columns
 from sinks.engine import Columns, Engine, Table
@@ -33,8 +33,8 @@ class Position:
     sequence: int
     record_hash: bytes
     ledger_offset: int
-    # Of the record there: everything up to then is in the database.
-    log_time_ms: int
+    # Of the record there: everything up to then is in the database; 0: it was read from there, which does not say.
+    log_time_ms: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return f"generation {self.generation.hex()[:12]}, sequence {self.sequence}"
@@ -64,25 +64,17 @@ class Writer:
     def positions(self) -> dict[int, Position]:
         """How far the database is, by partition. In SQL that every ClickHouse understands."""
         rows = self._engine.query(
-            "SELECT ledger_partition, generation, generation_ordinal, sequence, record_hash, ledger_offset, "
-            "toUnixTimestamp64Milli(log_time) "
+            "SELECT ledger_partition, generation, generation_ordinal, sequence, record_hash, ledger_offset "
             "FROM sink_positions FINAL ORDER BY ledger_partition"
         ).rows
         found = {}
-        for partition, generation, ordinal, sequence, record_hash, offset, log_time_ms in rows:
+        for partition, generation, ordinal, sequence, record_hash, offset in rows:
             assert isinstance(partition, int)
             assert isinstance(ordinal, int)
             assert isinstance(sequence, int)
             assert isinstance(offset, int)
-            assert isinstance(log_time_ms, int)
             found[partition] = Position(
-                partition,
-                bytes.fromhex(str(generation)),
-                ordinal,
-                sequence,
-                bytes.fromhex(str(record_hash)),
-                offset,
-                log_time_ms,
+                partition, bytes.fromhex(str(generation)), ordinal, sequence, bytes.fromhex(str(record_hash)), offset
             )
         return found
 

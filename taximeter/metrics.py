@@ -245,7 +245,9 @@ def sink_metrics(status: SinkStatus) -> Source:
         families = _Families("sink")
         for partition, position in found["positions"].items():
             families.add("taximeter_sink_sequence", position["sequence"], partition)
-            families.add("taximeter_sink_log_time_seconds", position["log_time_ms"] / 1_000, partition)
+            # Not known until the first batch of this start is written.
+            if position["log_time_ms"]:
+                families.add("taximeter_sink_log_time_seconds", position["log_time_ms"] / 1_000, partition)
         for partition, count in found["ignored_records"].items():
             families.add("taximeter_sink_ignored_records", count, partition)
         for partition, count in found["refused_records"].items():
