@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadsc
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv proto check test demo bench simulate models fuzz chaos nightly lock kafka triton clean
+.PHONY: help venv proto check docs test demo bench simulate models fuzz chaos nightly lock kafka triton clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -46,14 +46,18 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=p
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
-check: venv ## Lint, format, types, import rules, generated code current
+check: venv ## Lint, format, types, import rules, generated code and reference current
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(CODE)
 	$(BIN)/lint-imports
+	$(BIN)/python -m taximeter.reference --check docs/reference
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call generate,$$fresh) && \
 	diff -r -q -x __pycache__ -x __init__.py "$$fresh/billing/v1" billing/v1 \
 		|| { echo "billing/v1 is not what proto/ generates: run 'make proto' and commit the result" >&2; exit 1; }
+
+docs: venv ## Write docs/reference from the code
+	$(BIN)/python -m taximeter.reference docs/reference
 
 test: venv ## All tests; PYTEST_ARGS="-k name" narrows them
 	$(PYTEST) $(PYTEST_ARGS)
