@@ -20,7 +20,9 @@ __all__ = ["COMMAND_ACTIONS", "COMMAND_OUTCOMES", "EVENT_RESULTS", "STEP_BOUNDS_
 
 STEP_BOUNDS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _UNDECODABLE: Final = "undecodable"
-_DROPS: Final[dict[int, str]] = {number: name.removeprefix("DROP_REASON_").lower() for name, number in DropReason.items() if number}
+_DROPS: Final[dict[int, str]] = {
+    number: name.removeprefix("DROP_REASON_").lower() for name, number in DropReason.items() if number
+}
 _RULES: Final[dict[int, str]] = {number: name.removeprefix("ALERT_RULE_").lower() for name, number in AlertRule.items()}
 _SEVERITIES: Final[dict[int, str]] = {number: name.removeprefix("SEVERITY_").lower() for name, number in Severity.items()}
 # What becomes of an event; the last one is a whole message, however many events it was meant to hold.

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer.main
 
-from taximeter.cli import app
+from taximeter.cli import application
 from taximeter.reference.markdown import cell, code, table
 
 __all__ = ["commands_page"]
@@ -23,7 +23,7 @@ _Parameter = Any
 
 def commands_page() -> str:
     """Each command with its arguments and options."""
-    commands = list(_commands(typer.main.get_command(app), "taximeter"))
+    commands = list(_commands(typer.main.get_command(application()), "taximeter"))
     shared = {parameter.name: parameter for _, command in commands for parameter in command.params if parameter.name in _SHARED}
     sections = ["# Commands", _INTRODUCTION, _parameters(list(shared.values()))]
     for name, command in commands:

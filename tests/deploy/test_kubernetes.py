@@ -10,7 +10,7 @@ import pytest
 import typer.main
 import yaml
 
-from taximeter.cli import app
+from taximeter.cli import application
 from taximeter.config import Config, load
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
@@ -61,7 +61,7 @@ def test_every_part_is_there() -> None:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_each_container_runs_a_command_that_there_is(name: str) -> None:
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(application())
     for word in container(name)["args"]:
         commands = getattr(command, "commands", {})
         assert word in commands, f"{name}: `{word}` is no command"
