@@ -30,6 +30,7 @@ _GROUPS: Final = {
     "export": "Cost and usage for other tools.",
     "events": "Corrections of single events.",
     "topics": "Kafka's topics.",
+    "ledger": "The ledger's log.",
     "models": "Models behind the gateway.",
     "config": "The configuration.",
 }
@@ -93,6 +94,7 @@ _COMMANDS: Final = {
     "events void": "corrections.void",
     "events amend": "corrections.amend",
     "topics apply": "operations.apply_topics",
+    "ledger diff": "operations.diff_ledger",
     "models check": "models.check",
     "config show": "configuration.show",
 }

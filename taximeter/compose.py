@@ -254,8 +254,10 @@ def sink_reader_name(config: Config) -> str:
     return f"sink/{config.clickhouse.sink_name}"
 
 
-def apply_settings(config: Config, *, embedded: bool) -> ApplySettings:
-    """What `topics apply` makes; `embedded`: on the local state, where the broker may have forgotten the ledger."""
+def apply_settings(config: Config, *, embedded: bool, found_again_on: Path | None = None) -> ApplySettings:
+    """What `topics apply` makes; `embedded`: on the local state, where the broker may have forgotten the ledger.
+    `found_again_on`: on the local stores that an operator has gathered there.
+    """
     from stream_processors.topics import ApplySettings
 
     ledger, day_ms, minute_ms = config.ledger, 86_400_000, 60_000
@@ -281,7 +283,7 @@ def apply_settings(config: Config, *, embedded: bool) -> ApplySettings:
         ),
         seal_key=key_ring(config, "seal_key", needed_for="founding a ledger"),
         names=topic_names(config),
-        state_folder=ledger.state_dir if embedded else None,
+        state_folder=ledger.state_dir if embedded else found_again_on,
     )
 
 
