@@ -133,7 +133,8 @@ def _input_of(record: LedgerRecord, names: TopicNames) -> Input | None:
             signed = SignedCommand(command=record.command.command, signature=record.command.signature)
             return CommandInput(names.commands, offsets[names.commands], signed.SerializeToString())
         case "tick":
-            return TickInput(record.tick.snapshot if record.tick.HasField("snapshot") else None)
+            tick = record.tick
+            return TickInput(tick.snapshot if tick.HasField("snapshot") else None, tick.refused, tick.refused_records)
         case "rejected" if record.rejected.payload_bytes == len(record.rejected.payload):
             rejected = record.rejected
             kind = UsageInput if rejected.topic == names.events else CommandInput
