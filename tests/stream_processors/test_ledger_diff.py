@@ -72,10 +72,10 @@ async def test_a_rule_that_is_another_is_named_field_by_field_and_does_not_sprea
     applied = usage_step.apply_usage
     calls = 0
 
-    def dearer(state, value, batch, record):  # type: ignore[no-untyped-def]
+    def dearer(state, value, batch, record, *more):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
-        forwards = applied(state, value, batch, record)
+        forwards = applied(state, value, batch, record, *more)
         if calls == 3:
             state.accounts[TENANT].spend_pico += 1
             record.accounts[0].spend.CopyFrom(to_amount(state.accounts[TENANT].spend_pico))
