@@ -96,12 +96,13 @@ class LedgerApp:
         """By topic, how many messages the partition's host has not taken, by the log's end as last heard of. Any thread."""
         host = self.hosts.get(partition)
         found: dict[str, int] = {}
-        for topic in self._inputs if host is not None else ():
-            # Not assigned any more, or not started yet: nothing is known.
-            with contextlib.suppress(AssertionError, ConsumerNotStarted):
+        if host is None:
+            return found
+        for topic in self._inputs:
+            # Not assigned any more, not started, or nothing fetched yet (None): nothing is known.
+            with contextlib.suppress(AssertionError, ConsumerNotStarted, TypeError):
                 end = self.app.consumer.highwater(TP(topic, partition))
-                if end is not None and host is not None:
-                    found[topic] = max(0, end - host.state.inputs.get(topic, -1) - 1)
+                found[topic] = max(0, end - host.state.inputs.get(topic, -1) - 1)
         return found
 
     def snapshot_log_time_ms(self, partition: int) -> int | None:

@@ -91,7 +91,8 @@ def serve_metrics(setting: str, address: str, source: Source, ready: Readiness =
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         match environ["PATH_INFO"]:
             case "/metrics":
-                return metrics(environ, start_response)
+                scraped: Iterable[bytes] = metrics(environ, start_response)
+                return scraped
             case "/health/live":
                 status, text = "200 OK", "it answers"
             case "/health/ready":
