@@ -15,7 +15,7 @@ from billing.prices import PriceBookRefused
 from billing.registrations import register, registration_problem
 from billing.rule_limits import rules_problem
 from billing.state import DAY_MS, LedgerState
-from billing.tenant_step import check_key, close_tenant, upsert_budget, upsert_project
+from billing.tenant_step import check_key, check_operator_key, close_tenant, upsert_budget, upsert_project
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
 from billing.v1.alert_pb2 import ALERT_RULE_STALE_COMMAND, ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import (
@@ -105,6 +105,10 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
 def _own_tenant(state: LedgerState, tenant_id: str) -> None:
     if not 0 < len(tenant_id) <= ID_CHARS_MAX:
         raise CommandRefused(f"tenant_id: {tenant_id[:32]!r}; give 1 to {ID_CHARS_MAX} characters")
+    _own_partition(state, tenant_id)
+
+
+def _own_partition(state: LedgerState, tenant_id: str) -> None:
     partition = partition_of(tenant_id, state.settings.partitions)
     if partition != state.partition:
         raise CommandRefused(f"tenant_id: {tenant_id} lives in partition {partition}, not {state.partition}; send it there")
@@ -193,8 +197,12 @@ def _check_calendar(state: LedgerState, account: AccountState, calendar: Calenda
 def _upsert_key(state: LedgerState, upsert: KeyUpsert, record: LedgerRecord) -> None:
     key = ApiKey()
     key.CopyFrom(upsert.key)
-    _own_tenant(state, key.tenant_id)
-    check_key(state, _known_account(state, key.tenant_id), key)
+    if key.tenant_id:
+        _own_tenant(state, key.tenant_id)
+        check_key(state, _known_account(state, key.tenant_id), key)
+    else:
+        _own_partition(state, "")
+        check_operator_key(key)
     if not 0 < len(key.key_id) <= ID_CHARS_MAX:
         raise CommandRefused(f"key_id: needs 1 to {ID_CHARS_MAX} characters")
     known = state.keys.get(key.key_id)

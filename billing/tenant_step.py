@@ -7,7 +7,7 @@ from billing.amounts import format_pico
 from billing.commands import CommandRefused
 from billing.limits import CLOSED_KEYS_MAX, ID_CHARS_MAX, PROJECTS_MAX
 from billing.state import LedgerState
-from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, ApiKey, LedgerPosition, Project
+from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, KEY_SCOPE_METER, ApiKey, LedgerPosition, Project
 from billing.v1.command_pb2 import BudgetUpsert, ProjectUpsert
 from billing.v1.ledger_pb2 import LedgerRecord
 
@@ -49,6 +49,12 @@ def check_key(state: LedgerState, account: AccountState, key: ApiKey) -> None:
     project = state.projects.get(key.tenant_id, {}).get(key.project_id)
     if project is not None and project.closed:
         raise CommandRefused(f"project_id: {key.project_id} is closed; open it before it gets keys")
+
+
+def check_operator_key(key: ApiKey) -> None:
+    """Raises CommandRefused for a key of no tenant, an operator's, that would meter: nobody would pay."""
+    if KEY_SCOPE_METER in key.scopes or key.project_id or key.test:
+        raise CommandRefused("key: one without a tenant meters nothing; name the tenant, or leave out meter, project and test")
 
 
 def upsert_project(state: LedgerState, said: ProjectUpsert, record: LedgerRecord) -> None:

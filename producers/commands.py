@@ -42,7 +42,8 @@ class CommandSettings:
 
 
 def tenant_of(command: Command) -> str | None:
-    """The tenant that the command concerns; None where it concerns everyone. Raises `ValueError` if it lacks what it needs."""
+    """The tenant that the command concerns, "" for an operator's key; None where it concerns everyone. Raises `ValueError` if
+    it lacks what it needs."""
     action = command.WhichOneof("action")
     if action is None:
         raise ValueError("action: is empty; say what the command does")
@@ -62,7 +63,7 @@ def tenant_of(command: Command) -> str | None:
         "budget_upsert": command.budget_upsert.tenant_id,
         "project_upsert": command.project_upsert.tenant_id,
     }[action]
-    if not tenant:
+    if not tenant and action != "key_upsert":
         raise ValueError(f"{action}.tenant_id: is empty; name the tenant that the command concerns")
     return tenant
 

@@ -19,12 +19,14 @@ __all__ = [
     "BudgetRow",
     "CreditMonths",
     "GrantRow",
+    "KeyRow",
     "LeaseRow",
     "Money",
     "budgets",
     "credit_report",
     "grants",
     "key_count",
+    "keys",
     "leases",
     "money",
     "projects",
@@ -82,6 +84,20 @@ class BudgetRow:
     def name(self) -> str:
         """Whose it is, for people."""
         return f"project {self.project_id}" if self.project_id else f"user {self.user_id}" if self.user_id else "the tenant"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """An API key, without anything of its secret."""
+
+    key_id: str
+    tenant_id: str
+    project_id: str
+    user_id: str
+    scopes: tuple[str, ...]
+    created_ms: int
+    expires_ms: int
+    revoked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +218,30 @@ def projects(reader: Reader, tenant_id: str) -> list[tuple[str, str, bool]]:
         {"tenant": tenant_id},
     ).rows
     return [(str(row[0]), str(row[1]), bool(row[2])) for row in rows]
+
+
+def keys(reader: Reader, tenant_id: str, *, key_id: str | None = None) -> list[KeyRow]:
+    """A tenant's keys, revoked ones too, in the order in which they were made, or the one of that ID; of the empty tenant:
+    operators' keys."""
+    one = " AND key_id = {key:String}" if key_id is not None else ""
+    rows = reader.query(
+        f"SELECT key_id, tenant_id, project_id, user_id, scopes, {_ms('created')}, {_ms('expires')}, revoked "  # noqa: S608
+        f"FROM api_keys FINAL WHERE tenant_id = {{tenant:String}}{one} ORDER BY created, key_id",
+        {"tenant": tenant_id} | ({} if key_id is None else {"key": key_id}),
+    ).rows
+    return [
+        KeyRow(
+            str(row[0]),
+            str(row[1]),
+            str(row[2]),
+            str(row[3]),
+            tuple(cast("Sequence[str]", row[4])),
+            _int(row[5]),
+            _int(row[6]),
+            bool(row[7]),
+        )
+        for row in rows
+    ]
 
 
 def key_count(reader: Reader, tenant_id: str) -> int:

@@ -71,13 +71,17 @@ def invoices_of(reader: Reader, tenant_id: str) -> list[IssuedInvoice]:
     return _issued(reader, "tenant_id = {tenant:String}", {"tenant": tenant_id})
 
 
-def invoice_by_number(reader: Reader, number: str) -> IssuedInvoice | None:
-    """The invoice that has this number on it, or None."""
+def invoice_by_number(reader: Reader, number: str, tenant_id: str = "") -> IssuedInvoice | None:
+    """The invoice that has this number on it, or None; with a tenant: of that tenant alone."""
     series, _, digits = number.rpartition("-")
     if not (digits.isascii() and digits.isdigit() and len(digits) <= _DIGITS_MAX):
         return None
     asked: dict[str, Parameter] = {"series": series, "number": int(digits)}
-    return next(iter(_issued(reader, "series = {series:String} AND number = {number:UInt64}", asked)), None)
+    condition = "series = {series:String} AND number = {number:UInt64}"
+    if tenant_id:
+        condition += " AND tenant_id = {tenant:String}"
+        asked["tenant"] = tenant_id
+    return next(iter(_issued(reader, condition, asked)), None)
 
 
 def _issued(reader: Reader, condition: str, parameters: dict[str, Parameter]) -> list[IssuedInvoice]:

@@ -8,8 +8,9 @@ may be newer than the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import cast
+from typing import Literal, cast
 
 from sinks.day_totals import COUNTS, DAY_S, TrustedDays, trusted_days
 from sinks.engine import Parameter, Reader, decimal_to_pico
@@ -19,9 +20,11 @@ from sinks.tables import TOKEN_COLUMNS
 
 __all__ = [
     "CHARGED",
+    "TIME_MS_MAX",
     "USAGE_BY",
     "AlertRow",
     "Balance",
+    "Bucket",
     "EventRow",
     "Freshness",
     "Quantities",
@@ -32,13 +35,16 @@ __all__ = [
     "balances",
     "events",
     "freshness",
+    "positions",
     "rejected",
     "totals",
     "usage",
 ]
 
 ROWS_MAX = 10_000
-_TIME_MS_MAX = 9_999_999_999_999
+TIME_MS_MAX = 9_999_999_999_999
+# So that texts of seconds sort as the seconds do.
+_SECONDS_DIGITS = 10
 
 
 # Name in `by` -> expression over usage_totals. A user is not in the totals: `usage` then reads the tenant's events.
@@ -63,12 +69,47 @@ _BY_DAY = f"SELECT day AS minute, {_SUMMED}, counts FROM usage_days FINAL"  # no
 _UNIT_SUMS = "sumMap(unit_names, unit_quantities) AS unit_sums"
 
 
-def balances(reader: Reader, tenant_id: str | None = None) -> list[Balance]:
-    """Each account, or that of `tenant_id` (no row: nobody knows it)."""
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Spans of time by which usage is summed: minutes, hours and days of a time zone, or a tenant's months, whose beginnings
+    (Unix seconds, rising, the first before everything that is asked for) are given, because the ledger knows them exactly."""
+
+    unit: Literal["minute", "hour", "day", "month"]
+    time_zone: str = "UTC"
+    month_starts_s: tuple[int, ...] = ()
+
+    @property
+    def is_of_days(self) -> bool:
+        """Whether each span is made of whole days of UTC, which are summed already."""
+        return self.unit in ("day", "month") and self.time_zone == "UTC"
+
+    def expression(self, time: str) -> str:
+        """The beginning of the span in which a column's time lies. The zone is the parameter `zone`."""
+        match self.unit:
+            case "minute":
+                return f"toStartOfMinute({time})"
+            case "month":
+                assert all(type(second) is int for second in self.month_starts_s), "they stand in the query as they are"
+                return f"toDateTime(roundDown(toUnixTimestamp({time}), [{', '.join(map(str, self.month_starts_s))}]))"
+        return f"toStartOf{self.unit.capitalize()}({time}, {{zone:String}})"
+
+
+def balances(
+    reader: Reader, tenant_id: str | None = None, *, limit: int | None = None, after: str | None = None
+) -> list[Balance]:
+    """Each account by its tenant's ID, or that of `tenant_id` (no row: nobody knows it); at most `limit` behind `after`."""
     where, parameters = _tenant(tenant_id)
+    if after is not None:
+        where.append("tenant_id > {after:String}")
+        parameters["after"] = after
+    limited = ""
+    if limit is not None:
+        limited = " LIMIT {limit:UInt32}"
+        parameters["limit"] = limit
     rows = reader.query(
         "SELECT tenant_id, display_name, status, currency, credit, spend, events, duplicates, conflicts, unrated_events, "  # noqa: S608
-        f"plan_id, billing_mode, {_ms('log_time')} FROM accounts FINAL{_where(where)} ORDER BY tenant_id",
+        f"plan_id, billing_mode, {_ms('log_time')}, credit_limit, leased "
+        f"FROM accounts FINAL{_where(where)} ORDER BY tenant_id{limited}",
         parameters,
     ).rows
     return [
@@ -86,6 +127,8 @@ def balances(reader: Reader, tenant_id: str | None = None) -> list[Balance]:
             plan_id=_text(row[10]),
             billing_mode=_text(row[11]),
             log_time_ms=_int(row[12]),
+            credit_limit_pico=_pico(row[13]),
+            leased_pico=_pico(row[14]),
         )
         for row in rows
     ]
@@ -96,12 +139,19 @@ def usage(
     tenant_id: str | None = None,
     by: Sequence[str] = ("project", "model"),
     start_ms: int = 0,
-    end_ms: int = _TIME_MS_MAX,
+    end_ms: int = TIME_MS_MAX,
     *,
+    bucket: Bucket | None = None,
+    project_id: str = "",
+    model: str = "",
     limit: int = ROWS_MAX,
     offset: int = 0,
+    after: Sequence[str] | None = None,
 ) -> list[UsageRow]:
     """Usage that ended in [start_ms, end_ms), grouped by names of USAGE_BY; groups of another currency are rows of their own.
+
+    With a `bucket`, each row's group begins with the Unix second at which its span of time begins. `after`: the group and the
+    currency of the last row that the caller has; only rows behind it are given.
 
     Read from the totals, of days where they are summed, so the bounds must be whole minutes; unless `by` names what only
     events have (user, key, outcome, region, source): that needs a tenant, and reads its events.
@@ -111,6 +161,10 @@ def usage(
         raise ParameterError(f"by: {', '.join(unknown or by)}; choose each at most once from {', '.join(USAGE_BY)}")
     from_events = any(name in _EVENT_GROUPS for name in by)
     conditions, parameters = _tenant(tenant_id)
+    for name, value in (("project_id", project_id), ("model", model)):
+        if value:
+            conditions.append(f"{name} = {{{name}:String}}")
+            parameters[name] = value
     if from_events:
         if tenant_id is None:
             raise ParameterError(f"by {', '.join(by)}: that stands in the events only; name the tenant")
@@ -122,20 +176,31 @@ def usage(
         conditions += ["ended >= fromUnixTimestamp64Milli({start:Int64})", "ended < fromUnixTimestamp64Milli({end:Int64})"]
         parameters |= {"start": start_ms, "end": end_ms}
     else:
-        if start_ms % 60_000 or (end_ms % 60_000 and end_ms != _TIME_MS_MAX):
+        if start_ms % 60_000 or (end_ms % 60_000 and end_ms != TIME_MS_MAX):
             raise ParameterError(f"start {start_ms} ms, end {end_ms} ms: totals are kept by the minute; give whole minutes")
         start_s, end_s = min(start_ms // 1000, 2**32 - 1), min(-(-end_ms // 1000), 2**32 - 1)
-        by_day = tenant_id is not None and not {"hour", "minute"} & set(by)
+        by_day = tenant_id is not None and not {"hour", "minute"} & set(by) and (bucket is None or bucket.is_of_days)
         days = trusted_days(reader, tenant_id, start_s) if by_day and tenant_id is not None else TrustedDays()
         source, time = _totals_between(start_s, end_s, days, _where(conditions)), "minute"
         conditions = []
         counts, unit_sums = "sumForEach(counts)", _UNIT_SUMS
     groups = [(_GROUPS | _EVENT_GROUPS)[name].replace("{time}", time) for name in by]
+    if bucket is not None:
+        groups.insert(0, f"leftPad(toString(toUnixTimestamp({bucket.expression(time)})), {_SECONDS_DIGITS}, '0')")
+        if bucket.unit in ("hour", "day"):
+            parameters["zone"] = bucket.time_zone
     group_columns = "".join(f"{expression} AS group_{index}, " for index, expression in enumerate(groups))
     group_names = "".join(f"group_{index}, " for index in range(len(groups)))
+    having = ""
+    if after is not None:
+        if len(after) != len(groups) + 1:
+            raise ParameterError(f"after: {len(after)} texts; give one for each of {len(groups)} groups, and the currency")
+        places = ", ".join(f"{{after{index}:String}}" for index in range(len(after)))
+        having = f" HAVING ({group_names}currency) > ({places})" if groups else f" HAVING currency > {places}"
+        parameters |= {f"after{index}": text for index, text in enumerate(after)}
     rows = reader.query(
         f"SELECT {group_columns}currency, {counts}, {unit_sums}, sum(cost) AS cost_sum FROM {source}"  # noqa: S608
-        f"{_where(conditions)} GROUP BY {group_names}currency ORDER BY {group_names}currency "
+        f"{_where(conditions)} GROUP BY {group_names}currency{having} ORDER BY {group_names}currency "
         "LIMIT {limit:UInt32} OFFSET {offset:UInt64}",
         parameters | {"limit": limit, "offset": offset},
     ).rows
@@ -208,9 +273,12 @@ def alerts(
     after: Mapping[int, int] | None = None,
     *,
     filters: Mapping[str, str] | None = None,
+    behind: tuple[int, int, int, str] | None = None,
     limit: int = ROWS_MAX,
 ) -> list[AlertRow]:
     """Alerts of which something was told at or after `since_ms`, each as it is now, oldest first; `filters` by column.
+
+    `behind`: of the last one of a page, when it was updated, its partition, version and ID; only those behind it are given.
 
     `after`: partition -> version of the last alert that the caller has seen there; those and older ones are left out. (Log
     times of partitions differ, so one time could not say what was seen.)
@@ -225,6 +293,12 @@ def alerts(
     for index, (partition, version) in enumerate(sorted((after or {}).items())):
         conditions.append(f"NOT (ledger_partition = {{p{index}:UInt32}} AND version <= {{v{index}:UInt64}})")
         parameters |= {f"p{index}": partition, f"v{index}": version}
+    if behind is not None:
+        conditions.append(
+            "(updated, ledger_partition, version, alert_id) > (fromUnixTimestamp64Milli({behind_ms:Int64}), "
+            "{behind_partition:UInt32}, {behind_version:UInt64}, {behind_id:String})"
+        )
+        parameters |= dict(zip(("behind_ms", "behind_partition", "behind_version", "behind_id"), behind, strict=True))
     rows = reader.query(
         f"SELECT alert_id, tenant_id, rule, severity, {_ms('raised')}, summary, request_ids, figure_names, figure_values, "  # noqa: S608
         f"label_names, label_values, ledger_partition, version, subject, state, {_ms('updated')}, acknowledged_by, note, "
@@ -261,7 +335,7 @@ def events(
     tenant_id: str,
     request_ids: Sequence[str] | None = None,
     start_ms: int = 0,
-    end_ms: int = _TIME_MS_MAX,
+    end_ms: int = TIME_MS_MAX,
     *,
     limit: int = ROWS_MAX,
 ) -> list[EventRow]:
@@ -340,6 +414,12 @@ def rejected(reader: Reader, tenant_id: str | None = None, since_ms: int = 0, *,
         )
         for row in rows
     ]
+
+
+def positions(reader: Reader) -> dict[int, int]:
+    """Of each partition: the version of the last record that the database has, as `alerts(after=...)` takes it."""
+    rows = reader.query("SELECT ledger_partition, version FROM sink_positions FINAL ORDER BY ledger_partition").rows
+    return {_int(partition): _int(version) for partition, version in rows}
 
 
 def freshness(reader: Reader) -> list[Freshness]:

@@ -25,11 +25,20 @@ class Balance:
     plan_id: str
     billing_mode: str
     log_time_ms: int
+    # 0: none is set.
+    credit_limit_pico: int = 0
+    # What gateways hold of the balance.
+    leased_pico: int = 0
 
     @property
     def balance_pico(self) -> int:
         """What is left."""
         return self.credit_pico - self.spend_pico
+
+    @property
+    def free_pico(self) -> int:
+        """What nobody holds."""
+        return self.balance_pico + self.credit_limit_pico - self.leased_pico
 
 
 @dataclass(frozen=True, slots=True)

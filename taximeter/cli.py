@@ -41,6 +41,7 @@ _COMMANDS: Final = {
     "worker": "parts.worker",
     "sink": "parts.sink",
     "gateway": "parts.gateway",
+    "api": "parts.api",
     "prepare": "operations.prepare",
     "model-server": "parts.model_server",
     "migrate": "operations.migrate",

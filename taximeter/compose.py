@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import secrets
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from billing import key_ring as key_rings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from billing.key_ring import Keys
+    from serving.api import ApiSettings
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import GatewaySettings, LeaseSettings, UpstreamTls
     from serving.model_server.settings import ServerSettings
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from stream_processors.topics import ApplySettings
 
 __all__ = [
+    "api_settings",
     "apply_settings",
     "as_json_reader",
     "gateway_settings",
@@ -38,6 +41,7 @@ __all__ = [
     "kafka_settings",
     "key_ring",
     "ledger_keys",
+    "make_reader",
     "meter_settings",
     "model_profile",
     "model_server_settings",
@@ -114,18 +118,21 @@ def _producer_key(config: Config) -> bytes:
         raise ConfigError("producer.key is not what `taximeter producer register` shows: set it to that") from None
 
 
-@contextmanager
-def open_reader(config: Config) -> Iterator[Reader]:
-    """What answers queries: the process that owns chDB, or the server."""
+def make_reader(config: Config) -> Reader:
+    """What answers queries: the process that owns chDB, or the server. To be closed."""
     clickhouse = config.clickhouse
-    reader: Reader
     if clickhouse.engine == "chdb":
         from sinks.engines.loopback import LoopbackEngine
 
         token = read_secret(clickhouse, "loopback_token", needed_for="asking the sink").decode()
-        reader = LoopbackEngine(f"http://127.0.0.1:{clickhouse.loopback_port}", token)
-    else:
-        reader = _server_engine(config)
+        return LoopbackEngine(f"http://127.0.0.1:{clickhouse.loopback_port}", token)
+    return _server_engine(config)
+
+
+@contextmanager
+def open_reader(config: Config) -> Iterator[Reader]:
+    """The same, closed at the end."""
+    reader = make_reader(config)
     try:
         yield reader
     finally:
@@ -370,6 +377,33 @@ def gateway_settings(config: Config) -> GatewaySettings:
             upstream_attempts=gateway.upstream_attempts,
             durable_timeout_s=config.producer.durable_timeout_s,
         ),
+    )
+
+
+def api_settings(config: Config) -> ApiSettings:
+    """The billing API. Without the command key it answers, and changes nothing."""
+    from serving.api import ApiLimits, ApiSettings, KeySource, TlsFiles
+    from taximeter.commanding import Commander
+
+    api, ledger = config.api, config.ledger
+    tls = None
+    if api.tls_certificate_file is not None and api.tls_key_file is not None:
+        tls = TlsFiles(api.tls_certificate_file, api.tls_key_file)
+    return ApiSettings(
+        keys=KeySource(
+            bootstrap=config.kafka.bootstrap,
+            pepper=read_secret(config.gateway, "key_pepper", needed_for="the billing API"),
+            partitions=ledger.partitions,
+            topic=topic_names(config).keys,
+            security=kafka_security(config.kafka),
+        ),
+        open_reader=partial(make_reader, config),
+        open_commander=partial(Commander, config) if ledger.command_key or ledger.command_key_file else None,
+        host=api.host,
+        grpc_port=api.grpc_port,
+        http_port=api.http_port,
+        tls=tls,
+        limits=ApiLimits(call_timeout_s=api.call_timeout_s, calls_max=api.calls_max, tenant_calls_max=api.tenant_calls_max),
     )
 
 

@@ -26,6 +26,7 @@ from taximeter.errors import ConfigError
 from taximeter.logs import keep_out
 
 __all__ = [
+    "ApiConfig",
     "ClickHouseConfig",
     "Config",
     "EmbeddedConfig",
@@ -267,6 +268,34 @@ class GatewayConfig(_Section):
         return self
 
 
+class ApiConfig(_Section):
+    """The billing API: where it listens. `gateway.key_pepper` lets it know keys, `ledger.command_key` change things."""
+
+    host: str = "127.0.0.1"
+    http_port: Port = 8003
+    grpc_port: Port = 8004
+    tls_certificate_file: Path | None = None
+    tls_key_file: Path | None = None
+    # As in [kafka]. A proxy in front that ends TLS is a reason.
+    allow_plaintext: bool = False
+    # Of one call and all that it asks of the database.
+    call_timeout_s: Annotated[float, Field(gt=0, le=300)] = 30.0
+    # At the same time, in all and of one tenant; who comes too much is told to come again.
+    calls_max: Annotated[int, Field(ge=1, le=10_000)] = 64
+    tenant_calls_max: Annotated[int, Field(ge=1, le=10_000)] = 16
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> ApiConfig:
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_certificate_file and tls_key_file belong together: set both, or neither")
+        if not (_is_local(self.host) or self.tls_key_file or self.allow_plaintext):
+            raise ValueError(
+                f"host {self.host} takes keys from other machines and there is no TLS: set tls_certificate_file and "
+                "tls_key_file, or allow_plaintext = true where the network is trusted"
+            )
+        return self
+
+
 class ProducerConfig(_Section):
     """What a metering point's journal and publisher may use, and as whom it is registered."""
 
@@ -362,10 +391,13 @@ class EmbeddedConfig(_Section):
     gateway_port: PortOrNone = 0
     model_server_port: PortOrNone = 0
     loopback_port: PortOrNone = 0
+    api_http_port: PortOrNone = 0
+    api_grpc_port: PortOrNone = 0
     model_server: bool = True
     # What the model server serves: a real small language model, and one that reports the counts that it is told.
     models: Literal["smollm2,trace", "smollm2", "trace"] = "smollm2,trace"
     gateway: bool = True
+    api: bool = True
     workers: Annotated[int, Field(ge=1, le=16)] = 1
     ready_timeout_s: Annotated[float, Field(gt=0, le=600)] = 120.0
     stop_timeout_s: Annotated[float, Field(gt=0, le=600)] = 20.0
@@ -400,6 +432,7 @@ class Config(BaseSettings):
     ledger: LedgerConfig = Field(default_factory=LedgerConfig)
     clickhouse: ClickHouseConfig = Field(default_factory=ClickHouseConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    api: ApiConfig = Field(default_factory=ApiConfig)
     producer: ProducerConfig = Field(default_factory=ProducerConfig)
     models: ModelsConfig = Field(default_factory=ModelsConfig)
     prices: PricesConfig = Field(default_factory=PricesConfig)

@@ -6,6 +6,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from billing.chain import UnreadableRecord
 from producers.errors import ProducerError
+from serving.commanding import CommandError
 from sinks.errors import SinkError
 from stream_processors.errors import WorkerError
 from taximeter.embedded.process import ChildError
@@ -17,7 +18,7 @@ def explain(error: BaseException) -> str | None:
     """One sentence, or None: then it is a bug and keeps its traceback."""
     if isinstance(error, KafkaException):
         return _kafka(error)
-    if isinstance(error, ProducerError | SinkError | WorkerError | UnreadableRecord | ChildError):
+    if isinstance(error, ProducerError | SinkError | WorkerError | UnreadableRecord | ChildError | CommandError):
         return str(error)
     return None
 

@@ -81,6 +81,12 @@ def unique_name() -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
+def chdb_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this process's chDB lives: it takes one folder a process, and a database for whoever wants one."""
+    return tmp_path_factory.mktemp("chdb")
+
+
+@pytest.fixture(scope="session")
 def tansu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TansuBroker]:
     """The embedded broker."""
     broker = TansuBroker(TansuSettings(log_path=tmp_path_factory.mktemp("tansu") / "broker.log"))

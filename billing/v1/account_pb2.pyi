@@ -845,6 +845,7 @@ class ApiKey(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
     tenant_id: _builtins.str
+    """Empty: an operator's, which the billing API lets see all tenants, and which meters nothing."""
     project_id: _builtins.str
     user_id: _builtins.str
     secret_hash: _builtins.bytes

@@ -44,10 +44,95 @@ class BillingServiceStub:
                 request_serializer=billing_dot_v1_dot_billing__service__pb2.ListUsageRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_billing__service__pb2.ListUsageResponse.FromString,
                 _registered_method=True)
+        self.GetStatement = channel.unary_unary(
+                '/billing.v1.BillingService/GetStatement',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.GetStatementRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.GetStatementResponse.FromString,
+                _registered_method=True)
+        self.ListInvoices = channel.unary_unary(
+                '/billing.v1.BillingService/ListInvoices',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.ListInvoicesRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.ListInvoicesResponse.FromString,
+                _registered_method=True)
+        self.GetInvoice = channel.unary_unary(
+                '/billing.v1.BillingService/GetInvoice',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.GetInvoiceRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.GetInvoiceResponse.FromString,
+                _registered_method=True)
+        self.GetInvoiceDocument = channel.unary_unary(
+                '/billing.v1.BillingService/GetInvoiceDocument',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.GetInvoiceDocumentRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.GetInvoiceDocumentResponse.FromString,
+                _registered_method=True)
+        self.ExplainInvoiceLine = channel.unary_unary(
+                '/billing.v1.BillingService/ExplainInvoiceLine',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.ExplainInvoiceLineRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.ExplainInvoiceLineResponse.FromString,
+                _registered_method=True)
+        self.ListCreditGrants = channel.unary_unary(
+                '/billing.v1.BillingService/ListCreditGrants',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.ListCreditGrantsRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.ListCreditGrantsResponse.FromString,
+                _registered_method=True)
+        self.GrantCredit = channel.unary_unary(
+                '/billing.v1.BillingService/GrantCredit',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.GrantCreditRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.GrantCreditResponse.FromString,
+                _registered_method=True)
+        self.GetPriceBook = channel.unary_unary(
+                '/billing.v1.BillingService/GetPriceBook',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.GetPriceBookRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.GetPriceBookResponse.FromString,
+                _registered_method=True)
+        self.ListAlerts = channel.unary_unary(
+                '/billing.v1.BillingService/ListAlerts',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.ListAlertsRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.ListAlertsResponse.FromString,
+                _registered_method=True)
         self.WatchAlerts = channel.unary_stream(
                 '/billing.v1.BillingService/WatchAlerts',
                 request_serializer=billing_dot_v1_dot_billing__service__pb2.WatchAlertsRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_billing__service__pb2.WatchAlertsResponse.FromString,
+                _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/billing.v1.BillingService/ListKeys',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.ListKeysResponse.FromString,
+                _registered_method=True)
+        self.CreateKey = channel.unary_unary(
+                '/billing.v1.BillingService/CreateKey',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.CreateKeyRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.CreateKeyResponse.FromString,
+                _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/billing.v1.BillingService/RevokeKey',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.RevokeKeyResponse.FromString,
+                _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/billing.v1.BillingService/ListTenants',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
+        self.GetTenant = channel.unary_unary(
+                '/billing.v1.BillingService/GetTenant',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.GetTenantRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.GetTenantResponse.FromString,
+                _registered_method=True)
+        self.CreateTenant = channel.unary_unary(
+                '/billing.v1.BillingService/CreateTenant',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.CreateTenantRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.CreateTenantResponse.FromString,
+                _registered_method=True)
+        self.SetTenantStatus = channel.unary_unary(
+                '/billing.v1.BillingService/SetTenantStatus',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.SetTenantStatusRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.SetTenantStatusResponse.FromString,
+                _registered_method=True)
+        self.GetPipeline = channel.unary_unary(
+                '/billing.v1.BillingService/GetPipeline',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.GetPipelineRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.GetPipelineResponse.FromString,
                 _registered_method=True)
 
 
@@ -66,7 +151,109 @@ class BillingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatement(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListInvoices(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetInvoice(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetInvoiceDocument(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainInvoiceLine(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCreditGrants(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GrantCredit(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPriceBook(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAlerts(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchAlerts(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKeys(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTenant(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateTenant(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTenantStatus(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPipeline(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,10 +272,95 @@ def add_BillingServiceServicer_to_server(servicer, server):
                     request_deserializer=billing_dot_v1_dot_billing__service__pb2.ListUsageRequest.FromString,
                     response_serializer=billing_dot_v1_dot_billing__service__pb2.ListUsageResponse.SerializeToString,
             ),
+            'GetStatement': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatement,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.GetStatementRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.GetStatementResponse.SerializeToString,
+            ),
+            'ListInvoices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListInvoices,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.ListInvoicesRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.ListInvoicesResponse.SerializeToString,
+            ),
+            'GetInvoice': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInvoice,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.GetInvoiceRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.GetInvoiceResponse.SerializeToString,
+            ),
+            'GetInvoiceDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInvoiceDocument,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.GetInvoiceDocumentRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.GetInvoiceDocumentResponse.SerializeToString,
+            ),
+            'ExplainInvoiceLine': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainInvoiceLine,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.ExplainInvoiceLineRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.ExplainInvoiceLineResponse.SerializeToString,
+            ),
+            'ListCreditGrants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCreditGrants,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.ListCreditGrantsRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.ListCreditGrantsResponse.SerializeToString,
+            ),
+            'GrantCredit': grpc.unary_unary_rpc_method_handler(
+                    servicer.GrantCredit,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.GrantCreditRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.GrantCreditResponse.SerializeToString,
+            ),
+            'GetPriceBook': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPriceBook,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.GetPriceBookRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.GetPriceBookResponse.SerializeToString,
+            ),
+            'ListAlerts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAlerts,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.ListAlertsRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.ListAlertsResponse.SerializeToString,
+            ),
             'WatchAlerts': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchAlerts,
                     request_deserializer=billing_dot_v1_dot_billing__service__pb2.WatchAlertsRequest.FromString,
                     response_serializer=billing_dot_v1_dot_billing__service__pb2.WatchAlertsResponse.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.ListKeysRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.ListKeysResponse.SerializeToString,
+            ),
+            'CreateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateKey,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.CreateKeyRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.CreateKeyResponse.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.ListTenantsRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'GetTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTenant,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.GetTenantRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.GetTenantResponse.SerializeToString,
+            ),
+            'CreateTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateTenant,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.CreateTenantRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.CreateTenantResponse.SerializeToString,
+            ),
+            'SetTenantStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTenantStatus,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.SetTenantStatusRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.SetTenantStatusResponse.SerializeToString,
+            ),
+            'GetPipeline': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPipeline,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.GetPipelineRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.GetPipelineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -156,6 +428,249 @@ class BillingService:
             _registered_method=True)
 
     @staticmethod
+    def GetStatement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GetStatement',
+            billing_dot_v1_dot_billing__service__pb2.GetStatementRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.GetStatementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListInvoices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/ListInvoices',
+            billing_dot_v1_dot_billing__service__pb2.ListInvoicesRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.ListInvoicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInvoice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GetInvoice',
+            billing_dot_v1_dot_billing__service__pb2.GetInvoiceRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.GetInvoiceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInvoiceDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GetInvoiceDocument',
+            billing_dot_v1_dot_billing__service__pb2.GetInvoiceDocumentRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.GetInvoiceDocumentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainInvoiceLine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/ExplainInvoiceLine',
+            billing_dot_v1_dot_billing__service__pb2.ExplainInvoiceLineRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.ExplainInvoiceLineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCreditGrants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/ListCreditGrants',
+            billing_dot_v1_dot_billing__service__pb2.ListCreditGrantsRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.ListCreditGrantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GrantCredit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GrantCredit',
+            billing_dot_v1_dot_billing__service__pb2.GrantCreditRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.GrantCreditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPriceBook(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GetPriceBook',
+            billing_dot_v1_dot_billing__service__pb2.GetPriceBookRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.GetPriceBookResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAlerts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/ListAlerts',
+            billing_dot_v1_dot_billing__service__pb2.ListAlertsRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.ListAlertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WatchAlerts(request,
             target,
             options=(),
@@ -172,6 +687,222 @@ class BillingService:
             '/billing.v1.BillingService/WatchAlerts',
             billing_dot_v1_dot_billing__service__pb2.WatchAlertsRequest.SerializeToString,
             billing_dot_v1_dot_billing__service__pb2.WatchAlertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/ListKeys',
+            billing_dot_v1_dot_billing__service__pb2.ListKeysRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.ListKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/CreateKey',
+            billing_dot_v1_dot_billing__service__pb2.CreateKeyRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.CreateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/RevokeKey',
+            billing_dot_v1_dot_billing__service__pb2.RevokeKeyRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/ListTenants',
+            billing_dot_v1_dot_billing__service__pb2.ListTenantsRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GetTenant',
+            billing_dot_v1_dot_billing__service__pb2.GetTenantRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.GetTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/CreateTenant',
+            billing_dot_v1_dot_billing__service__pb2.CreateTenantRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.CreateTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTenantStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/SetTenantStatus',
+            billing_dot_v1_dot_billing__service__pb2.SetTenantStatusRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.SetTenantStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPipeline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GetPipeline',
+            billing_dot_v1_dot_billing__service__pb2.GetPipelineRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.GetPipelineResponse.FromString,
             options,
             channel_credentials,
             insecure,

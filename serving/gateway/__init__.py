@@ -18,17 +18,23 @@ The last response that a client sees says what is billed, in its parameters `tax
 `taximeter_output_tokens` and `taximeter_count_source`, and one for each unit that it used. docs/outcomes.md names the tests.
 """
 
-from serving.gateway.credentials import hash_secret
-from serving.gateway.profiles import CountFlags, ModelProfile, generic, tensorrt_llm, vllm
-from serving.gateway.server import GatewayServer, new_event_loop, run_gateway
-from serving.gateway.settings import (
-    AdmissionSettings,
-    DirectorySettings,
-    GatewaySettings,
-    LimitSettings,
-    TlsSettings,
-    UpstreamTls,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from serving.gateway.credentials import hash_secret
+    from serving.gateway.profiles import CountFlags, ModelProfile, generic, tensorrt_llm, vllm
+    from serving.gateway.server import GatewayServer, new_event_loop, run_gateway
+    from serving.gateway.settings import (
+        AdmissionSettings,
+        DirectorySettings,
+        GatewaySettings,
+        LimitSettings,
+        TlsSettings,
+        UpstreamTls,
+    )
 
 __all__ = [
     "AdmissionSettings",
@@ -47,3 +53,18 @@ __all__ = [
     "tensorrt_llm",
     "vllm",
 ]
+
+# Whoever needs the keys of an installation alone, the billing API, need not have what the gateway itself stands on.
+_HOMES: Final = {
+    "credentials": ("hash_secret",),
+    "profiles": ("CountFlags", "ModelProfile", "generic", "tensorrt_llm", "vllm"),
+    "server": ("GatewayServer", "new_event_loop", "run_gateway"),
+    "settings": ("AdmissionSettings", "DirectorySettings", "GatewaySettings", "LimitSettings", "TlsSettings", "UpstreamTls"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,8 @@ import typer
 from billing.amounts import AmountError, format_pico, parse_decimal_to_pico
 from billing.limits import ID_CHARS_MAX
 from billing.v1.invoice_pb2 import CreditKind
+from serving.calendars import UnknownTimeZone, calendar_of
 from sinks import queries
-from taximeter.calendars import calendar_of
 from taximeter.commanding import Commander, CreditTerms, PlanTerms
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import open_reader
@@ -62,7 +62,10 @@ def create_tenant(
         shadow=shadow,
         rules=parse_rules("--rule", rule or ()),
     )
-    calendar = calendar_of(time_zone, now_ms()) if time_zone else None
+    try:
+        calendar = calendar_of(time_zone, now_ms()) if time_zone else None
+    except UnknownTimeZone as error:
+        raise MisuseError(f"--time-zone: {error}") from None
     config = context.config()
     commander = Commander(config, issuer())
     with open_reader(config) as reader:

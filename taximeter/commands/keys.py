@@ -7,7 +7,7 @@ import typer
 from billing.v1.account_pb2 import ApiKey, KeyScope
 from taximeter.api_keys import find_key, read_keys
 from taximeter.commanding import Commander
-from taximeter.commands.accounts import TenantArgument, check_id, issuer, tell
+from taximeter.commands.accounts import check_id, issuer, tell
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import open_reader
 from taximeter.errors import MisuseError
@@ -18,24 +18,32 @@ __all__ = ["create", "list_", "revoke", "rotate"]
 
 _SCOPES: Final = {name.removeprefix("KEY_SCOPE_").lower(): number for name, number in KeyScope.items() if number}
 _SCOPE_NAMES: Final = {number: name for name, number in _SCOPES.items()}
+OwnerArgument = Annotated[str, typer.Argument(metavar="[TENANT]", help="The tenant.")]
+OperatorOption = Annotated[
+    bool, typer.Option("--operator", help="Instead of TENANT: of an operator, for the billing API of all tenants.")
+]
 KeyArgument = Annotated[str, typer.Argument(help="The key's ID, as `key list` shows it.")]
 
 
 @command
 def create(
     context: Context,
-    tenant: TenantArgument,
+    tenant: OwnerArgument = "",
     project: Annotated[str, typer.Option(help="What it is for; stands on every request.")] = "",
     user: Annotated[str, typer.Option(help="Who holds it; stands on every request.")] = "",
-    scope: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(_SCOPES)} (default: meter).")] = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Any of {', '.join(_SCOPES)} (default: meter; an operator's: read, admin, prices)."),
+    ] = None,
     expires: Annotated[str, typer.Option(help="When it ends: 2026-12-31T00:00:00Z.")] = "",
     test: Annotated[bool, typer.Option("--test", help="Its usage is metered, costs nothing and needs no balance.")] = False,
     limit: LimitOption = None,
+    operator: OperatorOption = False,
     json: JsonOption = False,
 ) -> None:
     """Make an API key. Its secret is shown once, here, and kept nowhere."""
-    check_id("TENANT", tenant)
-    scopes = [_scope(name) for name in scope or ["meter"]]
+    _check_owner(tenant, operator=operator)
+    scopes = [_scope(name) for name in scope or (["read", "admin", "prices"] if operator else ["meter"])]
     now = now_ms()
     expires_ms = parse_time_ms("--expires", expires, now=now) if expires else 0
     if expires_ms and expires_ms <= now:
@@ -55,8 +63,9 @@ def create(
 
 
 @command
-def list_(context: Context, tenant: TenantArgument, json: JsonOption = False) -> None:
+def list_(context: Context, tenant: OwnerArgument = "", operator: OperatorOption = False, json: JsonOption = False) -> None:
     """Show a tenant's keys, without their secrets, the newest last."""
+    _check_owner(tenant, operator=operator)
     keys = [key for key in read_keys(context.config()).values() if key.tenant_id == tenant]
     rows = [_values(key) for key in sorted(keys, key=lambda key: (key.created_ms, key.key_id))]
     if json:
@@ -64,7 +73,7 @@ def list_(context: Context, tenant: TenantArgument, json: JsonOption = False) ->
         return
     names = ("key_id", "project", "user", "scopes", "state", "created", "expires")
     table = [[", ".join(cell) if isinstance(cell := row[name], list) else str(cell) for name in names] for row in rows]
-    context.output.table(f"Keys of {tenant}", [name.replace("_", " ") for name in names], table)
+    context.output.table(f"Keys of {tenant or 'operators'}", [name.replace("_", " ") for name in names], table)
 
 
 @command
@@ -118,6 +127,13 @@ def rotate(
         "old_key_ends": show_time(ends_ms) if grace else "now",
     }
     tell(context, values, json=json)
+
+
+def _check_owner(tenant: str, *, operator: bool) -> None:
+    if operator == bool(tenant):
+        raise MisuseError("TENANT, --operator: name a tenant, or say --operator for a key that sees all of them; not both")
+    if tenant:
+        check_id("TENANT", tenant)
 
 
 def _values(key: ApiKey) -> dict[str, object]:

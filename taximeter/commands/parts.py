@@ -16,7 +16,7 @@ from taximeter.errors import TaximeterError
 from taximeter.logs import LogFormat, LogLevel, start_logging
 from taximeter.times import now_ms
 
-__all__ = ["gateway", "model_server", "sink", "worker"]
+__all__ = ["api", "gateway", "model_server", "sink", "worker"]
 
 LogLevelOption = Annotated[
     LogLevel, typer.Option("--log-level", envvar="TAXIMETER_LOG_LEVEL", help="How much is said on standard error.")
@@ -117,6 +117,21 @@ def sink(
             anchoring = Anchoring(config.ledger.anchor_file, engine, settings.seal_key, now_ms)
             stack.enter_context(contextlib.closing(anchoring.start()))
         run_sink(settings, engine, status=status)
+
+
+@command
+def api(
+    context: Context,
+    ready_file: Annotated[Path | None, typer.Option(help="Made when the API answers.")] = None,
+    log_level: LogLevelOption = "info",
+    log_format: LogFormatOption = "text",
+) -> None:
+    """Run the billing API: gRPC and HTTP/JSON for operators and tenants."""
+    from serving.api import run_api
+
+    start_logging("api", log_level, log_format)
+    settings = compose.api_settings(context.config())
+    asyncio.run(until_told(run_api(settings, ready=lambda _: mark_ready(ready_file))))
 
 
 @command

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Installation", "install"]
 
-_PORTS: Final = ("broker_port", "gateway_port", "model_server_port", "loopback_port")
+_PORTS: Final = ("broker_port", "gateway_port", "model_server_port", "loopback_port", "api_http_port", "api_grpc_port")
 _PROBE_TIMEOUT_S: Final = 1.0
 _PREPARE_TIMEOUT_S: Final = 120.0
 _SESSION_TIMEOUT_S: Final = 6.0
 # The gateway first, so that nobody is admitted whose usage would wait; what feeds the ledger before what reads it.
-_STOP_ORDER: Final = ("gateway", "model-server", "worker", "sink")
+_STOP_ORDER: Final = ("api", "gateway", "model-server", "worker", "sink")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,16 @@ class Installation:
             )
         if embedded.gateway:
             parts["gateway"] = self._part("gateway", ["gateway"], lambda: _grpc_ready(embedded.gateway_port))
+        if embedded.api:
+            ready_path = self.data_dir.path / "run" / "api.ready"
+            parts["api"] = self._part("api", ["api", "--ready-file", str(ready_path)], ready_path.exists, ready_path)
         stop_order = [name for stem in _STOP_ORDER for name in parts if name == stem or name.startswith(f"{stem}-")]
         return Supervisor(
             foundation=broker,
             prepare=self.prepare,
             parts=parts,
             stop_order=stop_order,
-            standing_on_foundation=frozenset(name for name in parts if name not in ("gateway", "model-server")),
+            standing_on_foundation=frozenset(name for name in parts if name not in ("api", "gateway", "model-server")),
             on_change=on_change,
             tell=tell,
         )
@@ -151,6 +154,7 @@ def _overrides(
             "key_pepper": None,
             "key_pepper_file": secret_files["key_pepper"],
         },
+        "api": {"host": host, "http_port": ports["api_http_port"], "grpc_port": ports["api_grpc_port"]},
         "embedded": dict(ports),
     }
     if base.embedded.model_server:

@@ -15,13 +15,14 @@ from taximeter.cli import application
 from taximeter.config import Config, load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-OURS = ("topics", "worker", "sink", "gateway")
+OURS = ("topics", "worker", "sink", "gateway", "api")
 # What each part reads: without one of these files it ends with an error.
 SECRETS = {
     "topics": {"seal_key"},
     "worker": {"seal_key", "command_key"},
     "sink": {"seal_key", "clickhouse_password"},
     "gateway": {"key_pepper"},
+    "api": {"key_pepper", "command_key", "clickhouse_password"},
 }
 
 
@@ -76,6 +77,8 @@ def test_addresses_are_those_of_the_services(compose: dict[str, Any], config: Co
     for address in (config.kafka.bootstrap, config.gateway.upstream, f"{config.clickhouse.host}:0"):
         assert address.split(":")[0] in services
     assert [f"{config.gateway.port}:{config.gateway.port}"] == services["gateway"]["ports"]
+    ports = (config.api.http_port, config.api.grpc_port)
+    assert [f"{port}:{port}" for port in ports] == services["api"]["ports"]
     # Who reaches the back end past the gateway is not metered.
     assert "ports" not in services["triton"]
 

@@ -1,4 +1,4 @@
-"""One chDB for all tests of a process, for chDB takes one folder a process; each test finds its tables empty."""
+"""One database for all of these tests of a process; each test finds its tables empty."""
 
 from __future__ import annotations
 
@@ -19,12 +19,6 @@ from sinks.tables import ALL_TABLES
 from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
 
 HOUR_MS = 3_600_000
-
-
-@pytest.fixture(scope="session")
-def chdb_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this process's chDB lives."""
-    return tmp_path_factory.mktemp("chdb")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from billing.periods import calendar_problem, month_of, same_through
-from taximeter.calendars import calendar_of
+from serving.calendars import calendar_of
 
 DAY_MS = 86_400_000
 NOVEMBER_MS = 1_763_880_000_000
