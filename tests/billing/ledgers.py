@@ -95,9 +95,9 @@ class Ledger:
         source = CommandInput("billing.commands", self._offset("billing.commands"), commands.sign(command, key))
         return self._take(step(self.state, source, log_time_ms, keys=KEYS, writer="test"))
 
-    def raw_command(self, value: bytes) -> StepResult:
+    def raw_command(self, value: bytes, log_time_ms: int = NOW_MS) -> StepResult:
         source = CommandInput("billing.commands", self._offset("billing.commands"), value)
-        return self._take(step(self.state, source, NOW_MS, keys=KEYS, writer="test"))
+        return self._take(step(self.state, source, log_time_ms, keys=KEYS, writer="test"))
 
     def tick(self, log_time_ms: int) -> StepResult:
         return self._take(step(self.state, TickInput(), log_time_ms, keys=KEYS, writer="test"))

@@ -41,7 +41,8 @@ class LedgerSender(CommandSender):
         self._world = world
 
     def send(self, command: Command, timeout_s: float = 30.0) -> dict[int, int]:
-        result = self._world.ledger.raw_command(sign(command, KEYS.command_key))
+        # A command's time is the wall clock's, and the ledger refuses one that is far from its own.
+        result = self._world.ledger.raw_command(sign(command, KEYS.command_key), command.issued_ms)
         self._world.publish()
         return {result.record.partition: result.record.sequence}
 
