@@ -30,6 +30,7 @@ from stream_processors.ledger_host import HostSettings
 from stream_processors.publisher_app import READER_NAME, PublisherApp
 from stream_processors.reader_marks import last_marks
 from stream_processors.settings import KafkaSettings, TopicNames, WorkerSettings
+from stream_processors.tally import Tally
 from tests.simulation.broker import Broker, Client
 from tests.simulation.loop import Process
 
@@ -121,6 +122,7 @@ class SimLedgerApp(_Member, LedgerApp):
         self.settings = settings
         self.failure = failure
         self.hosts = {}
+        self.tally = Tally()
         self.reader = worker.client  # type: ignore[assignment]
         self.writer = worker.client  # type: ignore[assignment]
         self._host_settings = HostSettings(
@@ -179,6 +181,7 @@ class SimPublisherApp(_Member, PublisherApp):
         self.settings = settings
         self.failure = failure
         self.published_records = 0
+        self.published = {}
         self._seal_key = KEYS.seal_key
         self._gate = None
         self._reader = worker.client  # type: ignore[assignment]
