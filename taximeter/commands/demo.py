@@ -34,6 +34,9 @@ def demo(
     folder = Path(tempfile.mkdtemp(prefix="taximeter-demo-"))
     data_dir = DataDir(folder)
     config = context.own_config()
+    # On a busy machine a tenant's first lease may take longer than clients would be asked to wait.
+    patience = config.gateway.model_copy(update={"lease_wait_ms": max(config.gateway.lease_wait_ms, 30_000)})
+    config = config.model_copy(update={"gateway": patience})
     output = context.output
     began_s = time.monotonic()
     finished = False

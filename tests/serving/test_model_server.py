@@ -259,23 +259,20 @@ async def test_cancel_stops_the_model_within_a_token(served: Served) -> None:
 
 
 def test_deadline_stops_the_model(served: Served) -> None:
-    request = service_pb2.ModelInferRequest(model_name="smollm2-unary")
-    for one in inputs(PROMPT, stream=False, max_tokens=1_000, temperature=0, ignore_eos=True):
+    request = service_pb2.ModelInferRequest(model_name="smollm2-unary", id="deadline")
+    for one in inputs(PROMPT, stream=False, max_tokens=200, temperature=0, ignore_eos=True):
         request.inputs.append(one._get_tensor())
         request.raw_input_contents.append(one._get_content())
     with grpc.insecure_channel(served.url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         # The channel stands, so that the deadline meets the model and not the way there.
         stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=120)
-        for number, deadline_s in enumerate((0.3, 0.6, 1.2, 2.4)):
-            request.id = f"deadline-{number}"
-            with pytest.raises(grpc.RpcError) as late:
-                stub.ModelInfer(request, timeout=deadline_s)
-            assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    # Those that came to the model; on a busy machine the shortest may have ended before.
-    entry = served.production(request.id)
+        with pytest.raises(grpc.RpcError) as late:
+            stub.ModelInfer(request, timeout=0.3)
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    entry = served.production("deadline")
     assert entry["outcome"] == "cancelled"
-    assert entry["output_tokens"] < 1_000
+    assert entry["output_tokens"] < 200
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -29,7 +29,7 @@ def create_tables(engine: ServerEngine) -> None:
     """The product's tables, as far as the old server knows their parts."""
     statements = [statement for migration in load_migrations() for statement in migration.statements]
     for statement in statements:
-        if statement.startswith("CREATE VIEW") or " ADD INDEX " in statement:
+        if statement.startswith(("CREATE VIEW", "CREATE OR REPLACE VIEW")) or " ADD INDEX " in statement:
             continue
         for pattern, substitute in _SUBSTITUTES:
             statement = pattern.sub(substitute, statement)
