@@ -28,6 +28,7 @@ from billing.v1.alert_pb2 import Alert
 from billing.v1.command_pb2 import CreditGrant, TenantUpsert
 from taximeter.traces import Trace, read_trace
 from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
+from tests.services import require
 
 TRACE = Path(__file__).parents[3] / "shared" / "data" / "azure_llm_inference_2023_conv.csv"
 ORDINARY, ABUSERS = tenants_in(1, 18)[:8], tenants_in(1, 18)[8:]
@@ -91,8 +92,7 @@ ALSO: dict[int, set[int]] = {a.ALERT_RULE_CONFLICT_FLOOD: {a.ALERT_RULE_CONFLICT
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    if not TRACE.exists():
-        pytest.skip(f"{TRACE} is not there")
+    require(TRACE.exists(), f"{TRACE.name} is not beside the repository, in shared/data")
     return read_trace(TRACE)
 
 
