@@ -106,6 +106,7 @@ lock: ## Resolve the locks anew (needs the virtual environment's uv)
 	$(call compile,pyproject.toml,$(call role,sink),sink)
 	$(call compile,pyproject.toml,$(call role,gateway),gateway)
 	$(call compile,pyproject.toml,$(call role,api),api)
+	$(call compile,pyproject.toml,$(call role,notifier),notifier)
 
 role = --extra $(1) --extra cli --constraint requirements/dev.txt
 
