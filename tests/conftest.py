@@ -29,7 +29,7 @@ LONGEST_FIRST: Final = (
     "taximeter/test_leases.py",
     "chaos/test_chaos.py",
     "taximeter/test_demo.py",
-    "deploy/test_parts_alone.py",
+    "deploy/test_newcomer.py",
     "taximeter/test_keys.py",
     "stream_processors/test_ledger_app.py",
     "stream_processors/test_refusals.py",
