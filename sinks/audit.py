@@ -4,7 +4,8 @@ For each partition, record by record in the order of the chain: the stored bytes
 of the record before and (with the key) carry the ledger's seal; every event's cost, every window and every account is computed
 again (`sinks.recompute`) and compared with what the record states; every event, window and account in ClickHouse says the same;
 nothing is there that no record accounts for. It reads up to the positions that it finds when it starts, so it may run while the
-sink does: rows that are newer are left for the next audit. Memory: one page of records, and what the ledger itself keeps open.
+sink does: rows that are newer are left for the next audit. Memory: one page of records, the events of one query, and what the
+ledger itself keeps open.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ __all__ = ["AuditReport", "Finding", "audit"]
 # Records are fetched as hexadecimal text: a page stays under 2 * 8 MB * this only if every record is as large as one may be.
 _PAGE_RECORDS = 50
 _KEYS_PER_QUERY = 500
+# Events are looked up by keys that lie anywhere in the table, so each query reads much of it: few large ones, within the
+# 256 KiB that ClickHouse takes as a query, even if each byte of an ID must be escaped.
+_EVENTS_PER_QUERY = 4_000
+_ID_BYTES_PER_QUERY = 110_000
 _QUERY_TIMEOUT_S = 120.0
 _TOKENS = ", ".join(TOKEN_COLUMNS)
 
@@ -111,18 +116,23 @@ class _PartitionAudit:
 
     def run(self) -> Iterator[None]:
         """One page at a time."""
+        # Accepted, and not yet looked up.
+        expected: list[ExpectedEvent] = []
         for page in self._pages():
-            expected: list[ExpectedEvent] = []
             for ordinal, sequence, kept_hash, stored in page:
                 if not self._links(ordinal, sequence, kept_hash, stored, expected):
+                    self._compare_events(expected)
                     yield
                     return
-            self._compare_events(expected)
+            if len(expected) >= _EVENTS_PER_QUERY:
+                self._compare_events(expected)
+                expected = []
             self._take_findings()
             self._compare_windows(self.recomputed.closed)
             self.recomputed.closed = []
             self._compare_invoices()
             yield
+        self._compare_events(expected)
         if self._last_hash != self._position.record_hash:
             self._differs("position_differs", "sink_positions", self._position.record_hash, self._last_hash or "no record")
         self._compare_windows(list(self.recomputed.open.values()))
@@ -204,8 +214,7 @@ class _PartitionAudit:
     # -- events ---------------------------------------------------------------------------------------------------------
 
     def _compare_events(self, expected: Sequence[ExpectedEvent]) -> None:
-        for start in range(0, len(expected), _KEYS_PER_QUERY):
-            part = expected[start : start + _KEYS_PER_QUERY]
+        for part in _in_parts(expected):
             tenants = sorted({entry.event.tenant_id for entry in part})
             found = {
                 (str(row[0]), str(row[1])): row
@@ -386,6 +395,20 @@ class _PartitionAudit:
     def _differs(self, kind: str, subject: str, expected: str, found: str) -> None:
         self._take_findings()
         self._report.findings.append(Finding(kind, self._partition, subject, expected, found))
+
+
+def _in_parts(expected: Sequence[ExpectedEvent]) -> Iterator[Sequence[ExpectedEvent]]:
+    """As many at a time as one query may name."""
+    start = id_bytes = 0
+    for end, entry in enumerate(expected):
+        # As if each had a tenant of its own.
+        own_bytes = len(entry.event.tenant_id.encode()) + len(entry.event.request_id.encode())
+        if end - start == _EVENTS_PER_QUERY or (id_bytes + own_bytes > _ID_BYTES_PER_QUERY and end > start):
+            yield expected[start:end]
+            start, id_bytes = end, 0
+        id_bytes += own_bytes
+    if start < len(expected):
+        yield expected[start:]
 
 
 _EVENT_NAMES = ("cost_pico", "price_version", "model", "operation", "service_class", "ended_ms", *TOKEN_COLUMNS)

@@ -26,7 +26,6 @@ from billing.v1.usage_pb2 import UnitQuantity, UsageEvent
 from billing.validation import TOKEN_FIELDS
 from sinks.engine import Parameter, Reader, decimal_to_pico
 from sinks.errors import SinkError
-from sinks.parameters import VALUES_MAX
 from sinks.price_books import number_of_operation, number_of_service_class
 from sinks.queries import CHARGED
 from sinks.rated_usage import Payer, RatedLine
@@ -35,6 +34,8 @@ __all__ = ["ChargeDiffers", "ChargeKey", "ChargedRequest", "UsageName", "charged
 
 DAY_MS = 86_400_000
 _PAGE_EVENTS = 100_000
+# More are not named to the database; then all models' events are read.
+_MODELS_MAX = 1_000
 _TIMEOUT_S = 120.0
 # The version of the record that opened a window. An invoice lets go of its windows: each is wholly its, or the next one's.
 _OPENED = "bitOr(bitShiftLeft(bitShiftRight(version, 40), 40), opened_sequence)"
@@ -190,7 +191,7 @@ def _requests(
     quantities = Quantities()
     asked = _asked(payer, period.start_ms, period.end_ms) | {"limit": _PAGE_EVENTS}
     of_models = ""
-    if len(models) <= VALUES_MAX:
+    if len(models) <= _MODELS_MAX:
         asked["models"] = sorted(models)
         of_models = "AND model IN {models:Array(String)} "
     version, index = 0, 0

@@ -17,7 +17,7 @@ __all__ = ["TEXT_CHARS_MAX", "VALUES_MAX", "Parameter", "bind"]
 Parameter = int | str | Sequence[str]
 
 TEXT_CHARS_MAX = 4_096
-VALUES_MAX = 1_000
+VALUES_MAX = 4_000
 
 _PLACEHOLDER = re.compile(r"\{(\w+):([A-Za-z0-9()]+)\}")
 _INTEGERS = {

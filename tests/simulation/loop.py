@@ -96,7 +96,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def __init__(self, choices: random.Random, *, steps_max: int) -> None:
         super().__init__()
-        self._choices = choices
+        self._draw = choices.getrandbits
         self._now_s = 0.0
         self._steps_max = steps_max
         self._ready: list[asyncio.Handle] = []
@@ -130,7 +130,13 @@ class SimLoop(asyncio.BaseEventLoop):
             handle = heapq.heappop(scheduled)
             handle._scheduled = False
             ready.append(handle)
-        handle = ready.pop(self._choices.randrange(len(ready)))
+        # `choices.randrange(len(ready))`, without what it checks first: this is the simulator's innermost line.
+        count = len(ready)
+        bits = count.bit_length()
+        place = self._draw(bits)
+        while place >= count:
+            place = self._draw(bits)
+        handle = ready.pop(place)
         if handle._cancelled:
             return
         process = handle._context.get(PROCESS)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Each rule that is broken on purpose turns the simulation red within a bounded number of seeds.
 
 What the simulator once found stands here too: the mend taken away is found again, however its seeds have changed meanwhile.
+A seed that is known to find a rare one is tried first; when a change of the simulator has made it another run, all are.
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ from tests.simulation.controls import CONTROLS
 from tests.simulation.many import attempt
 
 SEEDS_MAX = 60
+KNOWN_SEEDS = {
+    "a run is removed before its list is synced": 33,
+    "a log that was cut is gone on with": 54,
+    "a delivery error is ignored": 13,
+    "input resumes at the log's end": 14,
+}
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_broken_rule_is_seen(name: str) -> None:
+    known = [KNOWN_SEEDS[name]] if name in KNOWN_SEEDS else []
     with CONTROLS[name]():
-        outcomes = (attempt(seed) for seed in range(SEEDS_MAX))
+        outcomes = (attempt(seed) for seed in (*known, *range(SEEDS_MAX)))
         found = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
     assert found is not None, f"{SEEDS_MAX} seeds stay green although {name}"
     broke = "ended with" in found or "Exception in" in found or "again: python -m tests.simulation --seed" not in found

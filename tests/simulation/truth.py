@@ -70,7 +70,9 @@ class PartitionTruth:
         self.generation = b""
         self.hashes: list[bytes] = []
         self.offsets: list[int] = []
-        self.digests: list[str] = []
+        self.stored: list[bytes] = []
+        # Of the state at a sequence, for those that were asked about.
+        self._digests: dict[int, str] = {}
         self.log_time_ms = 0
         self.inputs: dict[str, int] = {}
         self.charged: dict[Identity, Charge] = {}
@@ -92,6 +94,17 @@ class PartitionTruth:
     @property
     def sequence(self) -> int:
         return len(self.hashes) - 1
+
+    def digest_at(self, sequence: int) -> str:
+        """The digest of the state that the records up to `sequence` leave. Most are never asked for: none is kept ready."""
+        if sequence not in self._digests:
+            state = self.state
+            if sequence != self.sequence:
+                state = LedgerState(MemorySeenKeys())
+                for stored in self.stored[: sequence + 1]:
+                    replay.apply(state, LedgerRecord.FromString(stored), stored)
+            self._digests[sequence] = state.digest(with_memory=False)
+        return self._digests[sequence]
 
 
 def _version_at(truth: PartitionTruth, event: UsageEvent) -> int:
@@ -147,9 +160,9 @@ class Truth:
         truth.generation = record.generation
         truth.hashes.append(hashlib.sha256(stored).digest())
         truth.offsets.append(offset)
+        truth.stored.append(stored)
         self._judge(truth, record)
         replay.apply(truth.state, record, stored)
-        truth.digests.append(truth.state.digest(with_memory=False))
 
     def _fail(self, truth: PartitionTruth, record: LedgerRecord, what: str) -> None:
         self.loop.fail(f"{LEDGER}[{truth.partition}], sequence {record.sequence}, by {record.writer}: {what}")
@@ -334,7 +347,7 @@ class Truth:
         truth = self.partitions[state.partition]
         if state.partition in self.cut:
             return
-        if state.sequence > truth.sequence or state.digest(with_memory=False) != truth.digests[state.sequence]:
+        if state.sequence > truth.sequence or state.digest(with_memory=False) != truth.digest_at(state.sequence):
             self.loop.fail(f"{who}: its state at sequence {state.sequence} of partition {state.partition} is not the log's")
         if state.sequence == truth.sequence and state.seen.digest() != truth.state.seen.digest():
             self.loop.fail(f"{who}: its dedupe memory at sequence {state.sequence} of {state.partition} is not the log's")

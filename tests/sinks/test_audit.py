@@ -71,6 +71,32 @@ def test_a_tenant_that_changes_its_currency_is_clean(engine: ChdbEngine) -> None
     assert [tuple(row) for row in rows] == [("EUR", 1), ("USD", 1)]
 
 
+def test_events_that_are_looked_up_by_several_queries_are_all_compared(
+    engine: ChdbEngine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sinks.audit._PAGE_RECORDS", 2)
+    monkeypatch.setattr("sinks.audit._EVENTS_PER_QUERY", 7)
+    monkeypatch.setattr("sinks.audit._ID_BYTES_PER_QUERY", 40)
+    feed(engine, ledger.stored, KEYS.seal_key)
+    report = audit(engine, KEYS.seal_key)
+    assert report.clean
+    assert report.events == 25
+    requests = [str(row[0]) for row in engine.query("SELECT request_id FROM usage_events FINAL").rows]
+    engine.execute("ALTER TABLE usage_events DELETE WHERE 1 SETTINGS mutations_sync = 2")
+    missing = [finding for finding in audit(engine, KEYS.seal_key).findings if finding.kind == "event_missing"]
+    assert sorted(finding.subject.rpartition("/")[2] for finding in missing) == sorted(requests)
+
+
+def test_ids_that_grow_when_they_are_written_fit_into_a_query(engine: ChdbEngine) -> None:
+    long = Ledger()
+    long.tenant(ONE)
+    long.usage(batch([usage("'" * 250 + f"{number:03d}", ONE) for number in range(450)]))
+    feed(engine, long.stored, KEYS.seal_key)
+    report = audit(engine, KEYS.seal_key)
+    assert report.findings == []
+    assert report.events == 450
+
+
 def test_a_forged_record_is_named(engine: ChdbEngine, ledger: Ledger) -> None:
     feed(engine, ledger.stored, None)
     [finding] = [finding for finding in audit(engine, b"another key" * 3).findings if finding.kind == "record_unreadable"]

@@ -33,6 +33,8 @@ TENANTS: Final = 50
 SPEED: Final = 600
 # In about twenty-four, where the kill waits for the first of it to be seen, which takes a loaded machine a while.
 SLOW_SPEED: Final = 150
+# Batches, and so ledger records, as a loaded installation has them: with the default each would hold a dozen events.
+LINGER: Final = "producer.linger_ms=100"
 TRIALS: Final = ("producer", "worker", "sink", "worker", "producer")
 
 
@@ -43,7 +45,7 @@ def trace() -> Trace:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with Up(tmp_path_factory.mktemp("kill9")) as running:
+    with Up(tmp_path_factory.mktemp("kill9"), LINGER) as running:
         yield running
 
 

@@ -39,7 +39,7 @@ def in_database(up: Up, events: int) -> None:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with Up(tmp_path_factory.mktemp("up")) as running:
+    with Up(tmp_path_factory.mktemp("up"), api=True) as running:
         running.run("tenant", "create", "acme", "--name", "Acme")
         running.run("credit", "grant", "acme", "5", "--id", "first-payment")
         yield running
@@ -69,6 +69,10 @@ def test_stopped_and_started_twice_balances_are_as_before_and_new_usage_adds(tmp
         assert balances(up) == between
         assert up.json("audit")["findings"] == []
         assert {check["state"] for check in up.json("doctor")} <= {"well", "skipped"}
+
+
+def test_every_part_runs_and_the_broker_beside_them(up: Up) -> None:
+    assert up.pids().keys() == {"broker", "worker", "sink", "api"}
 
 
 def test_credit_granted_twice_under_one_id_counts_once(up: Up) -> None:
