@@ -32,6 +32,8 @@ _GROUPS: Final = {
     "topics": "Kafka's topics.",
     "ledger": "The ledger's log.",
     "models": "Models behind the gateway.",
+    "webhooks": "Alerts to endpoints.",
+    "webhooks dead": "Alerts that an endpoint did not take.",
     "config": "The configuration.",
 }
 # What a user types: the module of `taximeter.commands` and its function.
@@ -42,6 +44,7 @@ _COMMANDS: Final = {
     "sink": "parts.sink",
     "gateway": "parts.gateway",
     "api": "parts.api",
+    "notifier": "parts.notifier",
     "prepare": "operations.prepare",
     "model-server": "parts.model_server",
     "migrate": "operations.migrate",
@@ -97,6 +100,9 @@ _COMMANDS: Final = {
     "topics apply": "operations.apply_topics",
     "ledger diff": "operations.diff_ledger",
     "models check": "models.check",
+    "webhooks dead list": "webhooks.list_",
+    "webhooks dead retry": "webhooks.retry",
+    "webhooks dead drop": "webhooks.drop",
     "config show": "configuration.show",
 }
 _HIDDEN: Final = frozenset({"prepare", "model-server"})
@@ -115,20 +121,23 @@ def application(word: str = "") -> typer.Typer:
     )
     # A command that is the only one stays a command, with its name before it.
     app.callback()(lambda: None)
-    groups: dict[str, typer.Typer] = {}
+    groups: dict[str, typer.Typer] = {"": app}
     chosen = {name: place for name, place in _COMMANDS.items() if name.partition(" ")[0] == word}
     for name, place in (chosen or _COMMANDS).items():
         module, _, function = place.partition(".")
         called = getattr(importlib.import_module(f"taximeter.commands.{module}"), function)
-        first, _, second = name.partition(" ")
-        if not second:
-            app.command(name, hidden=name in _HIDDEN)(called)
-            continue
-        if first not in groups:
-            groups[first] = typer.Typer(no_args_is_help=True, help=_GROUPS[first])
-            app.add_typer(groups[first], name=first)
-        groups[first].command(second)(called)
+        path, _, last = name.rpartition(" ")
+        _group(groups, path).command(last, hidden=name in _HIDDEN)(called)
     return app
+
+
+def _group(groups: dict[str, typer.Typer], path: str) -> typer.Typer:
+    """The group of that path, made with those above it."""
+    if path not in groups:
+        above, _, word = path.rpartition(" ")
+        groups[path] = typer.Typer(no_args_is_help=True, help=_GROUPS[path])
+        _group(groups, above).add_typer(groups[path], name=word)
+    return groups[path]
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import GatewaySettings, LeaseSettings, UpstreamTls
     from serving.model_server.settings import ServerSettings
+    from serving.notifier.settings import NotifierSettings
     from sinks.embedded import JsonReader
     from sinks.engine import Engine, Reader
     from stream_processors.topics import ApplySettings
@@ -45,6 +46,7 @@ __all__ = [
     "meter_settings",
     "model_profile",
     "model_server_settings",
+    "notifier_settings",
     "open_engine",
     "open_reader",
     "publisher_settings",
@@ -404,6 +406,29 @@ def api_settings(config: Config) -> ApiSettings:
         http_port=api.http_port,
         tls=tls,
         limits=ApiLimits(call_timeout_s=api.call_timeout_s, calls_max=api.calls_max, tenant_calls_max=api.tenant_calls_max),
+    )
+
+
+def notifier_settings(config: Config) -> NotifierSettings:
+    """The notifier."""
+    from serving.notifier.settings import NotifierLimits, NotifierSettings
+    from taximeter.endpoints import endpoint_of
+
+    notifier = config.notifier
+    if not notifier.endpoints:
+        raise ConfigError("notifier.endpoints is empty, so nobody is told anything: add [notifier.endpoints.NAME]")
+    return NotifierSettings(
+        bootstrap=config.kafka.bootstrap,
+        journal_path=notifier.journal_path,
+        endpoints=tuple(endpoint_of(name, endpoint) for name, endpoint in notifier.endpoints.items()),
+        topic=topic_names(config).alerts,
+        security=kafka_security(config.kafka),
+        limits=NotifierLimits(
+            attempt_timeout_s=notifier.timeout_s,
+            horizon_s=notifier.retry_hours * 3_600,
+            queue_max=notifier.queue_max,
+            dead_max=notifier.dead_max,
+        ),
     )
 
 

@@ -18,10 +18,12 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from billing.v1.alert_pb2 import AlertRule, Severity
 from taximeter.errors import ConfigError
 from taximeter.logs import keep_out
 
@@ -35,6 +37,8 @@ __all__ = [
     "LedgerConfig",
     "ModelProfileConfig",
     "ModelsConfig",
+    "NotifierConfig",
+    "NotifierEndpointConfig",
     "PricesConfig",
     "ProducerConfig",
     "is_anything_set",
@@ -49,6 +53,7 @@ _COMMAND_LINE_VARIABLES: Final = frozenset(
 )
 DEFAULT_FILE: Final = Path("taximeter.toml")
 _FILE_BYTES_MAX: Final = 1_000_000
+_ENDPOINTS_MAX: Final = 32
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 # 0: none; the embedded set-up chooses a free one.
@@ -377,6 +382,77 @@ class ModelsConfig(_Section):
         return self
 
 
+class NotifierEndpointConfig(_Section):
+    """One receiver of alerts over HTTP. Filters that are empty let everything through."""
+
+    # Where alerts are posted; Alertmanager's is https://HOST/api/v2/alerts.
+    url: Annotated[str, Field(min_length=1, max_length=2_000)]
+    # Standard Webhooks, or Alertmanager's API v2.
+    format: Literal["standard", "alertmanager"] = "standard"
+    # A secret a line, `whsec_…` or base64 of 24 to 64 bytes; two while they are changed: both sign.
+    secret_file: Path | None = None
+    # Sent as `Authorization: Bearer`, where a proxy in front of the receiver asks for it.
+    bearer_file: Path | None = None
+    # Names of rules, such as token_burst.
+    rules: list[str] = Field(default_factory=list)
+    # info, warning, critical.
+    severities: list[str] = Field(default_factory=list)
+    tenants: list[str] = Field(default_factory=list)
+    # As in [kafka]: http:// instead of https://.
+    allow_plaintext: bool = False
+    # The address may be of this machine, of a private network or of a cloud's metadata service.
+    allow_private: bool = False
+    # Whose certificates the receiver may show, instead of the public authorities'.
+    ca_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> NotifierEndpointConfig:
+        malformed = ValueError("url is not https://HOST[:PORT]/PATH without a user and a fragment: correct it")
+        try:
+            parts = urlsplit(self.url)
+            is_whole = bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            raise malformed from None
+        if not is_whole or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.fragment:
+            raise malformed
+        if parts.scheme == "http" and not self.allow_plaintext:
+            raise ValueError("url is not encrypted: write https://, or set allow_plaintext = true where the network is trusted")
+        if self.format == "standard" and self.secret_file is None:
+            raise ValueError("format standard is signed: set secret_file (a line of it: `openssl rand -base64 32`)")
+        return self
+
+    @model_validator(mode="after")
+    def _filters_are_known(self) -> NotifierEndpointConfig:
+        known = {
+            "rules": [name.removeprefix("ALERT_RULE_").lower() for name in AlertRule.keys()[1:]],
+            "severities": [name.removeprefix("SEVERITY_").lower() for name in Severity.keys()[1:]],
+        }
+        for key, names in known.items():
+            for name in getattr(self, key):
+                if name not in names:
+                    raise ValueError(f"{key} has {name[:40]!r}, which is none: the nearest is {_nearest(name, names)}")
+        return self
+
+
+class NotifierConfig(_Section):
+    """The notifier: alerts to endpoints over HTTP."""
+
+    # What is to be delivered, and how far the alert topic was followed: on a disk that survives the process.
+    journal_path: Path = Path(".taximeter/notifier/journal.sqlite")
+    metrics_address: MetricsAddress = ""
+    # Of one attempt.
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 10.0
+    # From a delivery's first attempt to the dead-letter list.
+    retry_hours: Annotated[float, Field(gt=0, le=720)] = 24.0
+    # Of each endpoint: deliveries that wait (more are dead letters at once), and dead letters that are kept (the newest).
+    queue_max: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    dead_max: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    endpoints: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)], NotifierEndpointConfig],
+        Field(max_length=_ENDPOINTS_MAX),
+    ] = Field(default_factory=dict)
+
+
 class PricesConfig(_Section):
     """The price book that `up` applies when it founds a ledger; none: the one that comes with the package."""
 
@@ -435,6 +511,7 @@ class Config(BaseSettings):
     api: ApiConfig = Field(default_factory=ApiConfig)
     producer: ProducerConfig = Field(default_factory=ProducerConfig)
     models: ModelsConfig = Field(default_factory=ModelsConfig)
+    notifier: NotifierConfig = Field(default_factory=NotifierConfig)
     prices: PricesConfig = Field(default_factory=PricesConfig)
     embedded: EmbeddedConfig = Field(default_factory=EmbeddedConfig)
 

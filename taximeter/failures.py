@@ -7,6 +7,7 @@ from confluent_kafka import KafkaError, KafkaException
 from billing.chain import UnreadableRecord
 from producers.errors import ProducerError
 from serving.commanding import CommandError
+from serving.notifier.errors import NotifierError
 from sinks.errors import SinkError
 from stream_processors.errors import WorkerError
 from taximeter.embedded.process import ChildError
@@ -18,7 +19,9 @@ def explain(error: BaseException) -> str | None:
     """One sentence, or None: then it is a bug and keeps its traceback."""
     if isinstance(error, KafkaException):
         return _kafka(error)
-    if isinstance(error, ProducerError | SinkError | WorkerError | UnreadableRecord | ChildError | CommandError):
+    if isinstance(
+        error, ProducerError | SinkError | WorkerError | UnreadableRecord | ChildError | CommandError | NotifierError
+    ):
         return str(error)
     return None
 

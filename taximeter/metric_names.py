@@ -2,7 +2,7 @@
 
 Promise: `taximeter.metrics` exports these and nothing else beside the process's own (process_…), so that rules, dashboards and
 docs/reference/metrics.md can be held against this table. Labels take values from the code, the contracts, partitions, topics
-and the models that a gateway serves; never a tenant, a key or what a client sends.
+the models that a gateway serves and the endpoints that a notifier has; never a tenant, a key or what a client sends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 __all__ = ["GATEWAY_NUMBERS", "METRICS", "MetricName", "Part"]
 
-Part = Literal["gateway", "worker", "sink"]
+Part = Literal["gateway", "worker", "sink", "notifier"]
 Kind = Literal["gauge", "counter", "histogram"]
 _MODEL: Final = ("gen_ai_operation_name", "gen_ai_request_model")
 
@@ -40,6 +40,10 @@ def _worker(name: str, kind: Kind, text: str, *labels: str) -> MetricName:
 
 def _sink(name: str, kind: Kind, text: str, *labels: str) -> MetricName:
     return MetricName("sink", f"taximeter_sink_{name}", kind, text, labels)
+
+
+def _notifier(name: str, kind: Kind, text: str, *labels: str) -> MetricName:
+    return MetricName("notifier", f"taximeter_notifier_{name}", kind, text, labels)
 
 
 # Of a gateway, by the names under which its parts count them.
@@ -179,4 +183,15 @@ METRICS: Final = (
     _sink("stored_records", "counter", "Records written to the database."),
     _sink("stored_batches", "counter", "Batches written to the database."),
     _sink("storing_seconds", "counter", "Time that writing them took, with repeats."),
+    _notifier("alerts", "counter", "Alerts that were taken from the topic and written down."),
+    _notifier("delivered", "counter", "Deliveries that the endpoint took.", "endpoint"),
+    _notifier("attempts_failed", "counter", "Attempts that it did not take.", "endpoint"),
+    _notifier("gave_up", "counter", "Deliveries that became dead letters after attempts.", "endpoint"),
+    _notifier("waiting", "gauge", "Deliveries that wait or are under way.", "endpoint"),
+    _notifier("oldest_waiting_seconds", "gauge", "Age of the oldest of them.", "endpoint"),
+    _notifier(
+        "dead_letters", "gauge", "Deliveries that the endpoint did not take: `taximeter webhooks dead list`.", "endpoint"
+    ),
+    _notifier("endpoint_gone", "gauge", "1: it answered 410 Gone and is not asked any more.", "endpoint"),
+    _notifier("dead_letters_dropped", "counter", "Dead letters that had to go because there were too many."),
 )

@@ -1,5 +1,5 @@
-"""Prometheus metrics of gateway, worker and sink, and whether each is well: one small HTTP endpoint a part, at the address that
-is set; off without one.
+"""Prometheus metrics of gateway, worker, sink and notifier, and whether each is well: one small HTTP endpoint a part, at the
+address that is set; off without one.
 
     /metrics        for Prometheus
     /health/live    200 while the process answers
@@ -7,7 +7,7 @@ is set; off without one.
 
 Promise: a scrape reads what the part counts anyway, and changes nothing. Every metric stands in `taximeter.metric_names`. The
 number of series is bounded: by the names in the code, the partitions of the ledger, and the models, operations and outcomes of
-the gateway. No tenant, key, request or text of a client is ever a label.
+the gateway, and the notifier's endpoints. No tenant, key, request or text of a client is ever a label.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from taximeter.metric_names import GATEWAY_NUMBERS, METRICS, Part
 if TYPE_CHECKING:
     from serving.gateway import GatewayServer
     from serving.gateway.genai import Histogram
+    from serving.notifier.notifier import Notifier
     from sinks.status import SinkStatus
     from stream_processors.ledger_app import LedgerApp
     from stream_processors.ledger_host import LedgerHost
     from stream_processors.publisher_app import PublisherApp
 
-__all__ = ["gateway_metrics", "serve_metrics", "sink_metrics", "worker_metrics"]
+__all__ = ["gateway_metrics", "notifier_metrics", "serve_metrics", "sink_metrics", "worker_metrics"]
 
 _LOG = logging.getLogger(__name__)
 _REQUEST_TIMEOUT_S: Final = 10.0
@@ -257,6 +258,30 @@ def sink_metrics(status: SinkStatus) -> Source:
         families.add("taximeter_sink_stored_records", found["stored_records"])
         families.add("taximeter_sink_stored_batches", found["stored_batches"])
         families.add("taximeter_sink_storing_seconds", found["storing_s"])
+        return families
+
+    return source
+
+
+def notifier_metrics(notifier: Notifier) -> Source:
+    """How it stands with each endpoint."""
+
+    def source() -> Iterable[Metric]:
+        families = _Families("notifier")
+        families.add("taximeter_notifier_alerts", notifier.taken)
+        families.add("taximeter_notifier_dead_letters_dropped", notifier.dropped)
+        for each in notifier.status():
+            values = {
+                "delivered": each.counts["delivered"],
+                "attempts_failed": each.counts["failed"],
+                "gave_up": each.counts["dead"],
+                "waiting": each.waiting,
+                "oldest_waiting_seconds": each.oldest_s,
+                "dead_letters": each.dead,
+                "endpoint_gone": each.gone,
+            }
+            for name, value in values.items():
+                families.add(f"taximeter_notifier_{name}", value, each.name)
         return families
 
     return source

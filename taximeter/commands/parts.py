@@ -16,7 +16,7 @@ from taximeter.errors import TaximeterError
 from taximeter.logs import LogFormat, LogLevel, start_logging
 from taximeter.times import now_ms
 
-__all__ = ["api", "gateway", "model_server", "sink", "worker"]
+__all__ = ["api", "gateway", "model_server", "notifier", "sink", "worker"]
 
 LogLevelOption = Annotated[
     LogLevel, typer.Option("--log-level", envvar="TAXIMETER_LOG_LEVEL", help="How much is said on standard error.")
@@ -132,6 +132,31 @@ def api(
     start_logging("api", log_level, log_format)
     settings = compose.api_settings(context.config())
     asyncio.run(until_told(run_api(settings, ready=lambda _: mark_ready(ready_file))))
+
+
+@command
+def notifier(
+    context: Context,
+    ready_file: Annotated[Path | None, typer.Option(help="Made when the alert topic has been read.")] = None,
+    log_level: LogLevelOption = "info",
+    log_format: LogFormatOption = "text",
+) -> None:
+    """Run the notifier: alerts to the endpoints that the configuration names, as webhooks or to Alertmanager."""
+    from serving.notifier.notifier import run_notifier
+
+    start_logging("notifier", log_level, log_format)
+    config = context.config()
+    settings = compose.notifier_settings(config)
+    with contextlib.ExitStack() as stack:
+
+        def watch(notifier: Any) -> None:
+            if address := config.notifier.metrics_address:
+                from taximeter.metrics import notifier_metrics, serve_metrics
+
+                metrics = notifier_metrics(notifier)
+                stack.callback(serve_metrics("notifier.metrics_address", address, metrics, lambda: str(notifier.waiting_for)))
+
+        asyncio.run(until_told(run_notifier(settings, ready=lambda: mark_ready(ready_file), watch=watch)))
 
 
 @command

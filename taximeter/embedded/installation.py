@@ -35,7 +35,7 @@ _PROBE_TIMEOUT_S: Final = 1.0
 _PREPARE_TIMEOUT_S: Final = 120.0
 _SESSION_TIMEOUT_S: Final = 6.0
 # The gateway first, so that nobody is admitted whose usage would wait; what feeds the ledger before what reads it.
-_STOP_ORDER: Final = ("api", "gateway", "model-server", "worker", "sink")
+_STOP_ORDER: Final = ("api", "gateway", "model-server", "worker", "notifier", "sink")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +71,20 @@ class Installation:
         if embedded.api:
             ready_path = self.data_dir.path / "run" / "api.ready"
             parts["api"] = self._part("api", ["api", "--ready-file", str(ready_path)], ready_path.exists, ready_path)
+        if self.config.notifier.endpoints:
+            ready_path = self.data_dir.path / "run" / "notifier.ready"
+            parts["notifier"] = self._part(
+                "notifier", ["notifier", "--ready-file", str(ready_path)], ready_path.exists, ready_path
+            )
         stop_order = [name for stem in _STOP_ORDER for name in parts if name == stem or name.startswith(f"{stem}-")]
         return Supervisor(
             foundation=broker,
             prepare=self.prepare,
             parts=parts,
             stop_order=stop_order,
-            standing_on_foundation=frozenset(name for name in parts if name not in ("api", "gateway", "model-server")),
+            standing_on_foundation=frozenset(
+                name for name in parts if name not in ("api", "gateway", "model-server", "notifier")
+            ),
             on_change=on_change,
             tell=tell,
         )
@@ -155,6 +162,7 @@ def _overrides(
             "key_pepper_file": secret_files["key_pepper"],
         },
         "api": {"host": host, "http_port": ports["api_http_port"], "grpc_port": ports["api_grpc_port"]},
+        "notifier": {"journal_path": data_dir.path / "notifier" / "journal.sqlite"},
         "embedded": dict(ports),
     }
     if base.embedded.model_server:

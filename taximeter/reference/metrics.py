@@ -7,7 +7,12 @@ from taximeter.reference.markdown import cell, code, table
 
 __all__ = ["metrics_page"]
 
-_PARTS = {"gateway": "gateway.metrics_address", "worker": "ledger.metrics_address", "sink": "clickhouse.metrics_address"}
+_PARTS = {
+    "gateway": "gateway.metrics_address",
+    "worker": "ledger.metrics_address",
+    "sink": "clickhouse.metrics_address",
+    "notifier": "notifier.metrics_address",
+}
 
 _INTRODUCTION = """\
 A histogram's series end in `_bucket` (with `le`), `_sum` and `_count`. Beside these each part has its process's own

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import typer.main
 import yaml
@@ -15,7 +16,7 @@ from taximeter.cli import application
 from taximeter.config import Config, load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-OURS = ("topics", "worker", "sink", "gateway", "api")
+OURS = ("topics", "worker", "sink", "gateway", "api", "notifier")
 # What each part reads: without one of these files it ends with an error.
 SECRETS = {
     "topics": {"seal_key"},
@@ -23,6 +24,7 @@ SECRETS = {
     "sink": {"seal_key", "clickhouse_password"},
     "gateway": {"key_pepper"},
     "api": {"key_pepper", "command_key", "clickhouse_password"},
+    "notifier": set(),
 }
 
 
@@ -67,7 +69,12 @@ def test_secret_files_are_those_that_compose_mounts(compose: dict[str, Any], con
 
 
 def test_what_must_outlive_a_container_lies_on_a_volume(compose: dict[str, Any], config: Config) -> None:
-    for name, path in (("worker", config.ledger.state_dir), ("gateway", config.gateway.journal_path)):
+    places = (
+        ("worker", config.ledger.state_dir),
+        ("gateway", config.gateway.journal_path),
+        ("notifier", config.notifier.journal_path),
+    )
+    for name, path in places:
         mounts = [volume.split(":")[1] for volume in compose["services"][name]["volumes"]]
         assert any(path.is_relative_to(mount) for mount in mounts), f"{name}: {path} would be lost"
 
@@ -76,6 +83,8 @@ def test_addresses_are_those_of_the_services(compose: dict[str, Any], config: Co
     services = compose["services"]
     for address in (config.kafka.bootstrap, config.gateway.upstream, f"{config.clickhouse.host}:0"):
         assert address.split(":")[0] in services
+    [endpoint] = config.notifier.endpoints.values()
+    assert httpx.URL(endpoint.url).host in services
     assert [f"{config.gateway.port}:{config.gateway.port}"] == services["gateway"]["ports"]
     ports = (config.api.http_port, config.api.grpc_port)
     assert [f"{port}:{port}" for port in ports] == services["api"]["ports"]

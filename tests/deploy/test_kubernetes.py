@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import typer.main
 import yaml
@@ -25,13 +26,19 @@ SECRETS = {
     "taximeter-worker": {"seal_key", "command_key"},
     "taximeter-sink": {"seal_key", "command_key", "clickhouse_password"},
     "taximeter-gateway": {"key_pepper", "lease_key"},
+    "taximeter-notifier": set(),
 }
 KEYS = {
     "taximeter-ledger": {"seal_key", "command_key"},
     "taximeter-gateway": {"key_pepper", "lease_key"},
     "taximeter-clickhouse": {"clickhouse_password"},
 }
-METRICS = {"taximeter-worker": "ledger", "taximeter-sink": "clickhouse", "taximeter-gateway": "gateway"}
+METRICS = {
+    "taximeter-worker": "ledger",
+    "taximeter-sink": "clickhouse",
+    "taximeter-gateway": "gateway",
+    "taximeter-notifier": "notifier",
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,12 @@ def test_probes_and_scrapes_ask_where_the_part_answers(name: str, config: Config
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [("taximeter-worker", "ledger.state_dir"), ("taximeter-gateway", "gateway.journal_path")]
+    ("name", "path"),
+    [
+        ("taximeter-worker", "ledger.state_dir"),
+        ("taximeter-gateway", "gateway.journal_path"),
+        ("taximeter-notifier", "notifier.journal_path"),
+    ],
 )
 def test_what_must_outlive_a_pod_lies_on_a_claim_that_stays(name: str, path: str, config: Config) -> None:
     section, key = path.split(".")
@@ -181,6 +193,8 @@ def test_the_network_lets_through_what_the_configuration_needs(config: Config) -
     assert ports("taximeter-sink", "egress") == {config.clickhouse.port}
     assert config.ledger.snapshot_url.startswith("s3://")
     assert ports("taximeter-worker", "egress") == {443}
+    [endpoint] = config.notifier.endpoints.values()
+    assert ports("taximeter-notifier", "egress") == {httpx.URL(endpoint.url).port, 443}
     parts = {name: each["spec"]["template"]["metadata"]["labels"] for name, each in WORKLOADS.items()}
     for policy in policies.values():
         assert any(policy["podSelector"]["matchLabels"].items() <= labels.items() for labels in parts.values())

@@ -1,0 +1,156 @@
+"""One attempt to deliver: to whom a connection may be opened, what is signed, and what the answer means.
+
+Promise: an attempt ends within its time, reads no more of an answer than the bound, follows no redirect and no proxy of the
+environment. Where an endpoint may not be in a private network, its name is resolved here, every address is looked at, and
+the connection goes to what was looked at: a name that changes its address in between reaches nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final
+
+import httpx
+from standardwebhooks import Webhook
+
+from serving.notifier.errors import DeliveryFailed, EndpointGone
+
+if TYPE_CHECKING:
+    from serving.notifier.settings import Endpoint, NotifierLimits
+
+__all__ = ["Sender", "is_public"]
+
+_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
+_REASON_CHARS_MAX: Final = 200
+_PORTS: Final = {"http": 80, "https": 443}
+
+
+def is_public(address: str) -> bool:
+    """Whether the Internet routes it, also when it stands in an IPv6 address that carries one of IPv4."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour
+        if inner is None and found in _NAT64:
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return found.is_global and not found.is_multicast
+
+
+class Sender:
+    """Sends to one endpoint. Make it on the running event loop; `close` it."""
+
+    def __init__(self, endpoint: Endpoint, limits: NotifierLimits) -> None:
+        self._endpoint, self._limits = endpoint, limits
+        self._url = httpx.URL(endpoint.url)
+        self._signers = [Webhook(secret) for secret in endpoint.secrets]
+        # Nothing is ever spoken but the address's own scheme: redirects are not followed.
+        verify: ssl.SSLContext | bool = self._url.scheme == "https"
+        if endpoint.ca_file is not None:
+            verify = ssl.create_default_context(cafile=endpoint.ca_file)
+        self._client = httpx.AsyncClient(
+            verify=verify,
+            trust_env=False,
+            follow_redirects=False,
+            timeout=limits.attempt_timeout_s,
+            limits=httpx.Limits(max_connections=limits.attempts_at_once, max_keepalive_connections=limits.attempts_at_once),
+            headers={"user-agent": f"taximeter-notifier/{version('taximeter')}", "content-type": "application/json"},
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def send(self, webhook_id: str, body: bytes) -> None:
+        """Returns when the receiver has taken it. Raises DeliveryFailed."""
+        try:
+            async with asyncio.timeout(self._limits.attempt_timeout_s):
+                await self._send(webhook_id, body)
+        except TimeoutError:
+            raise DeliveryFailed(f"no answer within {self._limits.attempt_timeout_s:g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
+            raise DeliveryFailed(f"{type(error).__name__}: {_printable(str(error))}") from error
+
+    async def _send(self, webhook_id: str, body: bytes) -> None:
+        headers = self._headers(webhook_id, body)
+        if self._endpoint.allow_private:
+            return await self._post(self._url, headers, body)
+        unreached: httpx.ConnectError | None = None
+        for address in await self._public_addresses():
+            headers["host"] = self._url.netloc.decode()
+            try:
+                return await self._post(self._url.copy_with(host=address), headers, body)
+            except httpx.ConnectError as error:
+                unreached = error
+        assert unreached is not None, "a name has an address, or the look-up fails"
+        raise unreached
+
+    def _headers(self, webhook_id: str, body: bytes) -> dict[str, str]:
+        now = datetime.now(UTC)
+        headers = {"webhook-id": webhook_id, "webhook-timestamp": str(int(now.timestamp()))}
+        if self._signers:
+            headers["webhook-signature"] = " ".join(signer.sign(webhook_id, now, body.decode()) for signer in self._signers)
+        if self._endpoint.bearer:
+            headers["authorization"] = f"Bearer {self._endpoint.bearer}"
+        return headers
+
+    async def _public_addresses(self) -> list[str]:
+        host, port = self._url.host, self._url.port or _PORTS[self._url.scheme]
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise DeliveryFailed(f"its name has no address ({error.strerror or error})") from error
+        addresses = list(dict.fromkeys(str(place[4][0]) for place in found))
+        for address in addresses:
+            if not is_public(address):
+                raise DeliveryFailed(f"{address} is no public address: set allow_private if the endpoint is meant to be there")
+        return addresses
+
+    async def _post(self, url: httpx.URL, headers: dict[str, str], body: bytes) -> None:
+        # The certificate is that of the name, whatever address the connection goes to.
+        extensions = {"sni_hostname": self._url.host}
+        async with self._client.stream("POST", url, headers=headers, content=body, extensions=extensions) as answer:
+            said = await self._read(answer)
+            if answer.is_success:
+                return
+            reason = f"HTTP {answer.status_code}" + (f": {said}" if said else "")
+            if answer.status_code == httpx.codes.GONE:
+                raise EndpointGone(reason)
+            if answer.is_redirect:
+                reason = f"HTTP {answer.status_code}: redirects are not followed; set the address that it names"
+            raise DeliveryFailed(reason, self._retry_after_s(answer))
+
+    async def _read(self, answer: httpx.Response) -> str:
+        """The answer's beginning, and no more of it than is allowed."""
+        beginning = bytearray()
+        size = 0
+        async for chunk in answer.aiter_raw():
+            beginning += chunk[: 4 * _REASON_CHARS_MAX - len(beginning)]
+            size += len(chunk)
+            if size > self._limits.answer_bytes_max:
+                break
+        return _printable(beginning.decode("utf-8", "replace"))
+
+    def _retry_after_s(self, answer: httpx.Response) -> float | None:
+        """Seconds, or a date, as RFC 9110 has it."""
+        text = answer.headers.get("retry-after", "").strip()
+        if not text:
+            return None
+        if text.isascii() and text.isdigit():
+            asked_s = float(text[:12])
+        else:
+            try:
+                until = parsedate_to_datetime(text)
+                asked_s = (until - datetime.now(until.tzinfo)).total_seconds()
+            except (ValueError, OverflowError):
+                return None
+        return min(max(0.0, asked_s), self._limits.retry_after_max_s)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text[:_REASON_CHARS_MAX]).strip()

@@ -1,0 +1,171 @@
+"""One attempt: what is signed, which addresses are reached, and what each answer means."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from serving.notifier.errors import DeliveryFailed, EndpointGone
+from serving.notifier.sending import Sender, is_public
+from serving.notifier.settings import Endpoint
+from tests.serving.notifier.support import QUICK, SECRET, Answer, Receiver, endpoint
+
+OTHER = b"o" * 24
+
+
+@contextlib.asynccontextmanager
+async def sending(to: Endpoint, **limits: Any) -> AsyncIterator[Sender]:
+    sender = Sender(to, replace(QUICK, **limits))
+    try:
+        yield sender
+    finally:
+        await sender.close()
+
+
+async def test_a_receiver_verifies_it_with_either_secret_and_with_no_other(receiver: Receiver) -> None:
+    async with sending(endpoint(receiver.url, secrets=(SECRET, OTHER), bearer="token")) as sender:
+        await sender.send("a-r1", '{"a":"é"}'.encode())
+    [request] = receiver.requests
+    for secret in (SECRET, OTHER):
+        assert Webhook(secret).verify(request.body, request.headers) == {"a": "é"}
+    with pytest.raises(WebhookVerificationError):
+        Webhook(b"x" * 24).verify(request.body, request.headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(request.body + b" ", request.headers)
+    assert request.path == "/hook"
+    assert request.headers["authorization"] == "Bearer token"
+    assert request.headers["content-type"] == "application/json"
+
+
+async def test_each_answer_that_is_no_success_is_told_by_its_status(receiver: Receiver) -> None:
+    elsewhere = {"location": f"{receiver.url}/elsewhere"}
+    receiver.answers += [
+        Answer(500, body=b"out\nof \x1border" + b"x" * 1_000),
+        Answer(302, elsewhere),
+        Answer(410),
+        Answer(204),
+    ]
+    async with sending(endpoint(receiver.url)) as sender:
+        with pytest.raises(DeliveryFailed, match=r"^HTTP 500: out of  order") as failed:
+            await sender.send("a-r1", b"{}")
+        assert len(str(failed.value)) < 300
+        with pytest.raises(DeliveryFailed, match="redirects are not followed"):
+            await sender.send("a-r1", b"{}")
+        with pytest.raises(EndpointGone, match="HTTP 410"):
+            await sender.send("a-r1", b"{}")
+        await sender.send("a-r1", b"{}")
+    assert {request.path for request in receiver.requests} == {"/hook"}
+
+
+@pytest.mark.parametrize(
+    ("said", "low_s", "high_s"),
+    [
+        ("7", 7, 7),
+        ("99999", 60, 60),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=5), usegmt=True), 60, 60),
+        (format_datetime(datetime.now(UTC) - timedelta(hours=5), usegmt=True), 0, 0),
+    ],
+)
+async def test_retry_after_is_taken_within_its_bound(receiver: Receiver, said: str, low_s: float, high_s: float) -> None:
+    receiver.answers.append(Answer(503, {"retry-after": said}))
+    async with sending(endpoint(receiver.url), retry_after_max_s=60.0) as sender:
+        with pytest.raises(DeliveryFailed) as failed:
+            await sender.send("a-r1", b"{}")
+    assert failed.value.retry_after_s is not None
+    assert low_s <= failed.value.retry_after_s <= high_s
+
+
+async def test_retry_after_that_says_nothing_is_none(receiver: Receiver) -> None:
+    receiver.answers.append(Answer(503, {"retry-after": "soon"}))
+    async with sending(endpoint(receiver.url)) as sender:
+        with pytest.raises(DeliveryFailed) as failed:
+            await sender.send("a-r1", b"{}")
+    assert failed.value.retry_after_s is None
+
+
+async def test_a_slow_answer_and_nobody_at_all_are_failures(receiver: Receiver) -> None:
+    gate = threading.Event()
+    receiver.answers.append(Answer(gate=gate))
+    async with sending(endpoint(receiver.url), attempt_timeout_s=0.2) as sender:
+        with pytest.raises(DeliveryFailed, match=r"no answer within 0\.2 s"):
+            await sender.send("a-r1", b"{}")
+    gate.set()
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    async with sending(endpoint(f"http://127.0.0.1:{port}/secret-path")) as sender:
+        with pytest.raises(DeliveryFailed, match="ConnectError") as failed:
+            await sender.send("a-r1", b"{}")
+    assert "secret-path" not in str(failed.value)
+
+
+async def test_no_more_of_an_answer_is_read_than_its_bound(receiver: Receiver) -> None:
+    receiver.answers += [Answer(500, body=b"x" * 4_000_000)] * 2
+    async with sending(endpoint(receiver.url), answer_bytes_max=1_000) as sender:
+        for _ in range(2):
+            with pytest.raises(DeliveryFailed, match="HTTP 500"):
+                await sender.send("a-r1", b"{}")
+
+
+NOT_PUBLIC = [
+    "127.0.0.1",
+    "10.1.2.3",
+    "192.168.0.1",
+    "169.254.169.254",
+    "100.64.0.1",
+    "0.0.0.0",
+    "224.0.0.1",
+    "255.255.255.255",
+    "::1",
+    "fe80::1%eth0",
+    "fc00::1",
+    "::ffff:10.0.0.1",
+    "2002:0a00:0001::",
+    "64:ff9b::a9fe:a9fe",
+    "ff02::1",
+]
+
+
+@pytest.mark.parametrize("address", NOT_PUBLIC)
+def test_addresses_that_the_internet_does_not_route_are_none(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "2606:4700:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"])
+def test_others_are(address: str) -> None:
+    assert is_public(address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1"])
+async def test_nothing_private_is_reached_unless_it_may_be(receiver: Receiver, host: str) -> None:
+    async with sending(endpoint(f"http://{host}:{receiver.port}/hook", allow_private=False)) as sender:
+        with pytest.raises(DeliveryFailed, match=r"is no public address: set allow_private|has no address"):
+            await sender.send("a-r1", b"{}")
+    assert receiver.requests == []
+
+
+async def test_the_connection_goes_to_the_address_that_was_looked_at(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name is resolved once; what it becomes afterwards reaches nothing."""
+    looked: list[str] = []
+
+    async def once(host: str, port: int, **_: Any) -> list[Any]:
+        looked.append(host)
+        assert len(looked) == 1, "looked up twice"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", once)
+    monkeypatch.setattr("serving.notifier.sending.is_public", lambda address: address == "127.0.0.1")
+    async with sending(endpoint(f"http://hooks.example:{receiver.port}/hook", allow_private=False)) as sender:
+        await sender.send("a-r1", b"{}")
+    assert receiver.requests[0].headers["host"] == f"hooks.example:{receiver.port}"
