@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from billing.limits import (
     ATTRIBUTE_CHARS_MAX,
     ATTRIBUTES_MAX,
@@ -33,27 +35,37 @@ def _text_problem(name: str, value: str, chars_max: int) -> str | None:
     return None
 
 
-def event_problem(event: UsageEvent) -> str | None:
-    """What is wrong with `event`, for a person, or None. Bounds only: whether it is too old is the ledger's to say."""
-    for name in REQUIRED_IDS:
-        if not getattr(event, name):
-            return f"{name}: is empty; every usage event needs one"
+_tokens = attrgetter(*TOKEN_FIELDS)
+
+
+def event_problem(event: UsageEvent, size_bytes: int | None = None) -> str | None:
+    """What is wrong with `event`, for a person, or None. Bounds only: whether it is too old is the ledger's to say.
+
+    `size_bytes`: of the event on the wire, where that is known.
+    """
+    if not (event.request_id and event.tenant_id and event.model):
+        name = next(name for name in REQUIRED_IDS if not getattr(event, name))
+        return f"{name}: is empty; every usage event needs one"
     # An event that is no longer as a whole has no text that is too long.
-    if event.ByteSize() > ID_CHARS_MAX:
+    if (event.ByteSize() if size_bytes is None else size_bytes) > ID_CHARS_MAX:
         for name in REQUIRED_IDS + OPTIONAL_IDS:
             if problem := _text_problem(name, getattr(event, name), ID_CHARS_MAX):
                 return problem
-    for name in ("started_ms", "ended_ms"):
-        value = getattr(event, name)
+    if not 0 < event.started_ms <= event.ended_ms <= TIME_MS_MAX:
+        return _times_problem(event)
+    # None is negative, so none is over the bound where all of them together are not.
+    if sum(_tokens(event)) > QUANTITY_MAX:
+        for name, value in zip(TOKEN_FIELDS, _tokens(event), strict=True):
+            if value > QUANTITY_MAX:
+                return f"{name}: {value} is over {QUANTITY_MAX}; a negative number sent as unsigned looks like this"
+    return _extras_problem(event) if event.units or event.attributes else None
+
+
+def _times_problem(event: UsageEvent) -> str:
+    for name, value in (("started_ms", event.started_ms), ("ended_ms", event.ended_ms)):
         if not 0 < value <= TIME_MS_MAX:
             return f"{name}: {value} is not a Unix time in milliseconds; send one between 1 and {TIME_MS_MAX}"
-    if event.started_ms > event.ended_ms:
-        return f"started_ms: {event.started_ms} is after ended_ms {event.ended_ms}; a request ends when it started or later"
-    for name in TOKEN_FIELDS:
-        value = getattr(event, name)
-        if value > QUANTITY_MAX:
-            return f"{name}: {value} is over {QUANTITY_MAX}; a negative number sent as unsigned looks like this"
-    return _extras_problem(event)
+    return f"started_ms: {event.started_ms} is after ended_ms {event.ended_ms}; a request ends when it started or later"
 
 
 def _extras_problem(event: UsageEvent) -> str | None:

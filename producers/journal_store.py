@@ -35,8 +35,10 @@ __all__ = ["EVENT_ENVELOPE_BYTES", "FreedPage", "JournalStore", "OpenRow", "Page
 SCHEMA_VERSION = 1
 # What an event of under 2 MB costs beside its own bytes where it stands in a batch: a tag and its length.
 EVENT_ENVELOPE_BYTES = 4
-# Rows in one statement: a bound on the statements that SQLite keeps compiled.
-_ROWS_MAX = 200
+# Rows in one statement: a bound on the statements that there are, so that SQLite keeps all of them compiled: to compile one
+# costs more than to run it.
+_ROWS_MAX = 32
+_STATEMENTS_KEPT = 4 * _ROWS_MAX
 _FREED_ROWS_MAX = 1_000
 _CHECKPOINT_PAGES = 1_000
 # As large as the log may grow before a checkpoint, with pages of 4 KiB, and then some.
@@ -125,7 +127,7 @@ class JournalStore:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
-            self.path, isolation_level=None, check_same_thread=False, cached_statements=32, timeout=10.0
+            self.path, isolation_level=None, check_same_thread=False, cached_statements=_STATEMENTS_KEPT, timeout=10.0
         )
         connection.execute("PRAGMA journal_mode = WAL").fetchone()
         connection.execute("PRAGMA synchronous = FULL")

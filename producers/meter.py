@@ -126,10 +126,10 @@ class OpenRequest:
 
 
 def _serialized(event: UsageEvent) -> bytes:
-    if problem := event_problem(event):
-        raise InvalidEvent(problem)
     # Deterministic: the fingerprint of an event that is sent again must be that of the first time.
     data = event.SerializeToString(deterministic=True)
+    if problem := event_problem(event, len(data)):
+        raise InvalidEvent(problem)
     if len(data) > EVENT_BYTES_MAX:
         raise InvalidEvent(
             f"attributes: the event has {len(data)} bytes, a batch takes {EVENT_BYTES_MAX}; send less beside the counts"

@@ -40,7 +40,6 @@ __all__ = [
     "find_output",
     "get_parameter",
     "has_shared_memory",
-    "input_places",
     "pack_bytes",
     "raw_input_position",
     "read_bool_input",
@@ -195,18 +194,6 @@ def raw_input_position(request: ModelInferRequest, name: str) -> int | None:
             return position if raw else None
         position += raw
     return None
-
-
-def input_places(request: ModelInferRequest) -> dict[str, tuple[int, int | None]]:
-    """Of each input, by name, its index and where in `raw_input_contents` its data stands; None: it has no place there. One
-    walk for whoever reads several; of two with one name it is the first, as everywhere here."""
-    places: dict[str, tuple[int, int | None]] = {}
-    position = 0
-    for index, tensor in enumerate(request.inputs):
-        raw = not tensor.HasField("contents") and _SHARED_MEMORY_PARAMETER not in tensor.parameters
-        places.setdefault(tensor.name, (index, position if raw else None))
-        position += raw
-    return places
 
 
 def _output_index(response: ModelInferResponse, name: str) -> int | None:
@@ -516,9 +503,10 @@ def request_output(request: ModelInferRequest, name: str) -> bool:
 
 def get_parameter(message: InferMessage, name: str) -> bool | int | float | str | None:
     """The parameter's value, of whichever type it has; None if it is absent or empty."""
-    if name not in message.parameters:
+    parameters = message.parameters
+    if name not in parameters:
         return None
-    parameter = message.parameters[name]
+    parameter = parameters[name]
     choice = parameter.WhichOneof("parameter_choice")
     if choice is None:
         return None

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from billing.limits import QUANTITY_MAX
 from serving import kserve
+from serving.gateway.layout import layout_of
 from serving.gateway.units import Characters, count_characters
 from serving.kserve import EMPTY_FINAL_PARAMETER, TensorError
 from serving.tokenizers import Framing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from serving.gateway.layout import Layout, Place
     from serving.gateway.profiles import CountFlags, ModelProfile, TokenIds
     from serving.kserve import ModelInferRequest, ModelInferResponse
+
+    _Places = Mapping[str, Place]
 
 __all__ = ["AnswerCounter", "Counted", "PreparedRequest", "prepare", "reserved_units"]
 
 _FOUR_BYTES = frozenset({"INT32", "UINT32"})
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedRequest:
+class PreparedRequest(NamedTuple):
     """What the gateway must remember of a request while the back end works on it."""
 
     client_id: str
@@ -57,32 +61,21 @@ class PreparedRequest:
         return message.replace(self.upstream_id, self.client_id or "<id_unknown>")
 
 
-# What a flag's shape is with the back ends that have flags.
-_SINGLE: Final[tuple[list[int], ...]] = ([1], [1, 1], [])
-_Places = dict[str, tuple[int, int | None]]
+def _refuse_shared_memory(request: ModelInferRequest, layout: Layout) -> None:
+    name = layout.shared
+    if name is None and request.outputs:
+        name = next((tensor.name for tensor in request.outputs if kserve.has_shared_memory(tensor)), None)
+    if name is not None:
+        raise TensorError(name, "in shared memory", "send tensors in the request: the gateway must meter them")
 
 
-def _refuse_shared_memory(request: ModelInferRequest, places: _Places) -> None:
-    # An input that has a place has its data there.
-    hidden = [request.inputs[index] for index, position in places.values() if position is None]
-    if len(places) != len(request.inputs):
-        hidden = list(request.inputs)
-    for tensor in (*hidden, *request.outputs):
-        if kserve.has_shared_memory(tensor):
-            raise TensorError(tensor.name, "in shared memory", "send tensors in the request: the gateway must meter them")
-
-
-def _raw_single(request: ModelInferRequest, place: tuple[int, int | None], datatype: str) -> bytes | None:
+def _raw_single(request: ModelInferRequest, place: Place, datatype: str) -> bytes | None:
     """The data of a raw input of one element of that type; None: it is not plainly that, and must be read with all checks."""
-    index, position = place
+    position = place.position
+    if position is None or not place.is_single or place.datatype != datatype:
+        return None
     raws = request.raw_input_contents
-    if position is None or position >= len(raws):
-        return None
-    tensor = request.inputs[index]
-    if tensor.datatype != datatype or list(tensor.shape) not in _SINGLE:
-        return None
-    data: bytes = raws[position]
-    return data
+    return raws[position] if position < len(raws) else None
 
 
 def _flag(request: ModelInferRequest, places: _Places, name: str | None) -> bool | None:
@@ -163,8 +156,9 @@ def _read_ids(request: ModelInferRequest, ids: TokenIds) -> tuple[int, int]:
 
 def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str, *, stream: bool) -> PreparedRequest:
     """Rewrite `request` in place for the back end. Raises TensorError for what cannot be metered."""
-    places = kserve.input_places(request)
-    _refuse_shared_memory(request, places)
+    layout = layout_of(request)
+    places = layout.places
+    _refuse_shared_memory(request, layout)
     ids = profile.ids
     prompts: tuple[str, ...] = ()
     input_tokens, rows, units = None if profile.counts_input else 0, 1, (0,) * len(profile.units)
@@ -180,6 +174,9 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
             units = tuple([rule.of_request(request) for rule in profile.units])
     streaming = bool(_flag(request, places, profile.stream_input))
     excluded = _flag(request, places, profile.exclude_input)
+    framing = Framing.CHAT if _flag(request, places, profile.chat_input) else profile.framing
+    repeats_all = ids is not None and bool(_flag(request, places, ids.all_generated))
+    # What it strips moves what stands behind.
     hidden = _inject(request, places, profile)
     empty_final_asked = kserve.get_parameter(request, EMPTY_FINAL_PARAMETER)
     if empty_final_asked is not None and not isinstance(empty_final_asked, bool):
@@ -193,14 +190,14 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
         client_id=client_id,
         upstream_id=upstream_id,
         prompts=prompts,
-        framing=Framing.CHAT if _flag(request, places, profile.chat_input) else profile.framing,
+        framing=framing,
         input_tokens=input_tokens,
         rows=rows,
         units=units,
         hidden_outputs=hidden,
         empty_final_asked=bool(empty_final_asked),
         prompt_echoed=not streaming and not (profile.exclude_input_default if excluded is None else excluded),
-        repeats_all=ids is not None and bool(_flag(request, places, ids.all_generated)),
+        repeats_all=repeats_all,
         stops=stops,
     )
 
@@ -213,8 +210,7 @@ def reserved_units(profile: ModelProfile, prepared: PreparedRequest) -> dict[str
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
+class Counted(NamedTuple):
     """What the responses so far say: counts where the back end gave them, and how much else there was."""
 
     input_tokens: int | None
@@ -266,35 +262,37 @@ class AnswerCounter:
     def take(self, response: ModelInferResponse) -> None:
         """Count a response and take out what was injected. Raises TensorError if it cannot be read."""
         self.responses += 1
-        names = [tensor.name for tensor in response.outputs]
+        tensors = list(response.outputs)
+        names = [tensor.name for tensor in tensors]
         text_output = self._text_output
         if text_output is not None and text_output in names:
             texts = kserve.read_bytes_output(response, text_output)
             if texts:
                 self._parts.append(texts)
         if self._counts is not None:
-            self._take_counts(self._counts, response, names)
+            self._take_counts(self._counts, response, tensors, names)
         if self._ids is not None:
             self._take_ids(self._ids, response, names)
         for place, output in self._characters:
             elements = kserve.read_bytes_output(response, output) or ()
             self._units[place] += sum(count_characters(element) for element in elements)
-        for name in self._hidden:
-            if name in names:
-                _strip(response, names, name)
+        if self._hidden:
+            _strip(response, names, self._hidden)
 
-    def _take_counts(self, counts: CountFlags, response: ModelInferResponse, names: list[str]) -> None:
+    def _take_counts(
+        self, counts: CountFlags, response: ModelInferResponse, tensors: Sequence[Any], names: Sequence[str]
+    ) -> None:
         if counts.input_flag:
-            tokens = _read_count(response, names, counts.input_count)
+            tokens = _read_count(response, tensors, names, counts.input_count)
             if tokens is not None and (self._input is None or tokens > self._input):
                 self._input = tokens
         if counts.output_flag:
-            tokens = _read_count(response, names, counts.output_count)
+            tokens = _read_count(response, tensors, names, counts.output_count)
             if tokens is not None:
                 self._output = tokens + (self._output or 0) if counts.deltas else tokens
                 if counts.prompt_in_output_count and self._prepared.prompt_echoed:
                     text = self._profile.text_output
-                    self._sequences += math.prod(response.outputs[names.index(text)].shape) if text in names else 1
+                    self._sequences += math.prod(tensors[names.index(text)].shape) if text in names else 1
 
     def _take_ids(self, ids: TokenIds, response: ModelInferResponse, names: list[str]) -> None:
         if ids.output_ids not in names:
@@ -343,27 +341,29 @@ class AnswerCounter:
         return joined
 
 
-def _strip(response: ModelInferResponse, names: list[str], name: str) -> None:
-    """Take an output out of the response and its name out of `names`, which are the response's outputs in order."""
-    index = names.index(name)
-    if len(response.raw_output_contents) == len(names):
-        del response.raw_output_contents[index]
-        del response.outputs[index]
-    else:
-        kserve.strip_output(response, name)
-    del names[index]
+def _strip(response: ModelInferResponse, names: list[str], hidden: Sequence[str]) -> None:
+    """Take outputs out of the response, whose outputs' names in order are `names`."""
+    first = len(names) - len(hidden)
+    if first >= 0 and tuple(names[first:]) == hidden and len(response.raw_output_contents) == len(names):
+        # As back ends send them: behind all others.
+        del response.raw_output_contents[first:]
+        del response.outputs[first:]
+        return
+    for name in hidden:
+        if name in names:
+            kserve.strip_output(response, name)
 
 
-def _read_count(response: ModelInferResponse, names: list[str], name: str) -> int | None:
+def _read_count(response: ModelInferResponse, tensors: Sequence[Any], names: Sequence[str], name: str) -> int | None:
     """A count, that of all texts of an answer together; None where there is none, or one that cannot be one: then the tokenizer
     takes its place."""
     if name not in names:
         return None
-    raws = response.raw_output_contents
     index = names.index(name)
+    raws = response.raw_output_contents
     # What back ends send: four raw bytes. Everything else takes the way that checks everything.
-    if len(raws) == len(names) and len(raw := raws[index]) == 4 and response.outputs[index].datatype in _FOUR_BYTES:
-        tokens = int.from_bytes(raw, "little", signed=response.outputs[index].datatype == "INT32")
+    if len(raws) == len(names) and len(raw := raws[index]) == 4 and (datatype := tensors[index].datatype) in _FOUR_BYTES:
+        tokens = int.from_bytes(raw, "little", signed=datatype == "INT32")
         return tokens if tokens >= 0 else None
     counts = kserve.read_integers_output(response, name) or []
     tokens = sum(counts)

@@ -168,10 +168,10 @@ def _account_view(account: Account) -> AccountView:
 def scopes_of(key: KeyView, account: AccountView | None, model: str, now_ms: int) -> list[Scope]:
     """Whose limits hold for a request, those that there are: also what an abuse rule leaves of them."""
     found = []
-    if key.limits != NO_LIMITS:
+    if key.limits is not NO_LIMITS:
         found.append(Scope("key", key.key_id, key.limits))
     if account is not None:
-        if account.limits != NO_LIMITS:
+        if account.limits is not NO_LIMITS:
             found.append(Scope("tenant", account.tenant_id, account.limits))
         if (limits := account.model_limits.get(model)) is not None:
             found.append(Scope("model", f"{model} of tenant {account.tenant_id}", limits))

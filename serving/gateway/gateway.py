@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NoReturn
-from uuid import uuid4
 
 import grpc
 
@@ -33,13 +33,13 @@ from serving.gateway.counting import AnswerCounter, PreparedRequest, prepare, re
 from serving.gateway.credentials import CREDENTIAL_METADATA, SecretHasher, find_secret
 from serving.gateway.directory import scopes_of
 from serving.gateway.errors import CallError
-from serving.gateway.limits import Breach, RateLimits, RequestSlot, Scope
+from serving.gateway.limits import UNLIMITED, Breach, RateLimits, Scope
 from serving.gateway.metering import MeterParts, Price, RequestMeter, log_request, new_event, now_ms
 from serving.gateway.output_limits import read_output_asked
 from serving.gateway.policy import Access
 from serving.gateway.scoping import RunningRequests, SequenceScope
 from serving.gateway.tokens import TextCount
-from serving.gateway.tracing import own_span, with_span
+from serving.gateway.tracing import TRACEPARENT, own_span, with_span
 from serving.kserve import TensorError
 from serving.tokenizers import TokenizerError
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from producers.meter import Receipt
     from serving.gateway.admission import Refusal
     from serving.gateway.directory import AccountView, Directory, KeyView
+    from serving.gateway.limits import RequestSlot
     from serving.gateway.policy import Policy
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import GatewaySettings
@@ -63,8 +64,9 @@ _LOG = logging.getLogger(__name__)
 # No vocabulary has longer tokens, so a text of more bytes than this a token is over the limit without counting: what one
 # prompt can make the tokenizer work is bounded.
 _TOKEN_BYTES_MAX = 512
-# gRPC's own, the client's credentials, and what describes the one connection: none of it is the back end's.
-_NOT_FORWARDED = CREDENTIAL_METADATA | {"user-agent", "te", "content-type", "host", "connection"}
+# gRPC's own, the client's credentials, what describes the one connection, and its span: none of it is the back end's.
+_NOT_FORWARDED = CREDENTIAL_METADATA | {"user-agent", "te", "content-type", "host", "connection", TRACEPARENT}
+_GRPCS_OWN = ("grpc-", ":")
 
 # Between two attempts to write a bill on a full disk.
 _FULL_RETRY_S = 1.0
@@ -108,13 +110,11 @@ class Gateway:
 
     def caller(self, context: Any) -> Caller:
         """Read a call's metadata and deadline once."""
-        metadata: Metadata = tuple((key, value) for key, value in context.invocation_metadata() or ())
+        metadata: Metadata = context.invocation_metadata() or ()
         secret = find_secret(metadata)
         left_s = context.time_remaining()
         span = own_span(metadata, begin=self.settings.trace)
-        kept = tuple(
-            (key, value) for key, value in metadata if key not in _NOT_FORWARDED and not key.startswith(("grpc-", ":"))
-        )
+        kept = tuple([pair for pair in metadata if pair[0] not in _NOT_FORWARDED and not pair[0].startswith(_GRPCS_OWN)])
         return Caller(
             secret_hash=None if secret is None else self._hash_secret(secret),
             metadata=with_span(kept, span),
@@ -138,7 +138,7 @@ class Gateway:
             else:
                 model, client_id = ("-", "") if request is None else (request.model_name or "-", request.id)
                 # Not waited for: whoever guesses shall not queue for the disk.
-                self._record(refusal, new_event(self._parts, key, uuid4().hex, model, 0, client_id))
+                self._record(refusal, new_event(self._parts, key, secrets.token_hex(16), model, 0, client_id))
             if policy.message and refusal.status is grpc.StatusCode.PERMISSION_DENIED:
                 raise CallError(refusal.status, f"denied by policy {policy.name}: {policy.message} ({refusal.message})")
             raise CallError.refused(refusal)
@@ -154,7 +154,7 @@ class Gateway:
         refusal = self._slot_refusal(tenant_id)
         if refusal is not None:
             # Not waited for: whoever is refused for sending too much shall not queue for the disk as well.
-            self._record(refusal, new_event(self._parts, key, uuid4().hex, request.model_name or "-", 0, request.id))
+            self._record(refusal, new_event(self._parts, key, secrets.token_hex(16), request.model_name or "-", 0, request.id))
             raise CallError.refused(refusal)
         self._running += 1
         self._tenant_running[tenant_id] += 1
@@ -205,7 +205,7 @@ class Gateway:
         return None
 
     async def _begin(self, request: ModelInferRequest, key: KeyView, caller: Caller, *, stream: bool) -> Admitted:
-        request_id = uuid4().hex
+        request_id = secrets.token_hex(16)
         client_id = request.id
         model = request.model_name
         profile = self.settings.models.get(model)
@@ -222,10 +222,10 @@ class Gateway:
         if profile is None:
             await self._refuse(admission.model_refusal(model), event)
         scopes = scopes_of(key, account, model, now_ms())
-        slot = self._rates.admit(scopes, time.monotonic())
+        slot = self._rates.admit(scopes, time.monotonic()) if scopes else UNLIMITED
         if isinstance(slot, Breach):
             await self._enforce(admission.rate_refusal(slot), event, account)
-            slot = RequestSlot(())
+            slot = UNLIMITED
         try:
             return await self._open(request, key, account, event, profile, scopes, slot, stream=stream)
         except BaseException:

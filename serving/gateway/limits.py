@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from billing.v1.account_pb2 import Limits
 
-__all__ = ["NO_LIMITS", "Breach", "LimitsView", "RateLimits", "RequestSlot", "Scope", "limits_view"]
+__all__ = ["NO_LIMITS", "UNLIMITED", "Breach", "LimitsView", "RateLimits", "RequestSlot", "Scope", "limits_view"]
 
 _WINDOW_S: Final = 60
 # Before windows that have nothing in them are let go.
@@ -45,14 +45,15 @@ NO_LIMITS: Final = LimitsView()
 
 
 def limits_view(limits: Limits) -> LimitsView:
-    """What the ledger says, as a value."""
-    return LimitsView(
+    """What the ledger says, as a value; where it says nothing, `NO_LIMITS` itself."""
+    view = LimitsView(
         limits.prompt_tokens_max,
         limits.output_tokens_max,
         limits.requests_per_minute,
         limits.tokens_per_minute,
         limits.concurrent_requests_max,
     )
+    return NO_LIMITS if view == NO_LIMITS else view
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,10 @@ class RequestSlot:
                 counters.tokens.give_back(self._second, reserved - tokens)
         for _, counters, _ in self._counters:
             counters.running -= 1
+
+
+# Of requests that no limit holds for.
+UNLIMITED: Final = RequestSlot(())
 
 
 class RateLimits:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from billing.limits import ID_CHARS_MAX
 from billing.v1.usage_pb2 import (
@@ -75,8 +75,7 @@ class MeterParts:
     """Where anybody asks for metrics."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What a request is billed for."""
 
     request_id: str

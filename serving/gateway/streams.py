@@ -157,7 +157,10 @@ class _RequestFlow:
             await call.done_writing()
             while (response := await call.read()) is not EOF:
                 self._read_any = True
-                await self._arrived.put(response)
+                if self._arrived.full():
+                    await self._arrived.put(response)
+                else:
+                    self._arrived.put_nowait(response)
         except grpc.aio.AioRpcError as error:
             return _End(error.code(), error.details() or "the back end gave no reason")
         except asyncio.InvalidStateError:

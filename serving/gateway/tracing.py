@@ -35,8 +35,7 @@ def own_span(metadata: Metadata, *, begin: bool) -> str:
 
 def with_span(metadata: Metadata, span: str) -> Metadata:
     """What the back end is called with."""
-    rest = tuple((key, value) for key, value in metadata if key != TRACEPARENT)
-    return (*rest, (TRACEPARENT, span)) if span else rest
+    return (*metadata, (TRACEPARENT, span)) if span else metadata
 
 
 def _parse(value: str) -> tuple[str, str] | None:

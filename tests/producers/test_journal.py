@@ -22,7 +22,7 @@ from producers.errors import (
     JournalUnreadable,
     NotDurableInTime,
 )
-from producers.journal import Journal, JournalSettings
+from producers.journal import Journal, JournalSettings, gather_s
 from producers.publisher import Publisher
 from producers.receipt import Receipt
 from tests.producers.support import PARTITIONS, LedgerStandIn, Topics, journaled, open_meter, usage_event, wait_until
@@ -390,4 +390,27 @@ def test_records_are_committed_in_groups(tmp_path: Path) -> None:
     for receipt in receipts:
         receipt.durable()
     assert journal.metrics()["commits"] == len(receipts) < 1_000
+    journal.close()
+
+
+def test_a_commit_waits_only_for_many_who_may_join_and_never_long() -> None:
+    assert gather_s(7, busy_s=0.001, passed_s=0.0) == 0.0
+    assert gather_s(8, busy_s=0.00025, passed_s=0.001) == pytest.approx(0.003)
+    # Whoever comes later than that since the last commit finds it idle.
+    assert gather_s(1_000, busy_s=0.00025, passed_s=0.004) == 0.0
+    assert gather_s(8, busy_s=1.0, passed_s=0.0) == 0.016
+
+
+def test_every_request_of_many_that_are_open_is_committed_and_closed(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    slots = [journal.open(number % 2, EVENT) for number in range(100)]
+    for _, receipt in slots:
+        receipt.durable()
+    for number, (slot, _) in enumerate(slots[:50]):
+        journal.update(slot, number % 2, EVENT).durable()
+    receipts = [journal.close_request(slot, number % 2, EVENT) for number, (slot, _) in enumerate(slots)]
+    for receipt in receipts:
+        receipt.durable()
+    assert sequences(journal, 0) == sequences(journal, 1) == list(range(1, 51))
+    assert journal.metrics()["open_requests"] == 0
     journal.close()
