@@ -6,8 +6,9 @@ generation changes, and when the ledger does not cover it in time. Memory is bou
 at a time, and no more than `in_flight_bytes_max` wait for Kafka's word; Kafka away for a day costs disk, nothing else.
 
 Each partition's batches and heartbeats carry the highest number assigned there, so that a tail that never arrives shows. Where
-nothing was ever numbered, no heartbeat is due, but in the partition of the producer's own name: there its silence is noticed.
-Who closes with nothing left to send says so.
+nothing was ever numbered, no heartbeat is due, but in the partition of the producer's own name: there its silence is noticed,
+and there it tells, as often as a heartbeat is due, what its recount of answers has found. Who closes with nothing left to send
+says so.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from billing.identity import partition_of
-from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, SCHEMA_VERSION
+from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, COUNT_DRIFTS_MAX, SCHEMA_VERSION
 from billing.registrations import sign_batch
 from billing.v1.account_pb2 import Progress
-from billing.v1.usage_pb2 import RawUsageBatch, UsageBatch
+from billing.v1.usage_pb2 import CountDrift, RawUsageBatch, UsageBatch
 from producers.delivery import Delivery
 from producers.follower import TopicFollower
 from producers.journal import BATCH_ENVELOPE_BYTES, Journal
@@ -81,10 +82,17 @@ class PublisherSettings:
                 raise ValueError(f"{name}={getattr(self, name)}: set it above 0")
 
 
+def _no_drifts() -> Sequence[CountDrift]:
+    return ()
+
+
 class Publisher:
     """One thread for one journal. `start` once, `close` once, before the journal is closed."""
 
-    def __init__(self, journal: Journal, settings: PublisherSettings) -> None:
+    def __init__(
+        self, journal: Journal, settings: PublisherSettings, count_drifts: Callable[[], Sequence[CountDrift]] = _no_drifts
+    ) -> None:
+        """`count_drifts` says, from the publisher's thread, what the producer's recount has found by now."""
         if settings.partitions != journal.settings.partitions:
             raise ValueError(
                 f"partitions={settings.partitions}: the journal {journal.path} numbers its events for "
@@ -96,6 +104,8 @@ class Publisher:
         self._progress: dict[int, Progress] = {}
         self._progress_lock = threading.Lock()
         self._home = partition_of(journal.producer_id, settings.partitions)
+        self._count_drifts = count_drifts
+        self._drifts_told_at = -math.inf
         self._key_prefix = f"producer/{journal.producer_id}/".encode()
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -295,11 +305,26 @@ class Publisher:
                 return _POLL_S
         if not highest and delivery.partition != self._home:
             return _IDLE_S
+        if delivery.partition == self._home and not self._tell_drifts(producer, delivery, highest, now):
+            return _POLL_S
         if now - delivery.sent_at >= self.settings.heartbeat_s:
             if not self._send(producer, delivery, UsageBatch(highest_sequence=highest), b"", 0, now):
                 return _POLL_S
             self._counts["heartbeats"] += 1
         return min(_IDLE_S, max(0.0, delivery.sent_at + self.settings.heartbeat_s - now))
+
+    def _tell_drifts(self, producer: Producer, delivery: Delivery, highest: int, now: float) -> bool:
+        """With a heartbeat of their own: batches may come too fast for any other to be due. False when there is no room."""
+        if now - self._drifts_told_at < self.settings.heartbeat_s:
+            return True
+        drifts = self._count_drifts()[:COUNT_DRIFTS_MAX]
+        if drifts:
+            batch = UsageBatch(highest_sequence=highest, count_drifts=drifts)
+            if not self._send(producer, delivery, batch, b"", 0, now):
+                return False
+            self._counts["heartbeats"] += 1
+        self._drifts_told_at = now
+        return True
 
     def _send_batch(self, producer: Producer, delivery: Delivery, highest: int, now: float) -> bool:
         if self._in_flight_bytes >= self.settings.in_flight_bytes_max:

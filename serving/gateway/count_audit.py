@@ -1,8 +1,8 @@
 """The continuous audit of counts: 1 in n answers that the back end counted is counted again, by the model's own tokenizer.
 
-Promise: a back end (or a tokenizer) whose counts drift is named, by model: in the log when it begins and when it ends, and in
-the metrics as a ratio. Nothing waits for it: a request is long answered and billed, and answers that come while some are being
-counted already are left out.
+Promise: a back end (or a tokenizer) whose counts drift is named, by model: in the log when it begins and when it ends, in the
+metrics as a ratio, and to the ledger, which raises an alert. Nothing waits for it: a request is long answered and billed, and
+answers that come while some are being counted already are left out.
 
 A back end counts the token that ends an answer, which is not in its text: one more than the text has is no drift.
 """
@@ -13,6 +13,8 @@ import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from billing.v1.usage_pb2 import CountDrift
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,6 +104,18 @@ class CountAudit:
         elif drift.alarmed and not is_off:
             _LOG.warning("model %s: back end and tokenizer count alike again (%+.1f%%)", model, ratio * 100)
         drift.alarmed = is_off
+
+    def drifts(self) -> list[CountDrift]:
+        """What the ledger is told, which raises an alert; from any thread."""
+        found = []
+        for model, drift in list(self._models.items()):
+            samples = list(drift.samples)
+            tokenizer_tokens = sum(tokens for _, tokens in samples)
+            backend_tokens = tokenizer_tokens + sum(_difference(*sample) for sample in samples)
+            found.append(
+                CountDrift(model=model, samples=len(samples), backend_tokens=backend_tokens, tokenizer_tokens=tokenizer_tokens)
+            )
+        return found
 
     def models(self) -> Mapping[str, Drift]:
         """By model, those of which there are samples."""

@@ -174,12 +174,12 @@ class GatewayServer:
         settings = self._settings
         limits = settings.limits
         self._meter = meter = await asyncio.to_thread(UsageMeter, settings.meter)
-        if settings.publisher is not None:
-            self._publisher = Publisher(meter.journal, settings.publisher)
-            self._publisher.start()
         parts = MeterParts(meter, self.tokens, settings.server_id, settings.region, limits.durable_timeout_s, self.genai)
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
+        if settings.publisher is not None:
+            self._publisher = Publisher(meter.journal, settings.publisher, self.gateway.audit.drifts)
+            self._publisher.start()
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 1),

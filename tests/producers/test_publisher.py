@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from billing.identity import partition_of
 from billing.limits import BATCH_BYTES_MAX
-from billing.v1.usage_pb2 import UsageBatch
+from billing.v1.usage_pb2 import CountDrift, UsageBatch
 from producers.meter import UsageMeter
 from producers.publisher import Publisher, PublisherSettings
 from taximeter.embedded.broker import TansuBroker, TansuSettings
@@ -147,6 +148,31 @@ def test_coverage_of_numbers_that_were_never_assigned_frees_nothing(
     assert sum(len(events) for events in journaled(meter.journal).values()) == 100
     publisher.close(10)
     meter.close()
+
+
+def test_what_a_recount_has_found_is_told_again_and_again_beside_the_busiest_traffic(tmp_path: Path, topics: Topics) -> None:
+    meter = open_meter(tmp_path)
+    # The partition of its own name never is without a batch for as long as a heartbeat.
+    tenant_id = next(name for name in map(str, range(1_000)) if partition_of(name, PARTITIONS) == home_of(meter))
+    drift = CountDrift(model="small", samples=20, backend_tokens=1_050, tokenizer_tokens=1_000)
+    publisher = Publisher(meter.journal, topics.publisher_settings(heartbeat_s=0.2), lambda: [drift])
+    publisher.start()
+    numbers = itertools.count()
+
+    def told(batches: list[UsageBatch]) -> bool:
+        meter.record(usage_event(next(numbers), tenant_id=tenant_id)).durable(60)
+        return sum(list(batch.count_drifts) == [drift] for batch in batches) >= 3
+
+    batches = read_batches(topics, told)
+    assert not any(batch.events for batch in batches if batch.count_drifts)
+    assert sum(len(batch.events) for batch in batches) > 3
+    publisher.close(10)
+    meter.close()
+
+
+def home_of(meter: UsageMeter) -> int:
+    """The partition of the producer's own name."""
+    return partition_of(meter.journal.producer_id, PARTITIONS)
 
 
 def test_an_idle_producer_says_how_far_it_has_numbered(tmp_path: Path, topics: Topics) -> None:

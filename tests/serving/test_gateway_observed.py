@@ -15,7 +15,7 @@ import tritonclient.grpc.aio as triton_aio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billing.v1.usage_pb2 import OPERATION_CHAT, OUTCOME_CANCELLED, OUTCOME_COMPLETED, OUTCOME_REJECTED, UsageEvent
+from billing.v1.usage_pb2 import OPERATION_CHAT, OUTCOME_CANCELLED, OUTCOME_COMPLETED, OUTCOME_REJECTED, CountDrift, UsageEvent
 from serving.gateway import vllm
 from serving.gateway.count_audit import AuditSettings, CountAudit
 from serving.gateway.genai import GenAiMetrics
@@ -149,6 +149,8 @@ def test_a_drift_is_named_once_when_it_begins_and_when_it_ends(caplog: pytest.Lo
         audit.take("m", 10, 20)
     assert audit.models()["m"].alarmed
     assert audit.models()["m"].ratio == pytest.approx(-0.25)
+    # What the ledger is told of it: there the token that ends an answer is none either.
+    assert audit.drifts() == [CountDrift(model="m", samples=18, backend_tokens=270, tokenizer_tokens=360)]
     for _ in range(256):
         audit.take("m", 20, 20)
     assert not audit.models()["m"].alarmed
