@@ -14,7 +14,7 @@ import base64
 import binascii
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -52,6 +52,12 @@ class AlertCursor:
     def __str__(self) -> str:
         said = {str(partition): list(place) for partition, place in sorted(self._places.items())}
         return base64.urlsafe_b64encode(json.dumps(said, separators=(",", ":")).encode()).decode()
+
+    def of(self, partitions: Iterable[int]) -> AlertCursor:
+        """The same, of these partitions alone."""
+        part = AlertCursor()
+        part._places = {each: self._places[each] for each in partitions if each in self._places}
+        return part
 
     def is_new(self, alert: Alert, partition: int) -> bool:
         """Whether the alert lies behind the cursor."""

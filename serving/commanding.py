@@ -269,9 +269,9 @@ class Commander:
         """Register a producer, or revoke it, in every partition."""
         return self._command("", reason, producer_upsert=ProducerUpsert(registration=registration))
 
-    def acknowledgement(self, alert_id: str, note: str) -> Command:
+    def acknowledgement(self, alert_id: str, note: str, *, command_id: str = "") -> Command:
         """Take an alert on."""
-        return self._command("", "", alert_acknowledgement=AlertAcknowledgement(alert_id=alert_id, note=note))
+        return self._command(command_id, "", alert_acknowledgement=AlertAcknowledgement(alert_id=alert_id, note=note))
 
     def lease_retirement(self, holder_id: str, *, unexpired: bool) -> Command:
         """Give up on a gateway, in every partition."""

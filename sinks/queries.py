@@ -286,7 +286,7 @@ def alerts(
     conditions, parameters = _tenant(tenant_id)
     conditions.append("updated >= fromUnixTimestamp64Milli({since:Int64})")
     parameters |= {"since": since_ms, "limit": limit}
-    for column in ("severity", "rule", "state"):
+    for column in ("severity", "rule", "state", "alert_id"):
         if (filters or {}).get(column):
             conditions.append(f"{column} = {{{column}:String}}")
             parameters[column] = (filters or {})[column]

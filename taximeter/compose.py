@@ -384,7 +384,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
 
 def api_settings(config: Config) -> ApiSettings:
     """The billing API. Without the command key it answers, and changes nothing."""
-    from serving.api import ApiLimits, ApiSettings, KeySource, TlsFiles
+    from serving.api import AlertSource, ApiLimits, ApiSettings, KeySource, TlsFiles
     from taximeter.commanding import Commander
 
     api, ledger = config.api, config.ledger
@@ -397,6 +397,12 @@ def api_settings(config: Config) -> ApiSettings:
             pepper=read_secret(config.gateway, "key_pepper", needed_for="the billing API"),
             partitions=ledger.partitions,
             topic=topic_names(config).keys,
+            security=kafka_security(config.kafka),
+        ),
+        alerts=AlertSource(
+            bootstrap=config.kafka.bootstrap,
+            topic=topic_names(config).alerts,
+            retention_ms=TopicSettings(partitions=ledger.partitions).notice_retention_ms,
             security=kafka_security(config.kafka),
         ),
         open_reader=partial(make_reader, config),

@@ -1238,12 +1238,28 @@ class AlertEntry(_message.Message):
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
     FIGURES_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    UPDATED_FIELD_NUMBER: _builtins.int
+    RESOLVED_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_BY_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
     alert_id: _builtins.str
     tenant_id: _builtins.str
     rule: _builtins.str
     severity: _builtins.str
     """"info", "warning", "critical"."""
     summary: _builtins.str
+    state: _builtins.str
+    """"raised", "updated", "acknowledged", "resolved"."""
+    acknowledged_by: _builtins.str
+    """Who took it on, and what they wrote; empty: nobody did."""
+    note: _builtins.str
+    subject: _builtins.str
+    """What it is about beside the tenant: a model, a key, a producer."""
+    action: _builtins.str
+    """What gateways do because of it, for a person; empty: it only tells."""
     @_builtins.property
     def raised(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1252,6 +1268,14 @@ class AlertEntry(_message.Message):
     def figures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def updated(self) -> _timestamp_pb2.Timestamp:
+        """When something was told of it last."""
+
+    @_builtins.property
+    def resolved(self) -> _timestamp_pb2.Timestamp:
+        """When it was over; absent while it is not."""
+
     def __init__(
         self,
         *,
@@ -1264,10 +1288,17 @@ class AlertEntry(_message.Message):
         request_ids: _abc.Iterable[_builtins.str] | None = ...,
         figures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        state: _builtins.str = ...,
+        updated: _timestamp_pb2.Timestamp | None = ...,
+        resolved: _timestamp_pb2.Timestamp | None = ...,
+        acknowledged_by: _builtins.str = ...,
+        note: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        action: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["raised", b"raised"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["raised", b"raised", "resolved", b"resolved", "updated", b"updated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_id", b"alert_id", "figures", b"figures", "labels", b"labels", "raised", b"raised", "request_ids", b"request_ids", "rule", b"rule", "severity", b"severity", "summary", b"summary", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_by", b"acknowledged_by", "action", b"action", "alert_id", b"alert_id", "figures", b"figures", "labels", b"labels", "note", b"note", "raised", b"raised", "request_ids", b"request_ids", "resolved", b"resolved", "rule", b"rule", "severity", b"severity", "state", b"state", "subject", b"subject", "summary", b"summary", "tenant_id", b"tenant_id", "updated", b"updated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1299,15 +1330,17 @@ Global___WatchAlertsRequest: _TypeAlias = WatchAlertsRequest  # noqa: Y015
 
 @_typing.final
 class WatchAlertsResponse(_message.Message):
+    """Each state of an alert is an answer: raised, updated, acknowledged, resolved."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ALERT_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     position: _builtins.str
-    """Give it to the next watch: nothing is missed, nothing comes twice."""
+    """Give it to the next watch: nothing is missed, nothing comes twice. One that is too old for that is refused: OUT_OF_RANGE."""
     @_builtins.property
     def alert(self) -> Global___AlertEntry:
-        """Absent in the first answer, and where only the position moved."""
+        """Absent in the first answer, and where only the position is renewed."""
 
     def __init__(
         self,
@@ -1322,6 +1355,57 @@ class WatchAlertsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchAlertsResponse: _TypeAlias = WatchAlertsResponse  # noqa: Y015
+
+@_typing.final
+class AcknowledgeAlertRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    ALERT_ID_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """With an operator's key: may stay empty."""
+    alert_id: _builtins.str
+    note: _builtins.str
+    """For the others who read it."""
+    idempotency_key: _builtins.str
+    """Over HTTP: the header Idempotency-Key."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        alert_id: _builtins.str = ...,
+        note: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_id", b"alert_id", "idempotency_key", b"idempotency_key", "note", b"note", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeAlertRequest: _TypeAlias = AcknowledgeAlertRequest  # noqa: Y015
+
+@_typing.final
+class AcknowledgeAlertResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALERT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def alert(self) -> Global___AlertEntry: ...
+    def __init__(
+        self,
+        *,
+        alert: Global___AlertEntry | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alert", b"alert"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert", b"alert"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeAlertResponse: _TypeAlias = AcknowledgeAlertResponse  # noqa: Y015
 
 @_typing.final
 class ListKeysRequest(_message.Message):

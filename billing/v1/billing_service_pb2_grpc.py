@@ -94,6 +94,11 @@ class BillingServiceStub:
                 request_serializer=billing_dot_v1_dot_billing__service__pb2.WatchAlertsRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_billing__service__pb2.WatchAlertsResponse.FromString,
                 _registered_method=True)
+        self.AcknowledgeAlert = channel.unary_unary(
+                '/billing.v1.BillingService/AcknowledgeAlert',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.AcknowledgeAlertRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.AcknowledgeAlertResponse.FromString,
+                _registered_method=True)
         self.ListKeys = channel.unary_unary(
                 '/billing.v1.BillingService/ListKeys',
                 request_serializer=billing_dot_v1_dot_billing__service__pb2.ListKeysRequest.SerializeToString,
@@ -211,6 +216,12 @@ class BillingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcknowledgeAlert(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListKeys(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -321,6 +332,11 @@ def add_BillingServiceServicer_to_server(servicer, server):
                     servicer.WatchAlerts,
                     request_deserializer=billing_dot_v1_dot_billing__service__pb2.WatchAlertsRequest.FromString,
                     response_serializer=billing_dot_v1_dot_billing__service__pb2.WatchAlertsResponse.SerializeToString,
+            ),
+            'AcknowledgeAlert': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeAlert,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.AcknowledgeAlertRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.AcknowledgeAlertResponse.SerializeToString,
             ),
             'ListKeys': grpc.unary_unary_rpc_method_handler(
                     servicer.ListKeys,
@@ -687,6 +703,33 @@ class BillingService:
             '/billing.v1.BillingService/WatchAlerts',
             billing_dot_v1_dot_billing__service__pb2.WatchAlertsRequest.SerializeToString,
             billing_dot_v1_dot_billing__service__pb2.WatchAlertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeAlert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/AcknowledgeAlert',
+            billing_dot_v1_dot_billing__service__pb2.AcknowledgeAlertRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.AcknowledgeAlertResponse.FromString,
             options,
             channel_credentials,
             insecure,

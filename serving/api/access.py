@@ -55,6 +55,7 @@ POLICIES: Final[dict[str, Policy]] = {
     "GetPriceBook": Policy("GET", "/v1/prices", _PRICES),
     "ListAlerts": Policy("GET", "/v1/alerts", _READERS),
     "WatchAlerts": Policy("GET", "/v1/alerts/watch", _READERS),
+    "AcknowledgeAlert": Policy("POST", "/v1/alerts/acknowledge", _ADMINS),
     "ListKeys": Policy("GET", "/v1/keys", _ADMINS),
     "CreateKey": Policy("POST", "/v1/keys", _ADMINS),
     "RevokeKey": Policy("POST", "/v1/keys/revoke", _ADMINS),

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from google.protobuf.message import Message
 
 from producers.errors import ProducerError
 from serving.api.access import POLICIES, Policy, Principal, authenticate, check_complete
+from serving.api.alert_feed import AlertFeed
 from serving.api.errors import ApiError
 from serving.api.fields import check
 from serving.api.paging import PageTokens
@@ -69,6 +70,7 @@ class Call:
     reader: Reader
     tokens: PageTokens
     keys: Keys
+    alerts: AlertFeed
     partitions: int
     now_ms: int
     # On the monotonic clock.
@@ -82,7 +84,7 @@ class Call:
 
 Handler = Callable[[Call, Any], Message]
 # Takes the call of a look and where the last one stopped; gives what is new, and where it stopped.
-Watcher = Callable[[Call, Any, Any], tuple[list[Message], Any]]
+Watcher = Callable[[Call, Any, Any], tuple[Sequence[Message], Any]]
 
 
 class Calls:
@@ -94,6 +96,7 @@ class Calls:
         check_complete({*handlers, *watchers})
         self.settings = settings
         self.keys = keys
+        self.alerts = AlertFeed()
         self._handlers, self._watchers = handlers, watchers
         self._tokens = PageTokens(settings.keys.pepper)
         self._hash_secret = SecretHasher(settings.keys.pepper)
@@ -159,6 +162,7 @@ class Calls:
                 _TimedReader(self._reader(), deadline_s),
                 self._tokens,
                 self.keys,
+                self.alerts,
                 self.settings.keys.partitions,
                 _now_ms(),
                 deadline_s,
@@ -183,7 +187,7 @@ class _Look:
     request: Message
     place: Any
 
-    def __call__(self, call: Call) -> tuple[list[Message], Any]:
+    def __call__(self, call: Call) -> tuple[Sequence[Message], Any]:
         return self.watcher(call, self.request, self.place)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from billing.limits import ID_CHARS_MAX
+from billing.limits import ALERT_NOTE_CHARS_MAX, ID_CHARS_MAX
 from billing.v1.account_pb2 import KeyScope
 from billing.v1.invoice_pb2 import CreditKind
 from serving.api.errors import ApiError
@@ -39,6 +39,8 @@ __all__ = [
 PAGE_SIZE_DEFAULT: Final = 100
 _PAGE_SIZE_MAX: Final = 1_000
 _PAGE_TOKEN_CHARS_MAX: Final = 4_096
+# Some twenty characters a partition, of which there are 1,024 at most.
+_POSITION_CHARS_MAX: Final = 24_576
 # 2200-01-01: beyond it nobody bills.
 _TIME_S_MAX: Final = 7_258_118_400
 
@@ -66,9 +68,13 @@ _TOKEN: Final = Rule(chars_max=_PAGE_TOKEN_CHARS_MAX, pattern=r"^[A-Za-z0-9_-]*$
 _AMOUNT: Final = Rule(chars_max=33, pattern=r"^([0-9]{1,20}(\.[0-9]{1,12})?)?$")
 
 RULES: Final[dict[str, Rule]] = {
-    **dict.fromkeys(("tenant_id", "project_id", "user_id", "model", "key_id", "grant_id", "number", "display_name"), _ID),
+    **dict.fromkeys(
+        ("tenant_id", "project_id", "user_id", "model", "key_id", "grant_id", "number", "display_name", "alert_id"), _ID
+    ),
     **dict.fromkeys(("reason", "reference"), _TEXT),
-    **dict.fromkeys(("page_token", "after"), _TOKEN),
+    "page_token": _TOKEN,
+    "after": Rule(chars_max=_POSITION_CHARS_MAX, pattern=_TOKEN.pattern),
+    "note": Rule(chars_max=ALERT_NOTE_CHARS_MAX, pattern=_TEXT.pattern),
     **dict.fromkeys(("amount", "credit_limit"), _AMOUNT),
     "idempotency_key": Rule(chars_max=ID_CHARS_MAX, pattern=r"^[\x21-\x7e]*$"),
     "page_size": Rule(most=_PAGE_SIZE_MAX),
@@ -95,6 +101,7 @@ REQUIRED: Final[dict[str, tuple[str, ...]]] = {
     "GrantCreditRequest": ("tenant_id", "amount", "idempotency_key"),
     "CreateKeyRequest": ("idempotency_key",),
     "RevokeKeyRequest": ("key_id",),
+    "AcknowledgeAlertRequest": ("alert_id",),
     "CreateTenantRequest": ("tenant_id", "idempotency_key"),
     "SetTenantStatusRequest": ("tenant_id", "status"),
 }

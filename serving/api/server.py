@@ -7,6 +7,7 @@ and closes what they used.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from serving.api.settings import ApiSettings
 
 __all__ = ["ApiServer", "run_api"]
+
+_LOG = logging.getLogger(__name__)
 
 _HEADER_BYTES_MAX: Final = 32 * 1024
 _KEEP_ALIVE_S: Final = 30
@@ -89,6 +92,8 @@ class ApiServer:
         self._serving = asyncio.ensure_future(self._http.serve([listener]))
         if self._follows:
             await asyncio.to_thread(self.calls.keys.follow, settings.keys)
+            if settings.alerts is not None and not await asyncio.to_thread(self.calls.alerts.follow, settings.alerts):
+                _LOG.warning("topic %s is not read to its end yet: watches of alerts wait for it", settings.alerts.topic)
 
     async def stop(self) -> None:
         """Stop serving."""
@@ -98,6 +103,7 @@ class ApiServer:
         if self._grpc is not None:
             await self._grpc.stop(self._settings.limits.shutdown_grace_s)
         await asyncio.to_thread(self.calls.keys.close)
+        await asyncio.to_thread(self.calls.alerts.close)
         await asyncio.to_thread(self.calls.close)
 
 

@@ -25,6 +25,7 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "GrantCredit": writing.grant_credit,
     "GetPriceBook": reading.get_price_book,
     "ListAlerts": alerting.list_alerts,
+    "AcknowledgeAlert": writing.acknowledge_alert,
     "ListKeys": writing.list_keys,
     "CreateKey": writing.create_key,
     "RevokeKey": writing.revoke_key,

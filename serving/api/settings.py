@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from serving.commanding import Commander
     from sinks.engine import Reader
 
-__all__ = ["ApiLimits", "ApiSettings", "KeySource", "TlsFiles"]
+__all__ = ["AlertSource", "ApiLimits", "ApiSettings", "KeySource", "TlsFiles"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,20 @@ class KeySource:
     # librdkafka's settings for TLS and SASL.
     security: Mapping[str, str] = field(default_factory=dict, repr=False)
     # How long a start may take to read the topic to its end.
+    ready_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class AlertSource:
+    """Where alerts are followed, for those who watch them."""
+
+    bootstrap: str
+    topic: str = "billing.alerts"
+    # How long the topic keeps them.
+    retention_ms: int = 90 * 86_400_000
+    # librdkafka's settings for TLS and SASL.
+    security: Mapping[str, str] = field(default_factory=dict, repr=False)
+    # How long a start waits for the topic's end; watches wait for it in any case.
     ready_timeout_s: float = 30.0
 
 
@@ -64,6 +78,8 @@ class ApiSettings:
     keys: KeySource
     # Each thread opens a reader of its own.
     open_reader: Callable[[], Reader]
+    # None: alerts cannot be watched.
+    alerts: AlertSource | None = None
     # Gives commands in the name of the issuer that it is called with; None: nothing can be changed through here.
     open_commander: Callable[[str], Commander] | None = None
     host: str = "127.0.0.1"

@@ -22,6 +22,8 @@ from billing.v1.account_pb2 import (
     KEY_SCOPE_READ,
 )
 from billing.v1.billing_service_pb2 import (
+    AcknowledgeAlertRequest,
+    AcknowledgeAlertResponse,
     CreateKeyRequest,
     CreateKeyResponse,
     CreateTenantRequest,
@@ -41,6 +43,7 @@ from billing.v1.billing_service_pb2 import (
 )
 from billing.v1.command_pb2 import Command
 from billing.v1.invoice_pb2 import CREDIT_KIND_PAID
+from serving.api.alerting import alert_entry
 from serving.api.errors import ApiError
 from serving.api.fields import CREDIT_KINDS, SCOPES, from_time, to_time
 from serving.api.reading import find_balance, money, page_of, tenant_balance
@@ -51,8 +54,10 @@ from sinks import account_queries, queries
 if TYPE_CHECKING:
     from serving.api.calls import Call
     from sinks.account_queries import GrantRow, KeyRow
+    from sinks.rows import AlertRow
 
 __all__ = [
+    "acknowledge_alert",
     "create_key",
     "create_tenant",
     "grant_credit",
@@ -95,6 +100,24 @@ def grant_credit(call: Call, request: GrantCreditRequest) -> GrantCreditResponse
     _give(call, commander, said)
     [row] = account_queries.grants(call.reader, account.tenant_id, request.grant_id or command_id)
     return GrantCreditResponse(grant=_grant(row, account.currency))
+
+
+def acknowledge_alert(call: Call, request: AcknowledgeAlertRequest) -> AcknowledgeAlertResponse:
+    """Take an alert on; one that somebody has taken on stays as it is."""
+    tenant_id = call.principal.tenant_or_all(request.tenant_id)
+    row = _find_alert(call, tenant_id, request.alert_id)
+    commander, command_id = _commander(call), _command_id(call, request.idempotency_key)
+    if row.state != "acknowledged" or commander.was_applied(call.reader, command_id):
+        _give(call, commander, commander.acknowledgement(row.alert_id, request.note, command_id=command_id))
+        row = _find_alert(call, tenant_id, request.alert_id)
+    return AcknowledgeAlertResponse(alert=alert_entry(row))
+
+
+def _find_alert(call: Call, tenant_id: str | None, alert_id: str) -> AlertRow:
+    rows = queries.alerts(call.reader, tenant_id, filters={"alert_id": alert_id}, limit=1)
+    if not rows:
+        raise ApiError.unknown("alert", alert_id)
+    return rows[0]
 
 
 def list_keys(call: Call, request: ListKeysRequest) -> ListKeysResponse:

@@ -75,6 +75,8 @@ class KeysOnly:
     def key(self, tenant_id: str, *scopes: str, **fields: Any) -> str:
         """A key as the ledger would state it; the secret."""
         secret = f"tm-{tenant_id or 'operator'}-{'-'.join(scopes)}-{json.dumps(fields, sort_keys=True)}"
+        if secret in self._key_ids:
+            return secret
         key = ApiKey(
             key_id=f"key-{len(self._key_ids)}",
             tenant_id=tenant_id,
@@ -131,6 +133,7 @@ class World(KeysOnly):
         self.ledger = ledger
         self._published = 0
         super().__init__(limits or ApiLimits())
+        self.calls.alerts.is_fed = True
         self.publish()
 
     def open_reader(self) -> Reader:
@@ -139,6 +142,8 @@ class World(KeysOnly):
     def commander(self, issuer: str) -> Commander:
         commander = super().commander(issuer)
         commander._sender = LedgerSender(self)
+        # What concerns every partition concerns the only one that there is.
+        commander._partitions = 1
         return commander
 
     def publish(self) -> None:
@@ -147,6 +152,8 @@ class World(KeysOnly):
         for record in self.ledger.records()[self._published :]:
             for key in record.keys:
                 self.keys.take(key.key_id.encode(), key.SerializeToString(), record.partition)
+            for alert in record.alerts:
+                self.calls.alerts.take(b"", alert.SerializeToString(), record.partition)
         self._published = len(self.ledger.stored)
 
 
