@@ -191,7 +191,7 @@ def test_the_commands_write_a_document_and_show_a_lines_requests(reader: Reader,
     ]
 
     def run(*arguments: str) -> Result:
-        return CliRunner().invoke(application(), [*arguments, *where])
+        return CliRunner().invoke(application(arguments[0]), [*arguments, *where])
 
     try:
         issued = invoices_of(reader, YUAN)[0]

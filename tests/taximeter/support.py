@@ -118,7 +118,7 @@ class Up:
 def said(*arguments: str | Path, expected: int = 0) -> str:
     """What a command printed to standard output; it must end with `expected`."""
     unset = dict.fromkeys(os.environ.keys() - environment().keys())
-    ended = CliRunner().invoke(application(), list(map(str, arguments)), env=unset)
+    ended = CliRunner().invoke(application(str(arguments[0])), list(map(str, arguments)), env=unset)
     why = "".join(traceback.format_exception(*ended.exc_info)) if ended.exc_info and ended.exit_code != expected else ""
     assert ended.exit_code == expected, f"{arguments}: {ended.exit_code}\n{ended.output}\n{why}"
     return ended.stdout

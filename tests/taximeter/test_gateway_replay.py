@@ -24,7 +24,7 @@ SEED: Final = 20_231_116
 KILLS: Final = 2
 # No answer waits for Kafka, so batches may be larger: what a ledger record costs dominates where each holds a few events. And
 # more is left in the journal of a gateway that is killed.
-LINGER: Final = "producer.linger_ms=250"
+LINGER: Final = "producer.linger_ms=1000"
 
 
 def completed(up: Up, tenants: int) -> tuple[int, int, int]:

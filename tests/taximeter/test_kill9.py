@@ -34,7 +34,7 @@ SPEED: Final = 600
 # In about twenty-four, where the kill waits for the first of it to be seen, which takes a loaded machine a while.
 SLOW_SPEED: Final = 150
 # Batches, and so ledger records, as a loaded installation has them: with the default each would hold a dozen events.
-LINGER: Final = "producer.linger_ms=100"
+LINGER: Final = "producer.linger_ms=250"
 TRIALS: Final = ("producer", "worker", "sink", "worker", "producer")
 
 
