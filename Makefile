@@ -19,6 +19,8 @@ TEST_WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Some machines forbid it, and each of the hundreds of processes that tests start would compile all of our modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help venv proto check docs test demo bench simulate models fuzz chaos nightly lock kafka triton clean
 
