@@ -54,6 +54,11 @@ INSERT INTO usage_totals SELECT * REPLACE ({EVENTS} AS opened_sequence, {DAYS + 
 FROM usage_totals WHERE toUInt32(substring(tenant_id, 8)) % 100 = 0 AND toDayOfMonth(minute) % 3 = 0
 LIMIT 1 BY tenant_id, toDayOfMonth(minute)
 """
+# As the sink states it beside the minutes.
+_STATED = """
+INSERT INTO usage_days_stated SELECT tenant_id, toStartOfDay(minute), ledger_partition, max(version) FROM usage_totals
+GROUP BY tenant_id, toStartOfDay(minute), ledger_partition
+"""
 _ACCOUNTS = """
 INSERT INTO accounts (tenant_id, status, currency, credit, spend, events, version)
 SELECT tenant_id, 'active', 'USD', 1000, sum(cost), sum(events), 1 FROM usage_totals GROUP BY tenant_id
@@ -87,6 +92,7 @@ def _measure(engine: ChdbEngine) -> list[Measurement]:
                 count=count,
             )
         )
+    engine.execute(_STATED)
     engine.execute(_ACCOUNTS)
     engine.execute(_POSITION)
     built_s = time.perf_counter() - began
@@ -94,6 +100,7 @@ def _measure(engine: ChdbEngine) -> list[Measurement]:
     days = sum_days(engine, (0,))
     summed_s = time.perf_counter() - began
     engine.execute(_LATE)
+    engine.execute(_STATED)
     [[rows, events]] = engine.query("SELECT count(), sum(events) FROM usage_totals", timeout_s=120.0).rows
     assert isinstance(rows, int)
     assert isinstance(events, int)

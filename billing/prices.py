@@ -135,6 +135,26 @@ class PriceBooks:
             rate = self._rates[key] = _find(book, model, operation, service_class, tenant_id)
             return rate
 
+    def rates(
+        self,
+        currency: str,
+        from_ms: int,
+        until_ms: int,
+        model: str,
+        operation: int,
+        service_class: int,
+        tenant_id: str,
+    ) -> list[Rate]:
+        """The rates that may rate usage which ends from `from_ms` to `until_ms`, one for each version that has any."""
+        starts = self._effective_ms.get(currency, [])
+        first, last = bisect_right(starts, from_ms), bisect_right(starts, until_ms)
+        found = []
+        for version in range(max(first, 1), last + 1):
+            rate = self.rate_of_version(currency, version, model, operation, service_class, tenant_id)
+            if rate is not None:
+                found.append(rate)
+        return found
+
     def moments(self, currency: str, from_ms: int, until_ms: int) -> list[int]:
         """A time under each version that rates usage which ends from `from_ms` to `until_ms`."""
         starts = self._effective_ms.get(currency, [])

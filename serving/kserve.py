@@ -140,8 +140,11 @@ def pack_bytes(elements: Iterable[bytes]) -> bytes:
 
 def unpack_bytes(raw: bytes, *, tensor: str, max_elements: int = _MAX_ELEMENTS) -> list[bytes]:
     """The elements of a raw BYTES tensor."""
+    end = len(raw)
+    if end >= _LENGTH.size and _LENGTH.unpack_from(raw)[0] == end - _LENGTH.size and max_elements:
+        return [raw[_LENGTH.size :]]
     elements: list[bytes] = []
-    position, end = 0, len(raw)
+    position = 0
     while position < end:
         if len(elements) == max_elements:
             raise TensorError(tensor, f"more than {max_elements} elements", "send fewer elements")
@@ -210,16 +213,12 @@ def _output_index(response: ModelInferResponse, name: str) -> int | None:
     return index
 
 
-def _raw_input(request: ModelInferRequest, tensor: _Tensor) -> bytes:
-    position = raw_input_position(request, tensor.name)
-    if position is None or position >= len(request.raw_input_contents):
-        raise TensorError(
-            tensor.name,
-            f"no data: its place is {position}, raw_input_contents has {len(request.raw_input_contents)}",
-            "send the data in contents or in raw_input_contents",
-        )
-    raw: bytes = request.raw_input_contents[position]
-    return raw
+def _no_data(name: str, position: int, raws: int) -> TensorError:
+    return TensorError(
+        name,
+        f"no data: its place is {position}, raw_input_contents has {raws}",
+        "send the data in contents or in raw_input_contents",
+    )
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -292,16 +291,28 @@ def _decode_numbers(tensor: _Tensor, raw: bytes | None, allowed: Sequence[str]) 
     return list(struct.unpack(f"<{count}{_STRUCT_CODE[dtype]}", raw))
 
 
-def _input_data(request: ModelInferRequest, tensor: _Tensor) -> bytes | None:
-    """The raw data, or None when the tensor has typed contents."""
-    _refuse_shared_memory(tensor)
-    return None if tensor.HasField("contents") else _raw_input(request, tensor)
+def _input_data(request: ModelInferRequest, name: str) -> tuple[_Tensor, bytes | None] | None:
+    """An input and its raw data, or None in place of that where it has typed contents. One walk: each input that is looked at
+    costs, and this is on the way of every request."""
+    position = 0
+    for tensor in request.inputs:
+        typed = tensor.HasField("contents")
+        if tensor.name == name:
+            _refuse_shared_memory(tensor)
+            if typed:
+                return tensor, None
+            raws = request.raw_input_contents
+            if position >= len(raws):
+                raise _no_data(name, position, len(raws))
+            return tensor, raws[position]
+        position += not typed and not has_shared_memory(tensor)
+    return None
 
 
 def read_bytes_input(request: ModelInferRequest, name: str) -> list[bytes] | None:
     """The elements of a BYTES input."""
-    tensor = find_input(request, name)
-    return None if tensor is None else _decode_bytes(tensor, _input_data(request, tensor))
+    found = _input_data(request, name)
+    return None if found is None else _decode_bytes(*found)
 
 
 def read_texts_input(request: ModelInferRequest, name: str) -> list[str] | None:
@@ -325,8 +336,8 @@ def read_text_input(request: ModelInferRequest, name: str) -> str | None:
 
 def read_integers_input(request: ModelInferRequest, name: str) -> list[int] | None:
     """The elements of an input of any integer type, in order; its shape may have any rank."""
-    tensor = find_input(request, name)
-    return None if tensor is None else _decode_numbers(tensor, _input_data(request, tensor), _INTEGERS)
+    found = _input_data(request, name)
+    return None if found is None else _decode_numbers(*found, _INTEGERS)
 
 
 def read_integer_input(request: ModelInferRequest, name: str) -> int | None:
@@ -336,10 +347,10 @@ def read_integer_input(request: ModelInferRequest, name: str) -> int | None:
 
 def read_bool_input(request: ModelInferRequest, name: str) -> bool | None:
     """The one element of a BOOL input."""
-    tensor = find_input(request, name)
-    if tensor is None:
+    found = _input_data(request, name)
+    if found is None:
         return None
-    value = _single(name, _decode_numbers(tensor, _input_data(request, tensor), ("BOOL",)))
+    value = _single(name, _decode_numbers(*found, ("BOOL",)))
     return None if value is None else bool(value)
 
 
@@ -384,16 +395,16 @@ def read_integer_output(response: ModelInferResponse, name: str) -> int | None:
 
 def count_elements(request: ModelInferRequest, name: str) -> int | None:
     """How many numbers an input of any numeric type has, by its shape, which its data must fit."""
-    tensor = find_input(request, name)
-    if tensor is None:
+    given = _input_data(request, name)
+    if given is None:
         return None
+    tensor, raw = given
     size = _ITEM_SIZE_BYTES.get(tensor.datatype)
     if size is None:
         raise TensorError(name, f"datatype {tensor.datatype!r}", f"must be one of {', '.join(_ITEM_SIZE_BYTES)}")
     if len(tensor.shape) > _MAX_RANK or any(dimension < 0 for dimension in tensor.shape):
         raise TensorError(name, f"shape {list(tensor.shape)[:_MAX_RANK]}", f"at most {_MAX_RANK} dimensions, none negative")
     count: int = math.prod(tensor.shape)
-    raw = _input_data(request, tensor)
     if raw is None:
         found = max((len(values) for field, values in tensor.contents.ListFields()), default=0)
     else:
@@ -453,7 +464,7 @@ def strip_input(request: ModelInferRequest, name: str) -> bool:
     position = raw_input_position(request, name)
     if position is not None:
         if position >= len(request.raw_input_contents):
-            _raw_input(request, request.inputs[index])
+            raise _no_data(name, position, len(request.raw_input_contents))
         del request.raw_input_contents[position]
     del request.inputs[index]
     return True

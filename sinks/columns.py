@@ -73,6 +73,7 @@ _STATUSES = EnumNames(AccountStatus.items(), "ACCOUNT_STATUS_")
 _MODES = EnumNames(BillingMode.items(), "BILLING_MODE_")
 _SCOPES = EnumNames(KeyScope.items(), "KEY_SCOPE_")
 
+_DAY_MINUTES = 1_440
 _TOTAL_COUNTS = ("events", "refused_events", "unrated_events", *tables.TOKEN_COLUMNS)
 _KEEP_PAYLOAD = frozenset(set(DropReason.values()) - {DROP_REASON_DUPLICATE, DROP_REASON_FORWARDED})
 
@@ -83,6 +84,7 @@ def build_columns(batch: Sequence[Accepted], usage_topic: str) -> list[tuple[Tab
         tables.GENERATIONS: _generations(batch),
         tables.LEDGER_RECORDS: _ledger_records(batch),
         **_usage(batch, usage_topic),
+        tables.USAGE_DAYS_STATED: _stated_days(batch),
         tables.USAGE_TOTALS: _totals(batch),
         tables.ALERTS: _from_rows(tables.ALERTS, alert_rows(batch)),
         **_books(batch),
@@ -295,6 +297,15 @@ def _ledger_records(batch: Sequence[Accepted]) -> Columns:
             for accepted in batch
         ],
     )
+
+
+def _stated_days(batch: Sequence[Accepted]) -> Columns:
+    last: dict[tuple[str, int, int], int] = {}
+    for accepted in batch:
+        partition, version = accepted.record.partition, accepted.version
+        for key in [total.key for total in accepted.record.totals]:
+            last[key.tenant_id, key.minute // _DAY_MINUTES * _DAY_MINUTES * 60, partition] = version
+    return _from_rows(tables.USAGE_DAYS_STATED, [(*key, version) for key, version in last.items()])
 
 
 def _totals(batch: Sequence[Accepted]) -> Columns:

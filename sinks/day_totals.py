@@ -2,7 +2,8 @@
 
 Promise: whoever reads by day what `trusted_days` says, and everything else by minute, has the sum of all minutes, at any moment
 and whatever comes late. A day is trusted only if it was summed and no minute of it was stated after the ledger position
-up to which that sum surely reaches. That position is written last, after every sum; a crash half-way leaves the earlier one,
+up to which that sum surely reaches; when that was, the writer states of each tenant's day before it writes the minutes, so
+nobody looks through minutes for it. That position is written last, after every sum; a crash half-way leaves the earlier one,
 under which nothing that was replaced is trusted. Nothing needs the sums: without them, answers take longer.
 """
 
@@ -42,21 +43,22 @@ class TrustedDays:
 
 def trusted_days(reader: Reader, tenant_id: str, start_s: int) -> TrustedDays:
     """What may be read by day of the tenant's usage since then."""
-    summed = _summed(reader)
-    before_s = max((before_s for before_s, _ in summed.values()), default=0)
-    if before_s <= start_s:
-        return TrustedDays()
-    # One condition a partition, joined by AND: so the index over partition and version passes over all that is in the sums.
-    beyond = "".join(
-        f" AND (ledger_partition != {partition} OR version > {version} OR minute >= toDateTime({until_s}, 'UTC'))"
-        for partition, (until_s, version) in summed.items()
-    )
+    # One question: what it costs to ask is more than what there is to read.
     rows = reader.query(
-        "SELECT DISTINCT toUInt32(toStartOfDay(minute)) AS day FROM usage_totals WHERE tenant_id = {tenant:String} "  # noqa: S608
-        f"AND minute >= toDateTime({{start:Int64}}, 'UTC') AND minute < toDateTime({{before:Int64}}, 'UTC'){beyond}",
-        {"tenant": tenant_id, "start": start_s, "before": before_s},
+        "SELECT 1 AS summed, ledger_partition, toUInt32(before_day), version FROM usage_days_summed FINAL UNION ALL "
+        "SELECT 0, ledger_partition, toUInt32(day), max(version) FROM usage_days_stated WHERE tenant_id = {tenant:String} "
+        "AND day >= toStartOfDay(toDateTime({start:Int64}, 'UTC')) GROUP BY ledger_partition, day",
+        {"tenant": tenant_id, "start": start_s},
     ).rows
-    return TrustedDays(before_s, tuple(sorted(cast("int", day) for [day] in rows)))
+    marks = cast("list[tuple[int, int, int, int]]", rows)
+    summed = {partition: (before_s, version) for is_mark, partition, before_s, version in marks if is_mark}
+    before_s = max((before_s for before_s, _ in summed.values()), default=0)
+    stale_s = set()
+    for is_mark, partition, day_s, version in marks:
+        until_s, summed_version = summed.get(partition, (0, 0))
+        if not is_mark and day_s < before_s and (day_s >= until_s or version > summed_version):
+            stale_s.add(day_s)
+    return TrustedDays(before_s, tuple(sorted(stale_s))) if before_s > start_s else TrustedDays()
 
 
 def _summed(reader: Reader) -> dict[int, tuple[int, int]]:

@@ -229,16 +229,21 @@ def _totals_between(start_s: int, end_s: int, days: TrustedDays, where: str) -> 
         return f"({_BY_MINUTE}{joined} {_minutes([(start_s, end_s)])})"
     stale_s = [day_s for day_s in days.stale_s if first_s <= day_s < last_s]
     minutes = [(start_s, first_s), *((day_s, day_s + DAY_S) for day_s in stale_s), (last_s, end_s)]
+    trusted = f" AND day NOT IN ({', '.join(map(str, stale_s))})" if stale_s else ""
     return (
-        f"({_BY_DAY}{joined} {_minutes([(first_s, last_s)], 'day')} "
-        f"AND NOT {_minutes([(day_s, day_s + DAY_S) for day_s in stale_s], 'day')} "
+        f"({_BY_DAY}{joined} {_minutes([(first_s, last_s)], 'day')}{trusted} "
         f"UNION ALL {_BY_MINUTE}{joined} {_minutes(minutes)})"
     )
 
 
 def _minutes(ranges: Sequence[tuple[int, int]], column: str = "minute") -> str:
     """The condition of times that lie in one of `ranges`."""
-    within = [f"({column} >= toDateTime({first}, 'UTC') AND {column} < toDateTime({end}, 'UTC'))" for first, end in ranges]
+    # An empty range would be looked for all the same, in every part that has its beginning.
+    within = [
+        f"({column} >= toDateTime({first}, 'UTC') AND {column} < toDateTime({end}, 'UTC'))"
+        for first, end in ranges
+        if first < end
+    ]
     return f"({' OR '.join(within) or '0'})"
 
 

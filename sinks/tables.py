@@ -44,6 +44,7 @@ __all__ = [
     "SINK_POSITIONS",
     "TOKEN_COLUMNS",
     "USAGE_DAYS",
+    "USAGE_DAYS_STATED",
     "USAGE_DAYS_SUMMED",
     "USAGE_EVENTS",
     "USAGE_TOTALS",
@@ -125,6 +126,9 @@ USAGE_TOTALS = table(
     currency=Kind.TEXT,
     sequence=Kind.UINT64,
     version=Kind.UINT64,
+)
+USAGE_DAYS_STATED = table(
+    "usage_days_stated", tenant_id=Kind.TEXT, day=Kind.SECONDS, ledger_partition=Kind.UINT32, version=Kind.UINT64
 )
 USAGE_DAYS = table(
     "usage_days",
@@ -320,6 +324,8 @@ ALL_TABLES = (
     LEDGER_RECORDS,
     USAGE_EVENTS,
     REJECTED,
+    # Before the minutes: whoever sees one sees that its day's sum lacks it.
+    USAGE_DAYS_STATED,
     USAGE_TOTALS,
     ALERTS,
     PRICE_COMMITMENTS,

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from serving.gateway.admission import Refusal
     from serving.gateway.directory import AccountView, Directory, KeyView
     from serving.gateway.limits import RequestSlot
+    from serving.gateway.output_limits import OutputAsked
     from serving.gateway.policy import Policy
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import GatewaySettings
@@ -262,13 +263,14 @@ class Gateway:
             *(scope.limits.prompt_tokens_max for scope in scopes),
         )
         prompt_count = await self._check_prompt(prepared, profile, limit, event, account)
+        asked = None
         if scopes:
-            await self._check_scopes(request, event, account, profile, prepared, prompt_count, scopes, slot)
+            asked = await self._check_scopes(request, event, account, profile, prepared, prompt_count, scopes, slot)
         money = None
         # What is free needs no money, and who is only watched need not have it.
         is_paid = account is not None and account.free_pico is not None and not (key.test or account.shadow or prepared.stops)
         if self.spending is not None and account is not None and is_paid:
-            money = await self._set_aside(self.spending, request, event, account, profile, prepared, prompt_count)
+            money = await self._set_aside(self.spending, request, event, account, profile, prepared, prompt_count, asked)
         meter = RequestMeter(
             self._parts,
             event,
@@ -316,13 +318,14 @@ class Gateway:
         prompt_count: TextCount | None,
         scopes: Sequence[Scope],
         slot: RequestSlot,
-    ) -> None:
-        """Refuse an answer longer than key, tenant or model may have, and tokens beyond this minute's."""
+    ) -> OutputAsked:
+        """Refuse an answer longer than key, tenant or model may have, and tokens beyond this minute's; how long it may be."""
         try:
-            stated, texts = read_output_asked(request, profile.output_limit, profile.output_limit_input)
+            asked = read_output_asked(request, profile.output_limit, profile.output_limit_input)
         except TensorError as error:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error
+        stated, texts = asked
         limit = admission.prompt_limit(0, 0, 0, *(scope.limits.output_tokens_max for scope in scopes))
         if stated is not None and 0 < limit < stated:
             await self._enforce(admission.output_refusal(stated, limit), event, account)
@@ -331,6 +334,7 @@ class Gateway:
         breach = slot.reserve(tokens, time.monotonic())
         if breach is not None:
             await self._enforce(admission.rate_refusal(breach), event, account)
+        return asked
 
     def _prompt_tokens(self, profile: ModelProfile, prepared: PreparedRequest, prompt_count: TextCount | None) -> int:
         """The prompt's tokens, or a bound of them."""
@@ -375,6 +379,7 @@ class Gateway:
         profile: ModelProfile,
         prepared: PreparedRequest,
         prompt_count: TextCount | None,
+        asked: OutputAsked | None,
     ) -> RequestMoney | None:
         """The money for the request's worst case. Refuses where there is not enough; None where that may not be known and the
         gateway fails open."""
@@ -382,7 +387,7 @@ class Gateway:
         until_ms = event.started_ms + int(self.settings.limits.upstream_timeout_s * 1_000)
         units = reserved_units(profile, prepared)
         try:
-            money = await spending.set_aside(request, event, account, profile, prompt_tokens, until_ms, units)
+            money = await spending.set_aside(request, event, account, profile, prompt_tokens, until_ms, units, asked)
         except TensorError as error:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error

@@ -14,6 +14,7 @@ Belongs to one event loop. `billing.leases` is the other side.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -88,6 +89,9 @@ class _Holding:
     number: int = 0
     answered: int = 0
     asked: dict[int, _Asked] = field(default_factory=dict)
+    # Of the last request to the ledger.
+    asked_at: float = -math.inf
+    wanted_pico: int = 0
     # How many requests of the largest recent size are kept at hand; that size, the largest and all since the last renewal.
     reach: int = _REACH_START
     request_pico: int = 0
@@ -221,13 +225,24 @@ class LeaseKeeper:
         asked = holding.asked.get(holding.number)
         return asked is not None and self._clock() < asked.at + _ANSWER_TIMEOUT_S
 
+    def _needed_pico(self, holding: _Holding) -> int:
+        """What should be at hand: for those who wait, and for the next ones."""
+        return sum(pico for pico, _ in holding.waiting) + holding.reach * holding.request_pico
+
     def _ask_ahead(self, holding: _Holding) -> None:
         if self._clock() >= holding.short_until and not self._is_asking(holding):
-            self._ask(holding, holding.reach * holding.request_pico)
+            self._ask(holding, self._needed_pico(holding))
 
     def _ask_for_waiting(self, holding: _Holding) -> None:
-        if not self._is_asking(holding):
-            self._ask(holding, sum(pico for pico, _ in holding.waiting) + holding.reach * holding.request_pico)
+        needed_pico = self._needed_pico(holding)
+        covered = holding.wanted_pico >= holding.promised_pico + needed_pico
+        if self._clock() >= holding.asked_at + _RETRY_S:
+            # An answer may take as long as a request may wait: whoever came since does not wait for it to ask.
+            if not (covered and self._is_asking(holding)):
+                self._ask(holding, needed_pico)
+        elif not holding.scarce and not self._is_asking(holding):
+            # Where nothing is free, the next answer would say no more than the last one did.
+            self._ask(holding, needed_pico)
         if holding.retry is None:
             holding.retry = asyncio.get_running_loop().call_later(_RETRY_S, self._retry, holding)
 
@@ -251,6 +266,7 @@ class LeaseKeeper:
         while holding.asked and next(iter(holding.asked.values())).at < now - _ANSWERS_KEPT_S:
             del holding.asked[next(iter(holding.asked))]
         holding.asked[holding.number] = _Asked(now, wanted_pico, duration_ms)
+        holding.asked_at, holding.wanted_pico = now, wanted_pico
         # Whatever the answer, and if there is none: what is given back is not used from here on.
         holding.granted_pico = min(holding.granted_pico, wanted_pico)
         self._request(holding.tenant_id, holding.number, wanted_pico, duration_ms)

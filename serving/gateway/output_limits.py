@@ -57,7 +57,10 @@ def read_output_asked(request: ModelInferRequest, where: OutputLimit, name: str 
             value = kserve.get_parameter(request, _NAME)
         else:
             value = parameters.get(_NAME)
-            texts = max([stated for key in _JSON_TEXTS if isinstance(stated := parameters.get(key), int)], default=1)
+            for key in _JSON_TEXTS:
+                stated = parameters.get(key)
+                if isinstance(stated, int):
+                    texts = max(texts, stated)
     if isinstance(value, str) and value.isascii() and value.isdigit():
         value = int(value)
     tokens = value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from billing.v1.usage_pb2 import UsageEvent
     from serving.gateway.directory import AccountView
     from serving.gateway.leases import LeaseKeeper, Reservation
+    from serving.gateway.output_limits import OutputAsked
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import LeaseSettings
     from serving.gateway.worth import Worth
@@ -74,12 +75,13 @@ class Spending:
         prompt_tokens: int,
         until_ms: int,
         units: Mapping[str, int] = MappingProxyType({}),
+        asked: OutputAsked | None = None,
     ) -> RequestMoney | None:
         """The money for the worst case of the request, whose answer may be clamped for it; None: there is not enough.
 
-        Raises TensorError where the request's limit of output cannot be read.
+        `asked`: what the request allows its answer, where that was read already. Raises TensorError where it cannot be read.
         """
-        stated, texts = read_output_asked(request, profile.output_limit, profile.output_limit_input)
+        stated, texts = asked or read_output_asked(request, profile.output_limit, profile.output_limit_input)
         output_tokens = account.output_tokens_default or self._settings.output_tokens_default if stated is None else stated
         if not profile.counts_output:
             output_tokens = 0

@@ -253,9 +253,11 @@ class _RequestFlow:
         # An empty last response is for those who asked for it.
         if last is not None and (last.infer_response.outputs or self._prepared.empty_final_asked):
             ready.append((last, self._counted))
-        usage = await self._meter.close_paid(self._outcome(end, delivered=self._delivered_any or bool(ready)))
+        outcome, counted_as = self._outcome(end, delivered=self._delivered_any or bool(ready))
+        usage = await self._meter.close_paid(outcome)
         if usage is None:
             await self._end_with_the_money(ready)
+        self._gateway.metrics[counted_as] += 1
         if ready:
             tell_usage(ready[-1][0].infer_response, usage)
             await self._write([response for response, _ in ready])
@@ -266,18 +268,14 @@ class _RequestFlow:
                 end.answer.infer_response.id = self._prepared.client_id
             raise CallError(end.status or grpc.StatusCode.UNKNOWN, message, end.answer)
 
-    def _outcome(self, end: _End, *, delivered: bool) -> int:
-        metrics = self._gateway.metrics
+    def _outcome(self, end: _End, *, delivered: bool) -> tuple[int, str]:
+        """What the bill says of the end, and the metric that counts it."""
         if not end.message:
-            metrics["requests_completed"] += 1
-            return OUTCOME_COMPLETED
+            return OUTCOME_COMPLETED, "requests_completed"
         if end.status is grpc.StatusCode.DEADLINE_EXCEEDED and self._caller.is_late():
-            metrics["requests_cut_off"] += 1
-            return OUTCOME_DEADLINE_EXCEEDED
-        metrics["requests_backend_error"] += 1
-        if delivered and self._gateway.settings.bill_partial_answers:
-            return OUTCOME_BACKEND_ERROR_PARTIAL
-        return OUTCOME_BACKEND_ERROR
+            return OUTCOME_DEADLINE_EXCEEDED, "requests_cut_off"
+        partial = delivered and self._gateway.settings.bill_partial_answers
+        return OUTCOME_BACKEND_ERROR_PARTIAL if partial else OUTCOME_BACKEND_ERROR, "requests_backend_error"
 
 
 class _ClientStream:

@@ -75,12 +75,12 @@ class Worth:
         units: Mapping[str, int] = MappingProxyType({}),
     ) -> int:
         """The most that the request of `event` can cost if it ends by `until_ms`; 0 where nothing prices it."""
-        books = self._books
+        rates = self._books.rates(
+            currency, event.started_ms, until_ms, event.model, event.operation, event.service_class, event.tenant_id
+        )
         worst_pico = 0
-        for moment_ms in books.moments(currency, event.started_ms, until_ms):
-            rate = books.rate(currency, moment_ms, event.model, event.operation, event.service_class, event.tenant_id)
-            if rate is not None:
-                worst_pico = max(worst_pico, self._worst_prices(rate).cost_pico(input_tokens, output_tokens, units))
+        for rate in rates:
+            worst_pico = max(worst_pico, self._worst_prices(rate).cost_pico(input_tokens, output_tokens, units))
         return worst_pico
 
     def _worst_prices(self, rate: Rate) -> WorstPrices:

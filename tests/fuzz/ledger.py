@@ -14,14 +14,18 @@ from functools import cache
 from google.protobuf.message import DecodeError
 
 from billing import replay
+from billing.amounts import to_amount
 from billing.chain import Chain, UnreadableRecord
 from billing.founding import LedgerSettings, found
 from billing.limits import RECORD_BYTES_MAX
-from billing.periods import month_of, month_start_ms
+from billing.line_parts import PartKey, Sum, to_line_parts
+from billing.periods import month_of, month_start_ms, period_at
 from billing.state import DAY_MS, LedgerState, MemorySeenKeys
 from billing.step import CommandInput, Input, TickInput, UsageInput, step
-from billing.v1.account_pb2 import AccountUpdate, Amount, ApiKey, Plan
+from billing.v1.account_pb2 import AccountUpdate, Amount, ApiKey, Calendar, Plan
 from billing.v1.command_pb2 import (
+    ADJUSTMENT_KIND_VOID,
+    Adjustment,
     Command,
     CreditGrant,
     InvoiceFinalization,
@@ -30,7 +34,7 @@ from billing.v1.command_pb2 import (
     SignedCommand,
     TenantUpsert,
 )
-from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP, TaxRate
+from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP, PeriodLine, PeriodLineKey, TaxRate
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import OUTCOME_REJECTED, UnitQuantity
 from serving.gateway.directory import Directory
@@ -126,6 +130,32 @@ def _invoice(command_id: str, draft: bool) -> bytes:
     return Command(schema_version=1, command_id=command_id, issued_ms=NOW_MS, invoice_finalization=said).SerializeToString()
 
 
+def _adjustment(command_id: str, request_id: str) -> bytes:
+    """Void a request that was charged a thousand tokens' worth."""
+    period = period_at(Calendar(), NOW_MS)
+    key = PeriodLineKey(
+        tenant_id=HERE,
+        period_start_ms=period.start_ms,
+        period_end_ms=period.end_ms,
+        currency="USD",
+        model="smollm2",
+        price_version=1,
+        adjustment_id=command_id,
+    )
+    parts = to_line_parts({PartKey("uncached_input_tokens", "", 10_000): Sum(-100, -(10**6))})
+    said = Adjustment(
+        tenant_id=HERE,
+        kind=ADJUSTMENT_KIND_VOID,
+        currency="USD",
+        lines=[PeriodLine(key=key, parts=parts, cost=to_amount(-(10**6)))],
+        corrected_request_ids=[request_id],
+    )
+    command = Command(
+        schema_version=1, command_id=command_id, issued_ms=NOW_MS, issuer="ann", reason="counted twice", adjustment=said
+    )
+    return command.SerializeToString()
+
+
 def _scripts() -> list[bytes]:
     said = [command.SerializeToString() for command in _commands()]
     plain = batch([usage("r1", HERE), usage("r2", HERE, output_tokens=7)], producer_id="p", first=1, highest=2)
@@ -141,6 +171,7 @@ def _scripts() -> list[bytes]:
             usage("", HERE),
         ]
     )
+    voids = [_adjustment("v1", "r1"), _adjustment("v2", "r1"), _adjustment("v3", "r2")]
     signed = SignedCommand(command=said[2], signature=hmac.digest(COMMAND_KEY, said[2], "sha256")).SerializeToString()
     setup = Reader.join(*(part for command in said for part in (COMMAND, 0, command)))
     return [
@@ -149,6 +180,9 @@ def _scripts() -> list[bytes]:
         Reader.join(USAGE, 0, b"", USAGE, 0, odd, TICK, 200, b"", USAGE, 0, odd),
         # The month is over after a tick of eight days.
         setup + Reader.join(USAGE, 0, plain, COMMAND, 0, _invoice("d", True), TICK, 230, b"", COMMAND, 0, _invoice("f", False)),
+        # Corrections before the month is over and after it was invoiced.
+        Reader.join(COMMAND, 0, said[0], COMMAND, 0, said[1], USAGE, 0, plain, COMMAND, 0, voids[0], COMMAND, 0, voids[1])
+        + Reader.join(TICK, 230, b"", COMMAND, 0, _invoice("f", False), COMMAND, 0, voids[2]),
     ]
 
 

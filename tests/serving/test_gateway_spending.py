@@ -190,3 +190,18 @@ async def test_a_stream_that_reaches_the_end_of_the_money_ends_there_and_says_so
         # What was delivered is billed, and paid for; of what came at once, as much as the money pays for.
         assert 10 <= delivered == event.output_tokens <= 30
         assert server.gateway.spending.keeper.at_hand_pico("tenant-a") >= 0
+
+
+async def test_an_answer_whose_last_part_is_not_paid_for_is_not_counted_as_completed(tmp_path: Path, back_end: str) -> None:
+    models = {name: profile for name, profile in profiles().items() if name.startswith("trace")}
+    settings = gateway_settings(tmp_path, back_end, tokenizers={}, models=models)
+    async with running(settings) as server:
+        server.gateway.spending = spending_of(30 * TOKEN_PICO)
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            # All of it in one chunk, which is the last.
+            inputs = trace_inputs(1, 100, chunk_tokens=100)
+            found = await answers(client, {"model_name": "trace", "inputs": inputs, "request_id": "mine"})
+        assert "balance: is used up" in str(found[-1][1])
+        [event] = journalled(server.meter)
+        assert (event.outcome, event.output_tokens) == (OUTCOME_BALANCE_EXHAUSTED, 0)
+        assert server.gateway.metrics["requests_completed"] == 0

@@ -104,6 +104,16 @@ def test_a_day_is_read_from_its_sum(engine: ChdbEngine, ledger: Ledger) -> None:
     assert before.events == wrong[0].events
 
 
+def test_a_day_of_a_partition_that_nobody_summed_is_read_by_minute(engine: ChdbEngine, ledger: Ledger) -> None:
+    ledger.usage(_Numbers().batch((1, 2)))
+    feed(engine, ledger.stored, KEYS.seal_key)
+    right = queries.usage(engine, ONE, ("day",))
+    engine.insert(USAGE_DAYS_SUMMED, {"ledger_partition": [0], "before_day": [TODAY_S], "version": [2**50]})
+    assert trusted_days(engine, ONE, 0) == TrustedDays(TODAY_S, (TODAY_S - 2 * DAY_S, TODAY_S - DAY_S))
+    assert right
+    assert queries.usage(engine, ONE, ("day",)) == right
+
+
 class _Crashing:
     """An engine that fails at the first insert of the place that says how far the sums are."""
 

@@ -2,7 +2,8 @@
 
 `python -m tests.taximeter.lease_trial` runs the full one: 8 gateways, $10.00, 2,000 requests at once.
 
-Before anything else the broker stands still while as many come: gateways pass what they hold, and no more.
+Before anything else the broker stands still while as many come from clients that are connected: each gateway passes what it
+holds, and no more.
 
 Checked against the ledger's own records: at no record is more leased than there is, the spend ends within the credit, what
 gateways delivered while the broker stood still was leased to them before, and nobody was refused where, for all the time that a
@@ -21,7 +22,8 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -33,6 +35,7 @@ import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from billing.amounts import PICO, from_amount, parse_decimal_to_pico
+from billing.v1.command_pb2 import Command
 from billing.v1.ledger_pb2 import LedgerRecord
 from sinks.engine import decimal_to_pico
 from taximeter.compose import open_reader
@@ -88,10 +91,12 @@ class Seen:
     # Refusals for the money, and those of them before which enough was free for all the time that a request waits.
     refused_for_balance: int = 0
     refused_too_early: int = 0
-    # While the broker stood still: how requests ended, what was delivered cost, and what gateways held when it began.
+    # While the broker stood still: how requests ended, and by gateway what was delivered cost and what it held when that began.
     ended_away: Counter[str] = field(default_factory=Counter)
-    delivered_away_pico: int = 0
-    held_away_pico: int = 0
+    delivered_away_pico: Counter[str] = field(default_factory=Counter)
+    held_away_pico: Counter[str] = field(default_factory=Counter)
+    # From when a gateway asked for a lease to when the ledger answered, sorted: how slow the machine was.
+    asked_ms: list[int] = field(default_factory=list)
     findings: list[Any] = field(default_factory=list)
 
 
@@ -151,19 +156,28 @@ async def infer(client: Any, headers: dict[str, str], output_tokens: int) -> str
     return "ok"
 
 
-async def spend(ports: list[int], headers: dict[str, str], requests: int, at_once: int, seen: Seen) -> None:
-    """Send requests to all gateways in turn, `at_once` at a time, each half as long as it may be; note how each ended."""
-    clients = [triton_aio.InferenceServerClient(f"127.0.0.1:{port}") for port in ports]
+@asynccontextmanager
+async def connected(ports: list[int]) -> AsyncIterator[list[Any]]:
+    """A client of each gateway."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(triton_aio.InferenceServerClient(f"127.0.0.1:{port}")) for port in ports]
+
+
+async def send(clients: list[Any], headers: dict[str, str], requests: int, at_once: int) -> Counter[str]:
+    """Send requests to all gateways in turn, `at_once` at a time, each half as long as it may be; how they ended."""
     slots = asyncio.Semaphore(at_once)
 
-    async def one(number: int) -> None:
+    async def one(number: int) -> str:
         async with slots:
-            ended = await infer(clients[number % len(clients)], headers, OUTPUT_TOKENS_MAX // 2)
-        seen.ended[ended] += 1
+            return await infer(clients[number % len(clients)], headers, OUTPUT_TOKENS_MAX // 2)
 
-    await asyncio.gather(*(one(number) for number in range(requests)))
-    for client in clients:
-        await client.close()
+    return Counter(await asyncio.gather(*(one(number) for number in range(requests))))
+
+
+async def spend(ports: list[int], headers: dict[str, str], requests: int, at_once: int, seen: Seen) -> None:
+    """The same over new connections."""
+    async with connected(ports) as clients:
+        seen.ended += await send(clients, headers, requests, at_once)
 
 
 def ready(port: int) -> bool:
@@ -181,18 +195,25 @@ def spent_pico(up: Up) -> int:
 
 def _without_kafka(up: Up, ports: list[int], headers: dict[str, str], trial: Trial, seen: Seen) -> Away:
     """Requests while the broker stands still."""
-    # Each gateway holds something by then.
-    asyncio.run(spend(ports, headers, 2 * len(ports), len(ports), seen))
     broker = up.pids()["broker"]
-    began_ms = _now_ms()
-    os.kill(broker, signal.SIGSTOP)
-    try:
-        meanwhile = Seen()
-        asyncio.run(spend(ports, headers, trial.requests, trial.at_once, meanwhile))
-        seen.ended_away = meanwhile.ended
-        resumed_ms = _now_ms()
-    finally:
-        os.kill(broker, signal.SIGCONT)
+
+    async def stand_still() -> tuple[int, int]:
+        async with connected(ports) as clients:
+            # Each gateway holds something by then, and each client is connected: leases do not wait for clients.
+            async with asyncio.timeout(trial.ready_timeout_s):
+                for client in clients:
+                    while not (ended := await send([client], headers, 2, 1))["ok"]:
+                        seen.ended += ended
+                    seen.ended += ended
+            began_ms = _now_ms()
+            os.kill(broker, signal.SIGSTOP)
+            try:
+                seen.ended_away = await send(clients, headers, trial.requests, trial.at_once)
+                return began_ms, _now_ms()
+            finally:
+                os.kill(broker, signal.SIGCONT)
+
+    began_ms, resumed_ms = asyncio.run(stand_still())
 
     def granted_again() -> bool:
         probe = Seen()
@@ -212,7 +233,7 @@ def run(trial: Trial, folder: Path) -> Seen:
     """Spend all of the credit through the gateways, two of which are killed on the way."""
     prices, seen = folder / "prices.toml", Seen()
     prices.write_text(PRICES.format(dollars=trial.dollars))
-    flags = [f"gateway.output_tokens_default={OUTPUT_TOKENS_MAX}", "gateway.lease_seconds=5"]
+    flags = [f"gateway.output_tokens_default={OUTPUT_TOKENS_MAX}"]
     flags += [f"gateway.lease_wait_ms={trial.lease_wait_ms}", f"gateway.requests_max={2 * trial.at_once}"]
     flags += [f"gateway.tenant_requests_max={2 * trial.at_once}"]
     credit_pico = parse_decimal_to_pico(trial.credit)
@@ -265,22 +286,33 @@ def _look_at_the_ledger(up: Up, trial: Trial, away: Away, seen: Seen) -> None:
         refused = reader.query(
             "SELECT toUnixTimestamp64Milli(ended) FROM usage_events FINAL WHERE refusal_reason = 'balance'", timeout_s=120.0
         ).rows
-        costs = reader.query("SELECT toUnixTimestamp64Milli(ended), cost FROM usage_events FINAL", timeout_s=120.0).rows
+        costs = reader.query(
+            "SELECT toUnixTimestamp64Milli(ended), producer_id, cost FROM usage_events FINAL", timeout_s=120.0
+        ).rows
+    held_pico: dict[tuple[str, int], int] = {}
     for (text,) in stored:
         record = LedgerRecord.FromString(bytes.fromhex(str(text)))
+        command = Command.FromString(record.command.command)
+        if command.HasField("lease_request"):
+            seen.asked_ms.append(record.log_time_ms - command.issued_ms)
+        if record.log_time_ms <= away.began_ms:
+            for lease in record.leases:
+                left_pico = 0 if lease.gone else from_amount(lease.granted) - from_amount(lease.charged)
+                held_pico[lease.holder_id, lease.epoch] = max(left_pico, 0)
         for account in record.accounts:
             if account.tenant_id == TENANT and account.credit.low:
                 at_ms.append(record.log_time_ms)
                 free_pico.append(from_amount(account.credit) - from_amount(account.spend) - from_amount(account.leased))
-                if record.log_time_ms <= away.began_ms:
-                    seen.held_away_pico = from_amount(account.leased)
+    for (holder_id, _), left_pico in held_pico.items():
+        seen.held_away_pico[holder_id] += left_pico
+    seen.asked_ms.sort()
     seen.records = len(at_ms)
     seen.least_free_pico = min(free_pico)
     seen.refused_for_balance = len(refused)
-    for ended, cost in costs:
+    for ended, producer_id, cost in costs:
         assert isinstance(cost, Decimal)
         if away.began_ms <= int(str(ended)) < away.resumed_ms:
-            seen.delivered_away_pico += decimal_to_pico(cost)
+            seen.delivered_away_pico[str(producer_id)] += decimal_to_pico(cost)
     for (decided,) in refused:
         decided_ms = int(str(decided))
         if away.began_ms <= decided_ms < away.granted_ms + trial.lease_wait_ms:
@@ -289,6 +321,9 @@ def _look_at_the_ledger(up: Up, trial: Trial, away: Away, seen: Seen) -> None:
         first = max(bisect_right(at_ms, decided_ms - trial.lease_wait_ms) - 1, 0)
         last = bisect_right(at_ms, decided_ms)
         seen.refused_too_early += min(free_pico[first:last]) >= trial.worst_pico
+
+
+_SHARES = (("p50", 0.5), ("p99", 0.99), ("at most", 0.999999))
 
 
 def main() -> int:
@@ -306,17 +341,18 @@ def main() -> int:
         seen = run(trial, Path(folder))
     print(f"requests: {dict(seen.ended)}")
     print(f"spend: {seen.spend_pico / PICO:.6f} of {trial.credit}; audit: {len(seen.findings)} findings")
-    print(
-        f"while the broker stood still: {dict(seen.ended_away)}; delivered for {seen.delivered_away_pico / PICO:.6f} of the "
-        f"{seen.held_away_pico / PICO:.6f} that gateways held"
-    )
+    print(f"while the broker stood still: {dict(seen.ended_away)}; by gateway, delivered of what it held:")
+    for holder_id, held_pico in sorted(seen.held_away_pico.items()):
+        print(f"  {seen.delivered_away_pico[holder_id] / PICO:.6f} of {held_pico / PICO:.6f}")
     print(f"least that nobody held, over {seen.records} records: {seen.least_free_pico / PICO:.6f}")
     print(
         f"refused for the balance: {seen.refused_for_balance}; of them, though enough was free for {trial.lease_wait_ms} ms: "
         f"{seen.refused_too_early}"
     )
+    slowest = ", ".join(f"{name} {seen.asked_ms[int(len(seen.asked_ms) * share)]} ms" for name, share in _SHARES)
+    print(f"from a gateway's question to the ledger's answer: {slowest}")
     holds = seen.spend_pico <= parse_decimal_to_pico(trial.credit) and seen.least_free_pico >= 0 and not seen.findings
-    holds = holds and seen.delivered_away_pico <= seen.held_away_pico
+    holds = holds and seen.delivered_away_pico <= seen.held_away_pico and min(seen.delivered_away_pico.values(), default=0) > 0
     return int(not holds or seen.refused_too_early > 0)
 
 

@@ -25,5 +25,6 @@ def test_many_gateways_never_overspend_one_balance(tmp_path: Path) -> None:
     assert seen.least_free_pico >= 0, "more was leased than there was"
     # There was money for more of them, had the gateways been able to ask for it.
     assert seen.ended_away["ok"] < trial.requests
-    assert seen.delivered_away_pico <= seen.held_away_pico, "gateways pass what they hold, and no more"
+    assert seen.delivered_away_pico <= seen.held_away_pico, "each gateway passes what it holds, and no more"
+    assert sum(pico > 0 for pico in seen.delivered_away_pico.values()) == trial.gateways, "and each passes something"
     assert seen.findings == []
