@@ -31,6 +31,7 @@ NAMES = (
     "meter",
     "sink",
     "freshness",
+    "alerts",
     "budgets",
     "gateway",
     "admission",

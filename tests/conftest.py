@@ -24,6 +24,7 @@ LONGEST_FIRST: Final = (
     "taximeter/test_up.py",
     "taximeter/test_kill9.py",
     "stream_processors/test_ledger_app.py",
+    "serving/notifier/test_trial.py",
     "taximeter/test_gateway_replay.py",
     "simulation/test_simulation.py",
     "chaos/test_chaos.py",

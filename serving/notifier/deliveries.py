@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Final
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple, Unpack
 
 import stamina
 
@@ -19,6 +20,8 @@ from serving.notifier.errors import DeliveryFailed, EndpointGone
 from serving.notifier.sending import Sender
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from serving.notifier.journal import Delivery, Journal
     from serving.notifier.settings import Endpoint, NotifierLimits
 
@@ -29,6 +32,8 @@ _LOG = logging.getLogger(__name__)
 GONE: Final = "the endpoint answered 410 Gone and is not asked any more: correct its url, or `taximeter webhooks dead retry`"
 # An attempt is due at once, but never without limit: the horizon may be over after a long stop.
 _LEAST_S: Final = 0.001
+_Result = TypeVar("_Result")
+_Arguments = TypeVarTuple("_Arguments")
 
 
 class EndpointQueue:
@@ -45,6 +50,8 @@ class EndpointQueue:
         self._of_alert: dict[str, deque[int]] = {}
         self._ready: deque[str] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Of its own: what holds threads of others holds up nothing here.
+        self._writer = ThreadPoolExecutor(1, f"journal-{endpoint.name}")
         self._attempts = asyncio.Semaphore(limits.attempts_at_once)
         self.failure: BaseException | None = None
 
@@ -71,7 +78,11 @@ class EndpointQueue:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._writer.shutdown()
         await self._sender.close()
+
+    async def _journaled(self, work: Callable[[Unpack[_Arguments]], _Result], *arguments: *_Arguments) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, work, *arguments)
 
     def _begin(self) -> None:
         while self._ready and len(self._tasks) < self._limits.alerts_at_once:
@@ -92,7 +103,7 @@ class EndpointQueue:
     async def _deliver_all(self, alert_id: str) -> None:
         numbers = self._of_alert[alert_id]
         while numbers:
-            delivery = await asyncio.to_thread(self._journal.read, numbers[0])
+            delivery = await self._journaled(self._journal.read, numbers[0])
             if delivery is not None:
                 await self._deliver(delivery)
             self._known.discard(numbers.popleft())
@@ -119,7 +130,7 @@ class EndpointQueue:
             await self._bury(delivery, f"not taken within {limits.horizon_s:g} s; at last: {error}")
         else:
             self.counts["delivered"] += 1
-            await asyncio.to_thread(self._journal.delivered, delivery.number)
+            await self._journaled(self._journal.delivered, delivery.number)
 
     async def _try(self, delivery: Delivery) -> None:
         if self.gone:
@@ -130,17 +141,17 @@ class EndpointQueue:
         except DeliveryFailed as error:
             self.counts["failed"] += 1
             _LOG.warning("endpoint %s: %s was not taken: %s", self.endpoint.name, delivery.webhook_id, error)
-            await asyncio.to_thread(self._journal.failed, delivery.number, str(error))
+            await self._journaled(self._journal.failed, delivery.number, str(error))
             if isinstance(error, EndpointGone):
                 self.gone = True
                 _LOG.warning("endpoint %s: %s", self.endpoint.name, GONE)
-                await asyncio.to_thread(self._journal.mark_gone, self.endpoint.name, self.endpoint.url)
+                await self._journaled(self._journal.mark_gone, self.endpoint.name, self.endpoint.url)
             raise
 
     async def _bury(self, delivery: Delivery, reason: str) -> None:
         self.counts["dead"] += 1
         _LOG.error("endpoint %s: %s is a dead letter: %s", self.endpoint.name, delivery.webhook_id, reason)
-        await asyncio.to_thread(self._journal.bury, delivery.number, reason)
+        await self._journaled(self._journal.bury, delivery.number, reason)
 
 
 def _pause(error: Exception) -> bool | float:

@@ -1,8 +1,9 @@
 """One attempt to deliver: to whom a connection may be opened, what is signed, and what the answer means.
 
 Promise: an attempt ends within its time, reads no more of an answer than the bound, follows no redirect and no proxy of the
-environment. Where an endpoint may not be in a private network, its name is resolved here, every address is looked at, and
-the connection goes to what was looked at: a name that changes its address in between reaches nothing else.
+environment. A name is resolved here, on a thread of the endpoint's own, since a resolver that hangs holds its thread; where the
+endpoint may not be in a private network, every address is looked at. The connection goes to what was looked at: a name that
+changes its address in between reaches nothing else.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import asyncio
 import ipaddress
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -49,6 +52,7 @@ class Sender:
     def __init__(self, endpoint: Endpoint, limits: NotifierLimits) -> None:
         self._endpoint, self._limits = endpoint, limits
         self._url = httpx.URL(endpoint.url)
+        self._resolver = ThreadPoolExecutor(1, f"resolver-{endpoint.name}")
         self._signers = [Webhook(secret) for secret in endpoint.secrets]
         # Nothing is ever spoken but the address's own scheme: redirects are not followed.
         verify: ssl.SSLContext | bool = self._url.scheme == "https"
@@ -64,6 +68,7 @@ class Sender:
         )
 
     async def close(self) -> None:
+        self._resolver.shutdown(wait=False, cancel_futures=True)
         await self._client.aclose()
 
     async def send(self, webhook_id: str, body: bytes) -> None:
@@ -77,12 +82,9 @@ class Sender:
             raise DeliveryFailed(f"{type(error).__name__}: {_printable(str(error))}") from error
 
     async def _send(self, webhook_id: str, body: bytes) -> None:
-        headers = self._headers(webhook_id, body)
-        if self._endpoint.allow_private:
-            return await self._post(self._url, headers, body)
+        headers = self._headers(webhook_id, body) | {"host": self._url.netloc.decode()}
         unreached: httpx.ConnectError | None = None
-        for address in await self._public_addresses():
-            headers["host"] = self._url.netloc.decode()
+        for address in await self._addresses():
             try:
                 return await self._post(self._url.copy_with(host=address), headers, body)
             except httpx.ConnectError as error:
@@ -99,15 +101,16 @@ class Sender:
             headers["authorization"] = f"Bearer {self._endpoint.bearer}"
         return headers
 
-    async def _public_addresses(self) -> list[str]:
+    async def _addresses(self) -> list[str]:
         host, port = self._url.host, self._url.port or _PORTS[self._url.scheme]
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().run_in_executor(self._resolver, look_up)
         except OSError as error:
             raise DeliveryFailed(f"its name has no address ({error.strerror or error})") from error
         addresses = list(dict.fromkeys(str(place[4][0]) for place in found))
         for address in addresses:
-            if not is_public(address):
+            if not (self._endpoint.allow_private or is_public(address)):
                 raise DeliveryFailed(f"{address} is no public address: set allow_private if the endpoint is meant to be there")
         return addresses
 

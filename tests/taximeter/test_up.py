@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from standardwebhooks import Webhook
 
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED
 from producers.calls import CallMeter, Identity, Used
 from producers.meter import MeterSettings, UsageMeter
+from tests.serving.notifier.support import SECRET, Receiver, Request, receiving, secret_line
 from tests.taximeter.support import ROOT, SAMPLE, Up, environment, until
 
 if TYPE_CHECKING:
@@ -38,8 +40,19 @@ def in_database(up: Up, events: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with Up(tmp_path_factory.mktemp("up"), api=True) as running:
+def hook() -> Iterator[Receiver]:
+    """Where the installation's alerts are posted."""
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, hook: Receiver) -> Iterator[Up]:
+    folder = tmp_path_factory.mktemp("up")
+    (folder / "hook_secret").write_text(secret_line())
+    endpoint = {"url": hook.url, "secret_file": folder / "hook_secret", "allow_plaintext": "true", "allow_private": "true"}
+    flags = [f"notifier.endpoints.hook.{key}={value}" for key, value in endpoint.items()]
+    with Up(folder, *flags, api=True) as running:
         running.run("tenant", "create", "acme", "--name", "Acme")
         running.run("credit", "grant", "acme", "5", "--id", "first-payment")
         yield running
@@ -72,7 +85,7 @@ def test_stopped_and_started_twice_balances_are_as_before_and_new_usage_adds(tmp
 
 
 def test_every_part_runs_and_the_broker_beside_them(up: Up) -> None:
-    assert up.pids().keys() == {"broker", "worker", "sink", "api"}
+    assert up.pids().keys() == {"broker", "worker", "sink", "api", "notifier"}
 
 
 def test_credit_granted_twice_under_one_id_counts_once(up: Up) -> None:
@@ -228,7 +241,7 @@ def test_nothing_is_left_to_apply_and_a_look_changes_nothing(up: Up) -> None:
     assert up.json("migrate", "--dry-run") == {"dry_run": True, "migrations": []}
 
 
-def test_alerts_are_followed_as_they_come(up: Up, tmp_path: Path) -> None:
+def test_alerts_are_followed_as_they_come_and_reach_the_webhook(up: Up, hook: Receiver, tmp_path: Path) -> None:
     path = tmp_path / "usage.jsonl"
     path.write_text(usage_line("a-1", tenant_id="stranger"))
     with subprocess.Popen(
@@ -239,6 +252,15 @@ def test_alerts_are_followed_as_they_come(up: Up, tmp_path: Path) -> None:
         alert = json.loads(following.stdout.readline())
         following.terminate()
     assert (alert["tenant_id"], alert["rule"]) == ("stranger", "unknown_tenant")
+
+    def posted() -> list[Request]:
+        return [request for request in hook.requests if request.values["data"]["alert_id"] == alert["alert_id"]]
+
+    # The broker was killed since, and the topic was made anew.
+    until(posted, what="the webhook")
+    told = Webhook(SECRET).verify(posted()[0].body, posted()[0].headers)
+    assert (told["type"], told["data"]["tenant_id"]) == ("alert.raised", "stranger")
+    assert up.json("webhooks", "dead", "list") == []
 
 
 def test_the_gateway_serves_and_bills_on_after_the_broker_forgot(tmp_path: Path) -> None:

@@ -159,13 +159,37 @@ async def test_the_connection_goes_to_the_address_that_was_looked_at(
     """A name is resolved once; what it becomes afterwards reaches nothing."""
     looked: list[str] = []
 
-    async def once(host: str, port: int, **_: Any) -> list[Any]:
+    def once(host: str, port: int, **_: Any) -> list[Any]:
         looked.append(host)
         assert len(looked) == 1, "looked up twice"
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", once)
+    monkeypatch.setattr(socket, "getaddrinfo", once)
     monkeypatch.setattr("serving.notifier.sending.is_public", lambda address: address == "127.0.0.1")
     async with sending(endpoint(f"http://hooks.example:{receiver.port}/hook", allow_private=False)) as sender:
         await sender.send("a-r1", b"{}")
     assert receiver.requests[0].headers["host"] == f"hooks.example:{receiver.port}"
+
+
+async def test_a_resolver_that_hangs_holds_no_other_endpoint(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, resolve = threading.Event(), socket.getaddrinfo
+
+    def look_up(host: str, port: int, **options: Any) -> Any:
+        if host == "slow.example":
+            gate.wait(60)
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return resolve(host, port, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    async with (
+        sending(endpoint("http://slow.example/hook", "slow"), attempt_timeout_s=60.0) as slow,
+        sending(endpoint(f"http://localhost:{receiver.port}/hook")) as quick,
+    ):
+        # More than the event loop has threads for everybody.
+        waiting = [asyncio.ensure_future(slow.send("a-r1", b"{}")) for _ in range(64)]
+        await asyncio.sleep(0)
+        await quick.send("a-r1", b"{}")
+        gate.set()
+        failures = await asyncio.gather(*waiting, return_exceptions=True)
+    assert len(receiver.requests) == 1
+    assert {str(failure) for failure in failures} == {"its name has no address (try again)"}

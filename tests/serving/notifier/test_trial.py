@@ -16,11 +16,15 @@ def test_a_notifier_that_is_killed_loses_no_alert_and_repeats_none_under_another
     assert outcome.kills == 3
     assert outcome.is_well, outcome
     assert outcome.failed > 0
+    assert outcome.connections_lost > 0
 
 
 def test_what_is_wrong_is_seen() -> None:
-    well = Outcome(told=["a-r1", "a-r2", "b-r1"], taken=["a-r1", "b-r1", "a-r2", "a-r1"])
+    names = ["a-r1", "a-r2", "b-r1"]
+    well = Outcome(told=names, taken=["a-r1", "b-r1", "a-r2", "a-r1"], watched=names)
     assert well.is_well
+    assert Outcome(told=names, taken=names, watched=[*names, "b-r1"]).watched_wrongly == ["b-r1"]
+    assert Outcome(told=names, taken=names, watched=names[:2]).watched_wrongly == ["b-r1"]
     assert well.again == 1
     assert Outcome(told=["a-r1"]).lost == ["a-r1"]
     assert Outcome(taken=["a-r1"]).unasked == ["a-r1"]

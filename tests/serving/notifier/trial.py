@@ -1,5 +1,5 @@
-"""Alerts come without a pause while the notifier is killed, again and again, at any moment: none is lost, none comes twice to
-who looks at webhook IDs, and each alert's states come in order.
+"""Alerts come without a pause while notifier and billing API are killed, again and again, at any moment: none is lost, none
+comes twice to who looks at webhook IDs or watches from a position, and each alert's states come in order.
 
     python -m tests.serving.notifier.trial --kills 50
 
@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from taximeter.embedded.broker import TansuBroker, TansuSettings
 from tests.producers.support import create_topics
 from tests.serving.notifier.notifier_process import configure, notifier_process
 from tests.serving.notifier.support import SECRET, Answer, Receiver, Request, alert, receiving
+from tests.serving.notifier.watcher import ApiUnderTrial, Watcher
 from tests.taximeter.support import until
 
 __all__ = ["Outcome", "Teller", "run_trial"]
@@ -37,6 +39,7 @@ __all__ = ["Outcome", "Teller", "run_trial"]
 _PARTITIONS = 4
 _FAILED_ONE_IN = 10
 _REVISIONS = 3
+_AHEAD_MAX = 200
 
 
 @dataclass(slots=True)
@@ -47,6 +50,9 @@ class Outcome:
     told: list[str] = field(default_factory=list)
     # IDs in the order in which the receiver said yes, with those that it said yes to again.
     taken: list[str] = field(default_factory=list)
+    # What a client of WatchAlerts was told, in order, and how often it had to connect again.
+    watched: list[str] = field(default_factory=list)
+    connections_lost: int = 0
     unverified: int = 0
     failed: int = 0
     dead: int = 0
@@ -54,6 +60,12 @@ class Outcome:
     @property
     def lost(self) -> list[str]:
         return sorted(set(self.told) - set(self.taken))
+
+    @property
+    def watched_wrongly(self) -> list[str]:
+        """What the watch was not told once."""
+        told, watched = Counter(self.told), Counter(self.watched)
+        return sorted(name for name in told.keys() | watched.keys() if (told[name], watched[name]) != (1, 1))
 
     @property
     def unasked(self) -> list[str]:
@@ -67,26 +79,29 @@ class Outcome:
     @property
     def out_of_order(self) -> list[str]:
         """Of who drops repeats: states that came after a later one of the same alert."""
-        last: dict[str, int] = {}
         found = []
-        for webhook_id in dict.fromkeys(self.taken):
-            name, _, revision = webhook_id.rpartition("-r")
-            if int(revision) < last.get(name, 0):
-                found.append(webhook_id)
-            last[name] = int(revision)
+        for order in (self.taken, self.watched):
+            last: dict[str, int] = {}
+            for webhook_id in dict.fromkeys(order):
+                name, _, revision = webhook_id.rpartition("-r")
+                if int(revision) < last.get(name, 0):
+                    found.append(webhook_id)
+                last[name] = int(revision)
         return found
 
     @property
     def is_well(self) -> bool:
-        return not (self.lost or self.unasked or self.out_of_order or self.unverified or self.dead)
+        return not (self.lost or self.unasked or self.watched_wrongly or self.out_of_order or self.unverified or self.dead)
 
 
 class Teller(threading.Thread):
     """Publishes alerts, each with a few revisions, until it is stopped; some messages are written twice."""
 
-    def __init__(self, bootstrap: str, topic: str, rate_per_s: float, rng: random.Random) -> None:
+    def __init__(self, bootstrap: str, topic: str, rate_per_s: float, rng: random.Random, taken: Callable[[], int]) -> None:
+        """`taken` says how many arrived: it waits while too many are under way, however slow the machine is."""
         super().__init__(daemon=True)
         self.told: list[str] = []
+        self._taken = taken
         self._topic, self._pause_s, self._rng = topic, 1 / rate_per_s, rng
         self._producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
         self._stopping = threading.Event()
@@ -95,6 +110,8 @@ class Teller(threading.Thread):
     def run(self) -> None:
         number = 0
         while not self._stopping.wait(self._pause_s):
+            if len(self.told) > self._taken() + _AHEAD_MAX:
+                continue
             partition = self._rng.randrange(_PARTITIONS)
             for revision in range(1, self._rng.randint(1, _REVISIONS) + 1):
                 self._tell(partition, f"a{number}-{partition}", revision)
@@ -111,6 +128,7 @@ class Teller(threading.Thread):
         self._sequences[partition] += 1
         state = ALERT_STATE_RAISED if revision == 1 else ALERT_STATE_UPDATED
         told: Alert = alert(self._sequences[partition], name=name, revision=revision, state=state)
+        told.labels["revision"] = str(revision)
         for _ in range(2 if self._rng.random() < 0.1 else 1):
             self._producer.produce(self._topic, key=b"t", value=told.SerializeToString(), partition=partition)
         self._producer.poll(0)
@@ -118,7 +136,7 @@ class Teller(threading.Thread):
 
 
 def run_trial(bootstrap: str, folder: Path, *, kills: int, seed: int, rate_per_s: float = 20.0) -> Outcome:
-    """Kill it `kills` times, then let it finish."""
+    """Kill the notifier `kills` times, and the API every third time, then let them finish."""
     rng, outcome = random.Random(seed), Outcome()
     prefix = f"trial-{seed}-{time.time_ns()}."
     create_topics(bootstrap, NewTopic(f"{prefix}billing.alerts", _PARTITIONS, 1))
@@ -127,9 +145,14 @@ def run_trial(bootstrap: str, folder: Path, *, kills: int, seed: int, rate_per_s
     with receiving() as receiver:
         _answer(receiver, outcome, random.Random(seed + 1))
         config = configure(folder, bootstrap, prefix, receiver.url)
-        teller = Teller(bootstrap, f"{prefix}billing.alerts", rate_per_s, rng)
+        api = ApiUnderTrial(folder, config, bootstrap, prefix, _PARTITIONS)
+        watcher, serving = Watcher(api.port), api.process()
+        serving.start()
+        watcher.start()
+        until(lambda: watcher.position or watcher.failure, what="the watch's first position")
+        teller = Teller(bootstrap, f"{prefix}billing.alerts", rate_per_s, rng, lambda: len(outcome.taken))
         teller.start()
-        for _ in range(kills):
+        for number in range(kills):
             process = notifier_process(config)
             process.start()
             # At any moment of what it does: mostly while it delivers, sometimes while it starts.
@@ -137,12 +160,21 @@ def run_trial(bootstrap: str, folder: Path, *, kills: int, seed: int, rate_per_s
                 until(receiver.has(len(receiver.requests) + rng.randint(1, 30)), what="deliveries")
             process.kill9()
             outcome.kills += 1
+            if number % 3 == 1:
+                serving.kill9()
+                serving = api.process()
+                serving.start()
         outcome.told = teller.stop()
         process = notifier_process(config)
         process.start()
         until(lambda: set(outcome.told) <= set(outcome.taken), timeout_s=600, what="the rest")
-        process.stop(60)
-        assert process.exit_code == 0, process.log_tail()
+        until(lambda: watcher.failure or set(outcome.told) <= set(watcher.told), timeout_s=600, what="the rest of the watch")
+        watcher.stop()
+        outcome.watched, outcome.connections_lost = watcher.told, watcher.lost
+        for each in (process, serving):
+            each.stop(60)
+            assert each.exit_code == 0, each.log_tail()
+    assert watcher.failure is None, watcher.failure
     journal = Journal(folder / "notifier.sqlite", dead_max=10_000)
     outcome.dead = len(journal.dead())
     assert journal.waiting() == [], "everything was taken, and nothing is known of it"
@@ -184,6 +216,7 @@ def main() -> int:
     print(f"{outcome.kills} kills, {len(outcome.told)} webhooks told, {outcome.failed} attempts failed by the receiver")
     print(f"lost {len(outcome.lost)}, not told {len(outcome.unasked)}, out of order {len(outcome.out_of_order)}")
     print(f"unverified {outcome.unverified}, dead letters {outcome.dead}")
+    print(f"watched {len(outcome.watched)}, of them missing or repeated {len(outcome.watched_wrongly)}")
     print(f"came again under their ID after the receiver had said yes: {outcome.again}")
     return 0 if outcome.is_well else 1
 
