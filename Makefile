@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Some machines forbid it, and each of the hundreds of processes that tests start would compile all of our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv proto check docs test demo bench simulate models fuzz chaos nightly lock kafka triton clean
+.PHONY: help venv proto check sbom docs test demo bench simulate models fuzz chaos nightly lock kafka triton clean
 
 help: ## What there is to run
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -48,15 +48,22 @@ PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=p
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 endef
 
-check: venv ## Lint, format, types, import rules, generated code and reference current
+check: venv ## Lint, format, types, import rules, generated code and reference current, known vulnerabilities
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(CODE)
 	$(BIN)/lint-imports
 	$(BIN)/python -m taximeter.reference --check docs/reference
+	$(BIN)/python -m tests.requirements.advisories
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call generate,$$fresh) && \
 	diff -r -q -x __pycache__ -x __init__.py "$$fresh/billing/v1" billing/v1 \
 		|| { echo "billing/v1 is not what proto/ generates: run 'make proto' and commit the result" >&2; exit 1; }
+
+sbom: venv ## What each role is made of, as CycloneDX, in build/sbom
+	mkdir -p build/sbom
+	for role in producer worker sink gateway api notifier; do \
+		$(BIN)/python -W ignore -m cyclonedx_py requirements requirements/$$role.txt --pyproject pyproject.toml --mc-type application \
+			--output-reproducible --of JSON --output-file build/sbom/$$role.json; done
 
 docs: venv ## Write docs/reference from the code
 	$(BIN)/python -m taximeter.reference docs/reference
