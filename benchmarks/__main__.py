@@ -34,6 +34,7 @@ NAMES = (
     "alerts",
     "budgets",
     "gateway",
+    "prompt_stall",
     "admission",
     "rerating",
     "month_to_date",

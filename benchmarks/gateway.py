@@ -18,10 +18,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import grpc
@@ -45,6 +46,7 @@ from serving.gateway import (
     DirectorySettings,
     GatewayServer,
     GatewaySettings,
+    ModelProfile,
     hash_secret,
     new_event_loop,
     vllm,
@@ -69,23 +71,36 @@ CHUNKS: Final = 400
 # -- the processes -----------------------------------------------------------------------------------------------------
 
 
-async def _serve_gateway(upstream: str, folder: Path) -> int:
+def known_tenant(prompt_tokens_max: int = 1_000) -> Directory:
+    """A directory that knows one tenant, who has money, and its key."""
     directory = Directory(PARTITIONS)
     key = ApiKey(key_id="k", tenant_id="t", scopes=[KEY_SCOPE_METER], secret_hash=hash_secret(PEPPER, SECRET))
     directory.on_key(b"k", key.SerializeToString(), 0)
-    plan = Plan(billing_mode=BILLING_MODE_PREPAID, prompt_tokens_max=1_000)
+    plan = Plan(billing_mode=BILLING_MODE_PREPAID, prompt_tokens_max=prompt_tokens_max)
     account = Account(tenant_id="t", status=ACCOUNT_STATUS_ACTIVE, plan=plan, credit=to_amount(PICO))
     account.log_time_ms = time.time_ns() // 1_000_000
     directory.on_account(b"t", AccountUpdate(account=account).SerializeToString(), 0)
-    settings = GatewaySettings(
+    return directory
+
+
+def gateway_settings(
+    upstream: str, folder: Path, *, models: Mapping[str, ModelProfile], tokenizers: Mapping[str, Path] = MappingProxyType({})
+) -> GatewaySettings:
+    """A gateway that is told of keys and accounts by nobody but its directory."""
+    return GatewaySettings(
         meter=MeterSettings(folder / "journal.sqlite", PARTITIONS),
         directory=DirectorySettings("not.followed:1", PEPPER, PARTITIONS),
-        models={"trace": vllm("trace"), "trace-unary": vllm("trace-unary", decoupled=False)},
+        models=models,
+        tokenizers=tokenizers,
         port=0,
         upstream=upstream,
         admission=AdmissionSettings(state_age_max_ms=3_600_000),
     )
-    server = GatewayServer(settings, directory)
+
+
+async def _serve_gateway(upstream: str, folder: Path) -> int:
+    models = {"trace": vllm("trace"), "trace-unary": vllm("trace-unary", decoupled=False)}
+    server = GatewayServer(gateway_settings(upstream, folder, models=models), known_tenant())
     await server.start()
     _KEPT.append(server)
     writer = next(thread for thread in threading.enumerate() if thread.name == "journal-writer")
@@ -124,14 +139,16 @@ _SERVERS: Final[dict[str, Callable[[str, Path], Awaitable[int]]]] = {"gateway": 
 _KEPT: Final[list[Any]] = []
 
 
-def _serve(name: str, upstream: str, folder: Path) -> None:
-    async def serve() -> None:
-        port = await _SERVERS[name](upstream, folder)
+def serve(start: Callable[[str, Path], Awaitable[int]], name: str, upstream: str, folder: Path) -> None:
+    """Serve until the process is ended; the port stands in a file of this name."""
+
+    async def run_on() -> None:
+        port = await start(upstream, folder)
         _publish(folder / f"{name}.port", port)
         await asyncio.Event().wait()
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(serve())
+        runner.run(run_on())
 
 
 def _publish(path: Path, number: int) -> None:
@@ -322,4 +339,4 @@ def run() -> list[Measurement]:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    serve(_SERVERS[sys.argv[1]], sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -376,6 +376,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
             tenant_requests_max=gateway.tenant_requests_max,
             replicas=gateway.replicas,
             prompt_tokens_max=gateway.prompt_tokens_max,
+            message_bytes_max=gateway.message_bytes_max,
             upstream_attempts=gateway.upstream_attempts,
             durable_timeout_s=config.producer.durable_timeout_s,
         ),

@@ -226,6 +226,8 @@ class GatewayConfig(_Section):
     replicas: Annotated[int, Field(ge=1)] = 1
     # For models and plans that state none; 0: no limit.
     prompt_tokens_max: Annotated[int, Field(ge=0)] = 0
+    # Of one request or response, on both sides; gRPC carries no more than the default.
+    message_bytes_max: Annotated[int, Field(ge=1_024, le=2**31 - 1)] = 2**31 - 1
     # How often a request is sent where the back end is not there, or is gone before its first response.
     upstream_attempts: Annotated[int, Field(ge=1, le=10)] = 2
     # What is known of accounts is stale when their partition of the ledger has been silent for so long.

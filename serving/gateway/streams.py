@@ -85,6 +85,10 @@ class _RequestFlow:
         self._delivered_any = False
         self._call: Any = None
         self._read_any = False
+        # The back end's stream is being read: the end of the call ends that too.
+        self._in_read = False
+        # Nobody takes what still comes.
+        self._is_cut = False
         # All that the back end has to say has been counted.
         self._ended = False
         # The client is gone: nothing is asked again.
@@ -109,9 +113,12 @@ class _RequestFlow:
 
     def _cut(self, reading: asyncio.Task[None]) -> None:
         """The back end need not go on."""
+        self._is_cut = True
         if self._call is not None:
             self._call.cancel()
-        reading.cancel()
+        if not self._in_read:
+            # Never in the middle of a read: gRPC frees what it has read only for whoever still waits for it (grpc#43360).
+            reading.cancel()
         if not self._meter.is_closed:
             # What the back end has sent by now was produced, whether or not it reached the client.
             self._count_arrived()
@@ -141,11 +148,19 @@ class _RequestFlow:
         while True:
             attempts_left -= 1
             end = await self._read_once()
-            if not attempts_left or self._read_any or self._stopping or end.status not in ASKED_AGAIN or self._caller.is_late():
+            if (
+                not attempts_left
+                or self._read_any
+                or self._stopping
+                or self._is_cut
+                or end.status not in ASKED_AGAIN
+                or self._caller.is_late()
+            ):
                 break
             self._gateway.metrics["upstream_retries"] += 1
             await asyncio.sleep(RETRY_DELAY_S)
-        await self._arrived.put(end)
+        if not self._is_cut:
+            await self._arrived.put(end)
 
     async def _read_once(self) -> _End:
         """One stream of the back end, to its end; a full queue holds the back end up."""
@@ -155,10 +170,13 @@ class _RequestFlow:
         try:
             await call.write(self._admitted.request)
             await call.done_writing()
-            while (response := await call.read()) is not EOF:
+            self._in_read = True
+            while (response := await call.read()) is not EOF and not self._is_cut:
                 self._read_any = True
                 if self._arrived.full():
+                    self._in_read = False
                     await self._arrived.put(response)
+                    self._in_read = True
                 else:
                     self._arrived.put_nowait(response)
         except grpc.aio.AioRpcError as error:
@@ -166,6 +184,8 @@ class _RequestFlow:
         except asyncio.InvalidStateError:
             # The call had failed before the request was written; its status says why.
             return _End(await call.code(), await call.details() or "the back end gave no reason")
+        finally:
+            self._in_read = False
         return _End(None, "")
 
     async def _next_batch(self) -> list[StreamResponse | _End]:

@@ -20,6 +20,7 @@ from billing.amounts import PICO
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, KEY_SCOPE_READ, Limits, ModelLimits, Plan
 from billing.v1.command_pb2 import Price, PriceBook
 from billing.v1.usage_pb2 import (
+    OUTCOME_BACKEND_ERROR,
     OUTCOME_COMPLETED,
     OUTCOME_REJECTED,
     REFUSAL_REASON_BALANCE,
@@ -32,7 +33,7 @@ from billing.v1.usage_pb2 import (
 from serving import kserve
 from serving.gateway import GatewayServer
 from serving.gateway.directory import Directory
-from serving.gateway.settings import LeaseSettings
+from serving.gateway.settings import LeaseSettings, LimitSettings
 from serving.gateway.spending import Spending
 from serving.gateway.worth import Worth
 from tests.serving.gateway_support import (
@@ -49,6 +50,7 @@ from tests.serving.gateway_support import (
     put_key,
     running,
     settled,
+    tensor,
     told,
     trace_inputs,
 )
@@ -109,6 +111,22 @@ async def test_limits_of_key_tenant_and_model_hold(tmp_path: Path, back_end: str
             # Another model's traffic is not counted.
             found = await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, 2)})
             assert found[-1][1] is None
+
+
+async def test_messages_over_the_limit_do_not_pass_on_either_side(tmp_path: Path, back_end: str) -> None:
+    limits = LimitSettings(message_bytes_max=4_096)
+    settings = gateway_settings(tmp_path, back_end, models=MODELS, tokenizers={}, limits=limits)
+    async with (
+        running(settings, known_directory()) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        inputs = [*trace_inputs(1, 5, stream=False), tensor("text_input", "x" * 4_096)]
+        with pytest.raises(InferenceServerException, match="larger than max"):
+            await client.infer("trace-unary", inputs, headers=HEADERS)
+        assert "larger than max" in await refusal(client, output=4_096)
+        await infer(client)
+        # Nobody has seen the first; the answer of the second costs nothing.
+        assert [event.outcome for event in await settled(server, 2)] == [OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED]
 
 
 async def test_tokens_are_counted_as_they_were_used(tmp_path: Path, back_end: str) -> None:

@@ -23,6 +23,7 @@ from tests.serving.gateway_support import (
     running,
     settled,
     text_inputs,
+    trace_inputs,
 )
 
 PROMPT = "tell me five words"
@@ -64,6 +65,36 @@ async def test_a_back_end_that_does_not_stop_in_time_is_cancelled(tmp_path: Path
     fake = Vllm(stall_after=2, hears_stops=False)
     event = await _cancelled_of(tmp_path, fake, vllm("m", stop_input="stop"), LimitSettings(stop_timeout_s=0.3))
     assert (event.outcome, billed(event)[1:]) == (OUTCOME_CANCELLED, (prompt_tokens(PROMPT), 4))
+
+
+@pytest.mark.parametrize("chunks_max", [1, 64])
+async def test_nobody_reads_on_from_a_back_end_whose_clients_are_gone(tmp_path: Path, chunks_max: int) -> None:
+    """A read is never broken off, or gRPC would keep what it has read: the end of the call ends it, its queue full or not."""
+
+    def readers() -> list[Any]:
+        return [task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__qualname__", "") == "_RequestFlow._read"]
+
+    async def go_after_one(client: Any, streams: int) -> None:
+        for _ in range(streams):
+
+            async def one() -> AsyncIterator[dict[str, Any]]:
+                yield {"model_name": "trace", "inputs": trace_inputs(1, 1_000_000, chunk_tokens=1)}
+
+            stream = client.stream_infer(one(), headers=HEADERS)
+            await anext(stream)
+            stream.cancel()
+
+    with model_server_process(tmp_path, models="trace") as address:
+        limits = LimitSettings(request_chunks_max=chunks_max)
+        settings = gateway_settings(tmp_path, address, models={"trace": vllm("trace")}, tokenizers={}, limits=limits)
+        async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            await go_after_one(client, 5)
+            events = await settled(server, 5)
+            if left := readers():
+                await asyncio.wait(left, timeout=120)
+            assert readers() == []
+    assert {event.outcome for event in events} == {OUTCOME_CANCELLED}
+    assert all(0 < event.output_tokens < 1_000_000 for event in events)
 
 
 async def _cancelled_of(folder: Path, fake: Any, profile: Any, limits: LimitSettings) -> UsageEvent:
