@@ -16,7 +16,7 @@ from typing import cast
 from sinks.engine import Engine, Reader, decimal_to_pico
 from sinks.tables import TOKEN_COLUMNS, USAGE_DAYS, USAGE_DAYS_SUMMED
 
-__all__ = ["COUNTS", "DAY_S", "TrustedDays", "sum_days", "trusted_days"]
+__all__ = ["COUNTS", "DAY_S", "TrustedDays", "sum_days", "summed_until", "trusted_days"]
 
 DAY_S = 86_400
 _TENANTS_AT_ONCE = 50
@@ -61,7 +61,7 @@ def trusted_days(reader: Reader, tenant_id: str, start_s: int) -> TrustedDays:
     return TrustedDays(before_s, tuple(sorted(stale_s))) if before_s > start_s else TrustedDays()
 
 
-def _summed(reader: Reader) -> dict[int, tuple[int, int]]:
+def summed_until(reader: Reader) -> dict[int, tuple[int, int]]:
     """By partition: before which day its tenants' days are summed, and up to which version surely."""
     rows = reader.query("SELECT ledger_partition, toUInt32(before_day), version FROM usage_days_summed FINAL").rows
     return {partition: (before_s, version) for partition, before_s, version in cast("list[tuple[int, int, int]]", rows)}
@@ -72,7 +72,7 @@ def sum_days(engine: Engine, partitions: Collection[int], stopped: Callable[[], 
 
     Belongs beside the writer of these partitions. Raises EngineError; then sum again when the engine is back.
     """
-    summed = _summed(engine)
+    summed = summed_until(engine)
     # Read before the minutes are: what is stated meanwhile may be in a sum, and is not trusted to be.
     positions = engine.query(
         "SELECT ledger_partition, toUInt32(toStartOfDay(toDateTime(log_time, 'UTC'))), version FROM sink_positions FINAL "

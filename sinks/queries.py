@@ -20,6 +20,7 @@ from sinks.tables import TOKEN_COLUMNS
 
 __all__ = [
     "CHARGED",
+    "ROWS_MAX",
     "TIME_MS_MAX",
     "USAGE_BY",
     "AlertRow",
@@ -31,6 +32,7 @@ __all__ = [
     "RejectedRow",
     "Totals",
     "UsageRow",
+    "active_alerts",
     "alerts",
     "balances",
     "events",
@@ -279,9 +281,12 @@ def alerts(
     *,
     filters: Mapping[str, str] | None = None,
     behind: tuple[int, int, int, str] | None = None,
+    active: bool = False,
     limit: int = ROWS_MAX,
 ) -> list[AlertRow]:
     """Alerts of which something was told at or after `since_ms`, each as it is now, oldest first; `filters` by column.
+
+    `active`: only those that are not resolved, and newest first.
 
     `behind`: of the last one of a page, when it was updated, its partition, version and ID; only those behind it are given.
 
@@ -295,6 +300,8 @@ def alerts(
         if (filters or {}).get(column):
             conditions.append(f"{column} = {{{column}:String}}")
             parameters[column] = (filters or {})[column]
+    if active:
+        conditions.append("state != 'resolved'")
     for index, (partition, version) in enumerate(sorted((after or {}).items())):
         conditions.append(f"NOT (ledger_partition = {{p{index}:UInt32}} AND version <= {{v{index}:UInt64}})")
         parameters |= {f"p{index}": partition, f"v{index}": version}
@@ -308,7 +315,7 @@ def alerts(
         f"SELECT alert_id, tenant_id, rule, severity, {_ms('raised')}, summary, request_ids, figure_names, figure_values, "  # noqa: S608
         f"label_names, label_values, ledger_partition, version, subject, state, {_ms('updated')}, acknowledged_by, note, "
         f"action FROM alerts FINAL{_where(conditions)} "
-        "ORDER BY updated, ledger_partition, version, alert_id LIMIT {limit:UInt32}",
+        f"ORDER BY {'updated DESC' if active else 'updated'}, ledger_partition, version, alert_id LIMIT {{limit:UInt32}}",
         parameters,
     ).rows
     return [
@@ -333,6 +340,14 @@ def alerts(
         )
         for row in rows
     ]
+
+
+def active_alerts(reader: Reader, tenant_id: str | None = None) -> int:
+    """How many alerts are not resolved."""
+    where, parameters = _tenant(tenant_id)
+    where.append("state != 'resolved'")
+    [[count]] = reader.query(f"SELECT count() FROM alerts FINAL{_where(where)}", parameters).rows  # noqa: S608
+    return _int(count)
 
 
 def events(

@@ -1980,3 +1980,513 @@ class PartitionState(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PartitionState: _TypeAlias = PartitionState  # noqa: Y015
+
+@_typing.final
+class GetOverviewRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """With an operator's key: empty for the whole installation."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOverviewRequest: _TypeAlias = GetOverviewRequest  # noqa: Y015
+
+@_typing.final
+class GetOverviewResponse(_message.Message):
+    """What the dashboard shows, in one answer: one of the two."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTALLATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def installation(self) -> Global___InstallationOverview: ...
+    @_builtins.property
+    def tenant(self) -> Global___TenantOverview: ...
+    def __init__(
+        self,
+        *,
+        installation: Global___InstallationOverview | None = ...,
+        tenant: Global___TenantOverview | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["installation", b"installation", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["installation", b"installation", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOverviewResponse: _TypeAlias = GetOverviewResponse  # noqa: Y015
+
+@_typing.final
+class WatchOverviewRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """With an operator's key: empty for the whole installation."""
+    after: _builtins.str
+    """The position that came with the last answer; empty: an answer at once."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        after: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchOverviewRequest: _TypeAlias = WatchOverviewRequest  # noqa: Y015
+
+@_typing.final
+class WatchOverviewResponse(_message.Message):
+    """The whole overview again, each time that it has changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTALLATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    position: _builtins.str
+    """Give it to the next watch: what has not changed since is not sent again."""
+    @_builtins.property
+    def installation(self) -> Global___InstallationOverview: ...
+    @_builtins.property
+    def tenant(self) -> Global___TenantOverview: ...
+    def __init__(
+        self,
+        *,
+        installation: Global___InstallationOverview | None = ...,
+        tenant: Global___TenantOverview | None = ...,
+        position: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["installation", b"installation", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["installation", b"installation", "position", b"position", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchOverviewResponse: _TypeAlias = WatchOverviewResponse  # noqa: Y015
+
+@_typing.final
+class OverviewRow(_message.Message):
+    """Usage of one span of time, or of one name, in one currency. Refused requests used nothing, and are counted among the requests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    REFUSED_REQUESTS_FIELD_NUMBER: _builtins.int
+    UNRATED_REQUESTS_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_ALL_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_ALL_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    GPU_MS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    requests: _builtins.int
+    refused_requests: _builtins.int
+    unrated_requests: _builtins.int
+    input_tokens_all: _builtins.int
+    output_tokens_all: _builtins.int
+    cost: _builtins.str
+    currency: _builtins.str
+    gpu_ms: _builtins.int
+    """What producers state as the unit gpu_ms."""
+    @_builtins.property
+    def start(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        start: _timestamp_pb2.Timestamp | None = ...,
+        name: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        refused_requests: _builtins.int = ...,
+        unrated_requests: _builtins.int = ...,
+        input_tokens_all: _builtins.int = ...,
+        output_tokens_all: _builtins.int = ...,
+        cost: _builtins.str = ...,
+        currency: _builtins.str = ...,
+        gpu_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "currency", b"currency", "gpu_ms", b"gpu_ms", "input_tokens_all", b"input_tokens_all", "name", b"name", "output_tokens_all", b"output_tokens_all", "refused_requests", b"refused_requests", "requests", b"requests", "start", b"start", "unrated_requests", b"unrated_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OverviewRow: _TypeAlias = OverviewRow  # noqa: Y015
+
+@_typing.final
+class OverviewTop(_message.Message):
+    """The rows with the highest cost, and how many there are in all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    names: _builtins.int
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___OverviewRow]: ...
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[Global___OverviewRow] | None = ...,
+        names: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OverviewTop: _TypeAlias = OverviewTop  # noqa: Y015
+
+@_typing.final
+class InstallationOverview(_message.Message):
+    """Everything that an operator sees at first. Days are UTC's, counted back from `latest`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AS_OF_FIELD_NUMBER: _builtins.int
+    LATEST_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    MINUTES_FIELD_NUMBER: _builtins.int
+    DAYS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    ACCOUNTS_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    PARTITIONS_FIELD_NUMBER: _builtins.int
+    COMPLETENESS_FIELD_NUMBER: _builtins.int
+    ALERTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp:
+        """Log time up to which everything is in, and that of the partition that is furthest."""
+
+    @_builtins.property
+    def latest(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def start(self) -> _timestamp_pb2.Timestamp:
+        """Where `days`, `tenants` and `models` begin."""
+
+    @_builtins.property
+    def minutes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OverviewRow]:
+        """Of the last 60 minutes and of the last 30 days; those without usage are left out."""
+
+    @_builtins.property
+    def days(self) -> _containers.RepeatedCompositeFieldContainer[Global___OverviewRow]: ...
+    @_builtins.property
+    def tenants(self) -> Global___OverviewTop: ...
+    @_builtins.property
+    def models(self) -> Global___OverviewTop: ...
+    @_builtins.property
+    def accounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AccountSum]: ...
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedSum]:
+        """What was not charged because it could not be, or must not be."""
+
+    @_builtins.property
+    def partitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartitionState]: ...
+    @_builtins.property
+    def completeness(self) -> Global___Completeness:
+        """Now and then; absent in a watch's first answer where nobody has asked lately."""
+
+    @_builtins.property
+    def alerts(self) -> Global___OverviewAlerts: ...
+    def __init__(
+        self,
+        *,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
+        latest: _timestamp_pb2.Timestamp | None = ...,
+        start: _timestamp_pb2.Timestamp | None = ...,
+        minutes: _abc.Iterable[Global___OverviewRow] | None = ...,
+        days: _abc.Iterable[Global___OverviewRow] | None = ...,
+        tenants: Global___OverviewTop | None = ...,
+        models: Global___OverviewTop | None = ...,
+        accounts: _abc.Iterable[Global___AccountSum] | None = ...,
+        rejected: _abc.Iterable[Global___RejectedSum] | None = ...,
+        partitions: _abc.Iterable[Global___PartitionState] | None = ...,
+        completeness: Global___Completeness | None = ...,
+        alerts: Global___OverviewAlerts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alerts", b"alerts", "as_of", b"as_of", "completeness", b"completeness", "latest", b"latest", "models", b"models", "start", b"start", "tenants", b"tenants"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alerts", b"alerts", "as_of", b"as_of", "completeness", b"completeness", "days", b"days", "latest", b"latest", "minutes", b"minutes", "models", b"models", "partitions", b"partitions", "rejected", b"rejected", "start", b"start", "tenants", b"tenants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InstallationOverview: _TypeAlias = InstallationOverview  # noqa: Y015
+
+@_typing.final
+class Completeness(_message.Message):
+    """What producers numbered and what of it has come, by the ledger's own rule; as GetPipeline says it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AS_OF_FIELD_NUMBER: _builtins.int
+    PRODUCERS_FIELD_NUMBER: _builtins.int
+    MISSING_EVENTS_FIELD_NUMBER: _builtins.int
+    UNDER_WAY_EVENTS_FIELD_NUMBER: _builtins.int
+    SILENT_PRODUCERS_FIELD_NUMBER: _builtins.int
+    producers: _builtins.int
+    missing_events: _builtins.int
+    under_way_events: _builtins.int
+    silent_producers: _builtins.int
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
+        producers: _builtins.int = ...,
+        missing_events: _builtins.int = ...,
+        under_way_events: _builtins.int = ...,
+        silent_producers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "missing_events", b"missing_events", "producers", b"producers", "silent_producers", b"silent_producers", "under_way_events", b"under_way_events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Completeness: _TypeAlias = Completeness  # noqa: Y015
+
+@_typing.final
+class AccountSum(_message.Message):
+    """All accounts of one status and currency."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
+    SPEND_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    LEASED_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    CONFLICTS_FIELD_NUMBER: _builtins.int
+    status: _builtins.str
+    currency: _builtins.str
+    tenants: _builtins.int
+    credit: _builtins.str
+    spend: _builtins.str
+    balance: _builtins.str
+    leased: _builtins.str
+    duplicates: _builtins.int
+    conflicts: _builtins.int
+    def __init__(
+        self,
+        *,
+        status: _builtins.str = ...,
+        currency: _builtins.str = ...,
+        tenants: _builtins.int = ...,
+        credit: _builtins.str = ...,
+        spend: _builtins.str = ...,
+        balance: _builtins.str = ...,
+        leased: _builtins.str = ...,
+        duplicates: _builtins.int = ...,
+        conflicts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "conflicts", b"conflicts", "credit", b"credit", "currency", b"currency", "duplicates", b"duplicates", "leased", b"leased", "spend", b"spend", "status", b"status", "tenants", b"tenants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccountSum: _TypeAlias = AccountSum  # noqa: Y015
+
+@_typing.final
+class RejectedSum(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """"conflict", "invalid", "too_old", "too_far_in_future", "undecodable", …"""
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejectedSum: _TypeAlias = RejectedSum  # noqa: Y015
+
+@_typing.final
+class OverviewAlerts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALERTS_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    active: _builtins.int
+    @_builtins.property
+    def alerts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AlertEntry]:
+        """That are not resolved, newest first."""
+
+    def __init__(
+        self,
+        *,
+        alerts: _abc.Iterable[Global___AlertEntry] | None = ...,
+        active: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "alerts", b"alerts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OverviewAlerts: _TypeAlias = OverviewAlerts  # noqa: Y015
+
+@_typing.final
+class TenantOverview(_message.Message):
+    """Everything that a tenant sees at first. Days and the period are those of its own time zone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BALANCE_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    PERIOD_START_FIELD_NUMBER: _builtins.int
+    PERIOD_END_FIELD_NUMBER: _builtins.int
+    PERIOD_FIELD_NUMBER: _builtins.int
+    MINUTES_FIELD_NUMBER: _builtins.int
+    DAYS_FIELD_NUMBER: _builtins.int
+    PROJECTS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    USERS_FIELD_NUMBER: _builtins.int
+    BURN_FIELD_NUMBER: _builtins.int
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    INVOICES_FIELD_NUMBER: _builtins.int
+    ALERTS_FIELD_NUMBER: _builtins.int
+    time_zone: _builtins.str
+    @_builtins.property
+    def balance(self) -> Global___TenantBalance: ...
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp:
+        """Log time up to which everything is in."""
+
+    @_builtins.property
+    def period_start(self) -> _timestamp_pb2.Timestamp:
+        """The billing period in which that lies, and its sums so far."""
+
+    @_builtins.property
+    def period_end(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def period(self) -> _containers.RepeatedCompositeFieldContainer[Global___OverviewRow]: ...
+    @_builtins.property
+    def minutes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OverviewRow]:
+        """Of the last 60 minutes and of the last 30 days; those without usage are left out."""
+
+    @_builtins.property
+    def days(self) -> _containers.RepeatedCompositeFieldContainer[Global___OverviewRow]: ...
+    @_builtins.property
+    def projects(self) -> Global___OverviewTop:
+        """Of the period."""
+
+    @_builtins.property
+    def models(self) -> Global___OverviewTop: ...
+    @_builtins.property
+    def users(self) -> Global___OverviewTop:
+        """From the period's events, now and then; absent in a watch's first answer where nobody has asked lately."""
+
+    @_builtins.property
+    def burn(self) -> Global___Burn: ...
+    @_builtins.property
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___BudgetEntry]: ...
+    @_builtins.property
+    def invoices(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceSummary]:
+        """The newest."""
+
+    @_builtins.property
+    def alerts(self) -> Global___OverviewAlerts: ...
+    def __init__(
+        self,
+        *,
+        balance: Global___TenantBalance | None = ...,
+        time_zone: _builtins.str = ...,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
+        period_start: _timestamp_pb2.Timestamp | None = ...,
+        period_end: _timestamp_pb2.Timestamp | None = ...,
+        period: _abc.Iterable[Global___OverviewRow] | None = ...,
+        minutes: _abc.Iterable[Global___OverviewRow] | None = ...,
+        days: _abc.Iterable[Global___OverviewRow] | None = ...,
+        projects: Global___OverviewTop | None = ...,
+        models: Global___OverviewTop | None = ...,
+        users: Global___OverviewTop | None = ...,
+        burn: Global___Burn | None = ...,
+        budgets: _abc.Iterable[Global___BudgetEntry] | None = ...,
+        invoices: _abc.Iterable[Global___InvoiceSummary] | None = ...,
+        alerts: Global___OverviewAlerts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alerts", b"alerts", "as_of", b"as_of", "balance", b"balance", "burn", b"burn", "models", b"models", "period_end", b"period_end", "period_start", b"period_start", "projects", b"projects", "users", b"users"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alerts", b"alerts", "as_of", b"as_of", "balance", b"balance", "budgets", b"budgets", "burn", b"burn", "days", b"days", "invoices", b"invoices", "minutes", b"minutes", "models", b"models", "period", b"period", "period_end", b"period_end", "period_start", b"period_start", "projects", b"projects", "time_zone", b"time_zone", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantOverview: _TypeAlias = TenantOverview  # noqa: Y015
+
+@_typing.final
+class Burn(_message.Message):
+    """How fast the balance goes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    COST_PER_DAY_FIELD_NUMBER: _builtins.int
+    DEPLETED_FIELD_NUMBER: _builtins.int
+    cost: _builtins.str
+    cost_per_day: _builtins.str
+    """The cost of a day at this rate, to the pico below."""
+    @_builtins.property
+    def start(self) -> _timestamp_pb2.Timestamp:
+        """What the usage of [start, end) cost: the last seven days, or as many as there is usage of, an hour at least."""
+
+    @_builtins.property
+    def end(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def depleted(self) -> _timestamp_pb2.Timestamp:
+        """When balance and credit limit are used up at this rate; absent where they are not: nothing is used, or a postpaid tenant has
+        no limit.
+        """
+
+    def __init__(
+        self,
+        *,
+        start: _timestamp_pb2.Timestamp | None = ...,
+        end: _timestamp_pb2.Timestamp | None = ...,
+        cost: _builtins.str = ...,
+        cost_per_day: _builtins.str = ...,
+        depleted: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["depleted", b"depleted", "end", b"end", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "cost_per_day", b"cost_per_day", "depleted", b"depleted", "end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Burn: _TypeAlias = Burn  # noqa: Y015

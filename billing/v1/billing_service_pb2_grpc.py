@@ -139,6 +139,16 @@ class BillingServiceStub:
                 request_serializer=billing_dot_v1_dot_billing__service__pb2.GetPipelineRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_billing__service__pb2.GetPipelineResponse.FromString,
                 _registered_method=True)
+        self.GetOverview = channel.unary_unary(
+                '/billing.v1.BillingService/GetOverview',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.GetOverviewRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.GetOverviewResponse.FromString,
+                _registered_method=True)
+        self.WatchOverview = channel.unary_stream(
+                '/billing.v1.BillingService/WatchOverview',
+                request_serializer=billing_dot_v1_dot_billing__service__pb2.WatchOverviewRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__service__pb2.WatchOverviewResponse.FromString,
+                _registered_method=True)
 
 
 class BillingServiceServicer:
@@ -270,6 +280,18 @@ class BillingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOverview(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchOverview(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BillingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -377,6 +399,16 @@ def add_BillingServiceServicer_to_server(servicer, server):
                     servicer.GetPipeline,
                     request_deserializer=billing_dot_v1_dot_billing__service__pb2.GetPipelineRequest.FromString,
                     response_serializer=billing_dot_v1_dot_billing__service__pb2.GetPipelineResponse.SerializeToString,
+            ),
+            'GetOverview': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOverview,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.GetOverviewRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.GetOverviewResponse.SerializeToString,
+            ),
+            'WatchOverview': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchOverview,
+                    request_deserializer=billing_dot_v1_dot_billing__service__pb2.WatchOverviewRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__service__pb2.WatchOverviewResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -946,6 +978,60 @@ class BillingService:
             '/billing.v1.BillingService/GetPipeline',
             billing_dot_v1_dot_billing__service__pb2.GetPipelineRequest.SerializeToString,
             billing_dot_v1_dot_billing__service__pb2.GetPipelineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOverview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GetOverview',
+            billing_dot_v1_dot_billing__service__pb2.GetOverviewRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.GetOverviewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchOverview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/billing.v1.BillingService/WatchOverview',
+            billing_dot_v1_dot_billing__service__pb2.WatchOverviewRequest.SerializeToString,
+            billing_dot_v1_dot_billing__service__pb2.WatchOverviewResponse.FromString,
             options,
             channel_credentials,
             insecure,

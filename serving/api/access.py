@@ -64,6 +64,8 @@ POLICIES: Final[dict[str, Policy]] = {
     "CreateTenant": Policy("POST", "/v1/tenants", _ADMINS, operators_only=True),
     "SetTenantStatus": Policy("POST", "/v1/tenant/status", _ADMINS, operators_only=True),
     "GetPipeline": Policy("GET", "/v1/pipeline", _READERS, operators_only=True),
+    "GetOverview": Policy("GET", "/v1/overview", _READERS),
+    "WatchOverview": Policy("GET", "/v1/overview/watch", _READERS),
 }
 
 

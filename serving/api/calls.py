@@ -27,6 +27,7 @@ from serving.api.alert_feed import AlertFeed
 from serving.api.errors import ApiError
 from serving.api.fields import check
 from serving.api.paging import PageTokens
+from serving.api.sharing import Shared
 from serving.commanding import CommandPending, CommandRefused
 from serving.gateway.credentials import SecretHasher
 from sinks.errors import EngineUnavailable, ParameterError, SinkError
@@ -76,6 +77,8 @@ class Call:
     # On the monotonic clock.
     deadline_s: float
     open_commander: Callable[[str], Commander] | None
+    # Of all calls: nothing goes in under a key that does not name whose it is.
+    shared: Shared
 
     @property
     def left_s(self) -> float:
@@ -100,6 +103,7 @@ class Calls:
         self._handlers, self._watchers = handlers, watchers
         self._tokens = PageTokens(settings.keys.pepper)
         self._hash_secret = SecretHasher(settings.keys.pepper)
+        self._shared = Shared()
         self._local = threading.local()
         self._readers: list[Reader] = []
         limits = settings.limits
@@ -167,6 +171,7 @@ class Calls:
                 _now_ms(),
                 deadline_s,
                 self.settings.open_commander,
+                self._shared,
             )
             with _told(name, deadline_s):
                 return work(call)

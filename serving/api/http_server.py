@@ -29,11 +29,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from billing.v1.billing_service_pb2 import GetInvoiceDocumentResponse, WatchAlertsRequest, WatchAlertsResponse
+from billing.v1.billing_service_pb2 import (
+    GetInvoiceDocumentResponse,
+    WatchAlertsRequest,
+    WatchAlertsResponse,
+    WatchOverviewRequest,
+    WatchOverviewResponse,
+)
 from serving.api import openapi
 from serving.api.access import POLICIES, SERVICE
 from serving.api.errors import ApiError, Problem
 from serving.api.fields import IDEMPOTENT
+from serving.dashboard import dashboard_routes
 from serving.gateway.credentials import find_secret
 
 if TYPE_CHECKING:
@@ -82,7 +89,7 @@ def make_http_app(calls: Calls, more_routes: Sequence[BaseRoute] = ()) -> Starle
         # What is named in full before what has a part that may be anything.
         for method in sorted(SERVICE.methods, key=lambda method: "{" in POLICIES[method.name].path)
     ]
-    routes += [Route("/openapi.json", describe), Route("/healthz", live), Route("/readyz", ready)]
+    routes += [Route("/openapi.json", describe), Route("/healthz", live), Route("/readyz", ready), *dashboard_routes()]
     return Starlette(
         routes=[*routes, *more_routes],
         middleware=[Middleware(_SecurityHeaders, is_tls=calls.settings.tls is not None)],
@@ -122,7 +129,7 @@ def _stream_endpoint(calls: Calls, method: MethodDescriptor) -> Endpoint:
         secret = find_secret(request.headers.items())
         calls.authenticate(method.name, secret)
         message = await _message(request, method, 0)
-        assert isinstance(message, WatchAlertsRequest), "there is one stream"
+        assert isinstance(message, WatchAlertsRequest | WatchOverviewRequest), "every stream goes on where one stopped"
         # How a browser goes on after a connection was lost.
         message.after = request.headers.get("last-event-id", message.after)
         answers = calls.watch(method.name, message, secret)
@@ -158,8 +165,8 @@ async def _next(answers: AsyncIterator[Message]) -> Message:
 
 
 def _event(answer: Message) -> str:
-    assert isinstance(answer, WatchAlertsResponse), "there is one stream"
-    kind = "alert" if answer.HasField("alert") else "position"
+    assert isinstance(answer, WatchAlertsResponse | WatchOverviewResponse), "every stream says where it is"
+    kind = next((field.name for field, _ in answer.ListFields() if field.name != "position"), "position")
     return f"id: {answer.position}\nevent: {kind}\ndata: {json.dumps(to_json(answer))}\n\n"
 
 

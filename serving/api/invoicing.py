@@ -33,9 +33,10 @@ from sinks.invoices import invoice_by_number, invoice_summaries
 if TYPE_CHECKING:
     from billing.v1.invoice_pb2 import InvoiceLine
     from serving.api.calls import Call
+    from sinks.invoices import InvoiceSummary as Summary
     from sinks.invoices import IssuedInvoice
 
-__all__ = ["CONTENT_TYPES", "explain_invoice_line", "get_invoice", "get_invoice_document", "list_invoices"]
+__all__ = ["CONTENT_TYPES", "explain_invoice_line", "get_invoice", "get_invoice_document", "invoice_summary", "list_invoices"]
 
 CONTENT_TYPES: Final = {
     DocumentFormat.JSON: "application/json",
@@ -50,22 +51,24 @@ def list_invoices(call: Call, request: ListInvoicesRequest) -> ListInvoicesRespo
     rows = invoice_summaries(call.reader, call.principal.tenant_or_all(request.tenant_id) or "")
     page, token = page_of(call, request, rows, lambda row: row.number)
     return ListInvoicesResponse(
-        invoices=[
-            InvoiceSummary(
-                number=row.number,
-                tenant_id=row.tenant_id,
-                period_start=to_time(row.period_start_ms),
-                period_end=to_time(row.period_end_ms),
-                issued=to_time(row.issued_ms),
-                currency=row.currency,
-                net=money(row.net_pico),
-                total=money(row.total_pico),
-                due=money(row.due_pico),
-                sha256=row.invoice_hash.lower(),
-            )
-            for row in page
-        ],
+        invoices=map(invoice_summary, page),
         next_page_token=token,
+    )
+
+
+def invoice_summary(row: Summary) -> InvoiceSummary:
+    """An invoice for a list."""
+    return InvoiceSummary(
+        number=row.number,
+        tenant_id=row.tenant_id,
+        period_start=to_time(row.period_start_ms),
+        period_end=to_time(row.period_end_ms),
+        issued=to_time(row.issued_ms),
+        currency=row.currency,
+        net=money(row.net_pico),
+        total=money(row.total_pico),
+        due=money(row.due_pico),
+        sha256=row.invoice_hash.lower(),
     )
 
 

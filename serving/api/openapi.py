@@ -59,6 +59,8 @@ _SUMMARIES: Final = {
     "CreateTenant": "Create a tenant",
     "SetTenantStatus": "Suspend a tenant, or let it go on",
     "GetPipeline": "How far the database is, and what has not come",
+    "GetOverview": "What the dashboard shows: of all tenants, or of one",
+    "WatchOverview": "The overview again each time that it changes, as server-sent events",
 }
 
 

@@ -48,10 +48,12 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from serving.api.calls import Call
-    from sinks.rows import Balance
+    from sinks.engine import Reader
+    from sinks.rows import Balance, Freshness
     from sinks.rows import UsageRow as Usage
 
 __all__ = [
+    "budget_entries",
     "find_balance",
     "get_balance",
     "get_pipeline",
@@ -62,6 +64,7 @@ __all__ = [
     "list_usage",
     "money",
     "page_of",
+    "partition_states",
     "tenant_balance",
 ]
 
@@ -176,21 +179,26 @@ def get_tenant(call: Call, request: GetTenantRequest) -> GetTenantResponse:
             ProjectEntry(project_id=name, display_name=display, closed=closed)
             for name, display, closed in account_queries.projects(call.reader, tenant_id)
         ],
-        budgets=[
-            BudgetEntry(
-                project_id=row.project_id,
-                user_id=row.user_id,
-                amount=money(row.amount_pico),
-                spend=money(row.spend_pico),
-                currency=account.currency,
-                hard_stop=row.hard_stop,
-                used_up=row.used_up,
-                period_start=to_time(row.period_start_ms),
-                period_end=to_time(row.period_end_ms),
-            )
-            for row in account_queries.budgets(call.reader, tenant_id)
-        ],
+        budgets=budget_entries(call.reader, account),
     )
+
+
+def budget_entries(reader: Reader, account: Balance) -> list[BudgetEntry]:
+    """The budgets of an account for an answer."""
+    return [
+        BudgetEntry(
+            project_id=row.project_id,
+            user_id=row.user_id,
+            amount=money(row.amount_pico),
+            spend=money(row.spend_pico),
+            currency=account.currency,
+            hard_stop=row.hard_stop,
+            used_up=row.used_up,
+            period_start=to_time(row.period_start_ms),
+            period_end=to_time(row.period_end_ms),
+        )
+        for row in account_queries.budgets(reader, account.tenant_id)
+    ]
 
 
 def list_usage(call: Call, request: ListUsageRequest) -> ListUsageResponse:
@@ -370,17 +378,22 @@ def get_pipeline(call: Call, _: GetPipelineRequest) -> GetPipelineResponse:
     """How far the database is, and what producers numbered that has not come."""
     report = completeness(call.reader)
     return GetPipelineResponse(
-        partitions=[
-            PartitionState(
-                partition=row.partition,
-                sequence=row.sequence,
-                log_time=to_time(row.log_time_ms),
-                written=to_time(row.written_ms),
-            )
-            for row in queries.freshness(call.reader)
-        ],
+        partitions=partition_states(queries.freshness(call.reader)),
         missing_events=sum(state.missing for state in report.incomplete),
         under_way_events=report.under_way,
         producers=report.producers,
         silent_producers=len({state.producer_id for state in report.silent}),
     )
+
+
+def partition_states(rows: Sequence[Freshness]) -> list[PartitionState]:
+    """How far the database is, for an answer."""
+    return [
+        PartitionState(
+            partition=row.partition,
+            sequence=row.sequence,
+            log_time=to_time(row.log_time_ms),
+            written=to_time(row.written_ms),
+        )
+        for row in rows
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from serving.api import alerting, invoicing, reading, writing
+from serving.api import alerting, invoicing, overview, reading, writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,5 +34,9 @@ HANDLERS: Final[Mapping[str, Handler]] = {
     "CreateTenant": writing.create_tenant,
     "SetTenantStatus": writing.set_tenant_status,
     "GetPipeline": reading.get_pipeline,
+    "GetOverview": overview.get_overview,
 }
-WATCHERS: Final[Mapping[str, Watcher]] = {"WatchAlerts": alerting.watch_alerts}
+WATCHERS: Final[Mapping[str, Watcher]] = {
+    "WatchAlerts": alerting.watch_alerts,
+    "WatchOverview": overview.watch_overview,
+}

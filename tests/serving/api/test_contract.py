@@ -1,7 +1,7 @@
 """The HTTP API against its own OpenAPI document: whatever is sent, no 5xx, and no answer that the document does not describe.
 
 Schemathesis makes the requests from the document, good ones and bad ones, for an operator and for a tenant, on a real ledger
-and real rows. The watch is left out: it is a stream without an end, and `test_alerting` has it.
+and real rows. Watches are left out: they are streams without an end, and `test_alerting` and `test_overview` have them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _CONFIG: Final = SchemathesisConfig.from_dict(
         },
     }
 )
-_WATCH: Final = "/v1/alerts/watch"
+_WATCHES: Final = ("/v1/alerts/watch", "/v1/overview/watch")
 _PATHS: Final = document("1")["paths"]
-NAMES: Final = [f"{verb.upper()} {path}" for path, verbs in _PATHS.items() for verb in verbs if path != _WATCH]
+NAMES: Final = [f"{verb.upper()} {path}" for path, verbs in _PATHS.items() for verb in verbs if path not in _WATCHES]
 
 
 @pytest.fixture(scope="module")

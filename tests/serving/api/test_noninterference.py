@@ -19,7 +19,7 @@ from billing.amounts import to_amount
 from billing.v1.command_pb2 import CreditGrant, InvoiceFinalization, Price, ProjectUpsert, TenantUpsert
 from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED, OUTCOME_REJECTED, UsageEvent
-from serving.api.access import POLICIES, Principal
+from serving.api.access import POLICIES, SERVICE, Principal
 from sinks.engines.chdb import ChdbEngine
 from tests.billing.ledgers import NOW_MS, PRICES, Ledger, batch, usage
 from tests.serving.api.conftest import DAY_MS, A, B
@@ -35,7 +35,11 @@ ASKED: Final[tuple[dict[str, Any], ...]] = (
     {"start": "2025-11-01T00:00:00Z", "end": "2025-12-01T00:00:00Z"},
     {"page_size": 1},
 )
-READS: Final = [policy.path for name, policy in POLICIES.items() if policy.verb == "GET" and name != "WatchAlerts"]
+READS: Final = [
+    policy.path
+    for name, policy in POLICIES.items()
+    if policy.verb == "GET" and not SERVICE.methods_by_name[name].server_streaming
+]
 NUMBERS: Final = ("INV-0001-1", "INV-0001-2", "INV-0001-3")
 
 events_of_a = st.lists(

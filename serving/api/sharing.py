@@ -1,0 +1,80 @@
+"""Answers that many callers wait for are made once.
+
+Promise: of one key, one thread at a time makes a value, and the others have it too. While a value's mark is the mark that is
+asked for, nothing is made. A value that is costly is made seldom: after it was, nothing is made for as many times its own cost
+as `REST`, and the callers have the one that is there. So what everybody watches takes a bounded share of the database.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Final, TypeVar
+
+__all__ = ["Shared"]
+
+REST: Final = 2.0
+_VALUES_MAX: Final = 2_000
+
+T = TypeVar("T")
+
+
+class _Value:
+    __slots__ = ("cost_s", "made_s", "making", "mark", "value")
+
+    def __init__(self) -> None:
+        self.making = threading.Lock()
+        self.mark: Hashable = None
+        self.value: Any = None
+        self.made_s: float | None = None
+        self.cost_s = 0.0
+
+
+class Shared:
+    """For threads. What was asked for longest ago is forgotten first."""
+
+    def __init__(self, values_max: int = _VALUES_MAX, monotonic_s: Callable[[], float] = time.monotonic) -> None:
+        self._values: OrderedDict[Hashable, _Value] = OrderedDict()
+        self._values_max = values_max
+        self._guard = threading.Lock()
+        self._monotonic_s = monotonic_s
+
+    def peek(self, key: Hashable) -> Any:
+        """The value that is there; None where none is."""
+        with self._guard:
+            known = self._values.get(key)
+        return None if known is None else known.value
+
+    def get(self, key: Hashable, mark: Hashable, make: Callable[[], T], *, rest_s: float = 0.0, wait_s: float = 30.0) -> T:
+        """The value of `key` as of `mark`, or an older one that is not to be made again yet, for at least `rest_s`.
+
+        Raises what `make` raises, and TimeoutError where another thread's first value does not come within `wait_s`.
+        """
+        with self._guard:
+            known = self._values.setdefault(key, _Value())
+            self._values.move_to_end(key)
+            while len(self._values) > self._values_max:
+                self._values.popitem(last=False)
+        if self._serves(known, mark, rest_s):
+            return known.value  # type: ignore[no-any-return]
+        # Who has an older value does not wait for a newer one: it comes with the next question.
+        if not known.making.acquire(timeout=0.001 if known.made_s is not None else max(wait_s, 0.001)):
+            if known.made_s is None:
+                raise TimeoutError("another call's question is still being answered")
+            return known.value  # type: ignore[no-any-return]
+        try:
+            if not self._serves(known, mark, rest_s):
+                began_s = self._monotonic_s()
+                value = make()
+                known.value, known.mark, known.made_s = value, mark, self._monotonic_s()
+                known.cost_s = known.made_s - began_s
+            return known.value  # type: ignore[no-any-return]
+        finally:
+            known.making.release()
+
+    def _serves(self, known: _Value, mark: Hashable, rest_s: float) -> bool:
+        if known.made_s is None:
+            return False
+        return known.mark == mark or self._monotonic_s() - known.made_s < max(rest_s, known.cost_s * REST)

@@ -1,0 +1,333 @@
+"""What an operator sees of all tenants at once: usage by day, minute, tenant and model, accounts, alerts, what was rejected.
+
+Promise: usage is the sum of all minutes, as `queries.usage` without a tenant gives it, and costs the reading of what is new.
+`InstallationUsage` keeps the sums of what is over: days as they were summed, corrected by those in which a minute was stated
+since, and of today what lies some minutes back, until a minute of it is stated anew. No event is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import NamedTuple, cast
+
+from sinks.day_totals import COUNTS, DAY_S, summed_until
+from sinks.engine import Reader, decimal_to_pico
+from sinks.rows import UsageRow
+
+__all__ = [
+    "GPU_UNIT",
+    "AccountSum",
+    "InstallationUsage",
+    "Sums",
+    "UsageSums",
+    "account_sums",
+    "added",
+    "rejected_sums",
+    "stated_until",
+    "sums_of",
+    "top",
+]
+
+# In which producers may state the time of GPUs that a request took.
+GPU_UNIT = "gpu_ms"
+# Of today, what is so many minutes old is kept; when that is so far back, more is.
+_SETTLED_S = 10 * 60
+_KEPT_S = 30 * 60
+_TIMEOUT_S = 30.0
+_INPUT = ("uncached_input_tokens", "cache_read_tokens", "cache_write_tokens", "image_input_tokens", "audio_input_tokens")
+_OUTPUT = ("output_tokens", "reasoning_tokens", "audio_output_tokens")
+_SUMMED = ("events", "refused_events", "unrated_events", "input", "output", "gpu_ms", "cost")
+# Beyond the array, for units that are not there: 0.
+_GPU_MS = f"unit_quantities[indexOf(unit_names, '{GPU_UNIT}')] AS gpu_ms"
+
+
+class _Key(NamedTuple):
+    """Whose sum it is: "span", "tenant" or "model"; a span's name is the second in which its minute or its day begins."""
+
+    kind: str
+    name: str
+    currency: str
+
+
+# In the order of `_SUMMED`; the last one in pico.
+_Counts = tuple[int, ...]
+_Found = dict[_Key, _Counts]
+
+
+@dataclass(frozen=True, slots=True)
+class AccountSum:
+    """All accounts of one status and currency."""
+
+    status: str
+    currency: str
+    tenants: int
+    credit_pico: int
+    spend_pico: int
+    leased_pico: int
+    duplicates: int
+    conflicts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Usage of one name, or of the span that begins in the second that `name` says, in one currency."""
+
+    name: str
+    currency: str
+    events: int
+    refused_events: int
+    unrated_events: int
+    input_tokens: int
+    output_tokens: int
+    gpu_ms: int
+    cost_pico: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSums:
+    """Each by name."""
+
+    minutes: list[Sums]
+    days: list[Sums]
+    tenants: list[Sums]
+    models: list[Sums]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Sums, and what they hold for: they are right while that is the same."""
+
+    seen: object = None
+    sums: _Found = field(default_factory=dict)
+
+
+class InstallationUsage:
+    """Asked again and again, by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._days, self._corrections, self._today = _Kept(), _Kept(), _Kept()
+        self._settled_s = 0
+
+    def since(self, reader: Reader, start_s: int, latest_s: int, minutes: int = 60) -> UsageSums:
+        """Everything that ended at `start_s`, when a day of UTC begins, or later; and the last `minutes` before `latest_s`."""
+        assert start_s % DAY_S == 0, "days are whole"
+        minutes_from_s = max(latest_s // 60 * 60 - (minutes - 1) * 60, start_s)
+        summed = summed_until(reader)
+        before_s = max([start_s, *(until_s for until_s, _ in summed.values())])
+        if not before_s <= self._settled_s <= latest_s - _SETTLED_S or latest_s - self._settled_s > _KEPT_S:
+            self._settled_s = max(before_s, latest_s // 60 * 60 - _SETTLED_S)
+        sums: _Found = {}
+        if before_s > start_s:
+            self._over(reader, start_s, before_s, summed)
+            _add(sums, self._days.sums)
+            _add(sums, self._corrections.sums)
+        if self._settled_s > before_s:
+            self._keep_today(reader, before_s, minutes_from_s)
+            _add(sums, self._today.sums)
+        _add(sums, _ask(reader, _minutes(f"minute >= {_time(self._settled_s)}"), minutes_from_s))
+        if minutes_from_s < before_s:
+            # In a day's first hour.
+            recent = _minutes(f"minute >= {_time(minutes_from_s)} AND minute < {_time(before_s)}")
+            found = _ask(reader, recent, minutes_from_s)
+            _add(sums, {key: of for key, of in found.items() if key.kind == "minute"})
+        return UsageSums(
+            [row for row in _rows(sums, "minute") if int(row.name) >= minutes_from_s],
+            *(_rows(sums, kind) for kind in ("day", "tenant", "model")),
+        )
+
+    def _over(self, reader: Reader, start_s: int, before_s: int, summed: Mapping[int, tuple[int, int]]) -> None:
+        """Keep the days from `start_s` to before `before_s`."""
+        between = f"day >= {_time(start_s)} AND day < {_time(before_s)}"
+        seen: object = between, _versions(reader, between, "usage_days")
+        if self._days.seen != seen:
+            self._days = _Kept(seen, _ask(reader, _days(between), before_s))
+        beyond = "".join(f" AND {_stated_after(partition, *of, before_s)}" for partition, of in sorted(summed.items()))
+        stale = f"minute >= {_time(start_s)} AND minute < {_time(before_s)}{beyond}"
+        # A minute that is stated anew has a version above those before it, and stands among the stale ones.
+        seen = self._days.seen, stale, _versions(reader, stale)
+        if self._corrections.seen == seen:
+            return
+        pairs = f"(SELECT DISTINCT tenant_id, toStartOfDay(minute) FROM usage_totals WHERE {stale})"  # noqa: S608
+        tenants = f"(SELECT DISTINCT tenant_id FROM usage_totals WHERE {stale})"  # noqa: S608
+        of_minutes = _minutes(
+            f"minute >= {_time(start_s)} AND minute < {_time(before_s)} AND tenant_id IN {tenants} "
+            f"AND (tenant_id, toStartOfDay(minute)) IN {pairs}"
+        )
+        corrections = _ask(reader, of_minutes, before_s)
+        # Instead of what was summed for those days.
+        replaced = _ask(reader, _days(f"{between} AND (tenant_id, day) IN {pairs}"), before_s)
+        _add(corrections, {key: tuple(-count for count in counts) for key, counts in replaced.items()})
+        self._corrections = _Kept(seen, corrections)
+        if self._days.seen != (between, _versions(reader, between, "usage_days")):
+            # They were summed anew between one question and the other, which comes now and then.
+            self._over(reader, start_s, before_s, summed_until(reader))
+
+    def _keep_today(self, reader: Reader, before_s: int, minutes_from_s: int) -> None:
+        """Keep what ended from `before_s` on and is settled."""
+        settled = f"minute >= {_time(before_s)} AND minute < {_time(self._settled_s)}"
+        known = self._today.seen
+        if isinstance(known, tuple) and known[0] == settled:
+            later = "".join(f" AND (ledger_partition != {partition} OR version > {most})" for partition, most in known[1])
+            if not _versions(reader, settled + later):
+                return
+        # Looked at before the sums are made: what is stated meanwhile is found the next time.
+        versions = _versions(reader, settled)
+        self._today = _Kept((settled, versions), _ask(reader, _minutes(settled), minutes_from_s))
+
+
+def _time(at_s: int) -> str:
+    return f"toDateTime({int(at_s)}, 'UTC')"
+
+
+def _stated_after(partition: int, until_s: int, version: int, before_s: int) -> str:
+    """What is not of the partition, was stated later, or is of a day that was not summed. Without the last, which most never
+    need, an index finds them."""
+    of_later_days = "" if until_s >= before_s else f" OR minute >= {_time(until_s)}"
+    return f"(ledger_partition != {int(partition)} OR version > {int(version)}{of_later_days})"
+
+
+def _versions(reader: Reader, where: str, table: str = "usage_totals") -> list[tuple[object, ...]]:
+    """By partition: the highest version of rows that are `where`."""
+    return reader.query(
+        f"SELECT ledger_partition, max(version) FROM {table} WHERE {where} GROUP BY 1 ORDER BY 1"  # noqa: S608
+    ).rows
+
+
+def _minutes(where: str) -> str:
+    # The minute and the tenant are in the table's key, so they may be looked at before rows of one key are made one.
+    return (
+        f"SELECT tenant_id, model, currency, minute, events, refused_events, unrated_events, {' + '.join(_INPUT)} AS input, "  # noqa: S608
+        f"{' + '.join(_OUTPUT)} AS output, {_GPU_MS}, cost FROM usage_totals FINAL PREWHERE {where}"
+    )
+
+
+def _days(where: str) -> str:
+    counted = {name: f"counts[{place}]" for place, name in enumerate(COUNTS, 1)}
+    plain = ", ".join(f"{counted[name]} AS {name}" for name in _SUMMED[:3])
+    return (
+        f"SELECT tenant_id, model, currency, day AS minute, {plain}, {' + '.join(counted[name] for name in _INPUT)} AS input, "  # noqa: S608
+        f"{' + '.join(counted[name] for name in _OUTPUT)} AS output, {_GPU_MS}, cost FROM usage_days FINAL WHERE {where}"
+    )
+
+
+def _ask(reader: Reader, source: str, minutes_from_s: int) -> _Found:
+    """The sums of `source` by day, by minute from `minutes_from_s` on, by tenant and by model; read once."""
+    sums = ", ".join(f"sum({name}) AS {name}" for name in _SUMMED)
+    spans = f"if(minute >= {_time(minutes_from_s)}, minute, toStartOfDay(minute))"
+    rows = reader.query(
+        "SELECT grouping(tenant_id), grouping(model), toString(tenant_id), toString(model), toUnixTimestamp(span), currency, "  # noqa: S608
+        f"{sums} FROM (SELECT tenant_id, model, currency, {spans} AS span, {sums} FROM ({source}) "
+        "GROUP BY tenant_id, model, currency, span) GROUP BY GROUPING SETS ((tenant_id, currency), (model, currency), "
+        "(span, currency))",
+        timeout_s=_TIMEOUT_S,
+    ).rows
+    found: _Found = {}
+    for of_others, of_no_model, tenant_id, model, span_s, currency, *summed in rows:
+        counts = (*cast("list[int]", summed[:-1]), _pico(summed[-1]))
+        # ClickHouse: 0 where a column is one of the set's.
+        if not of_others:
+            found[_Key("tenant", str(tenant_id), str(currency))] = counts
+        elif not of_no_model:
+            found[_Key("model", str(model), str(currency))] = counts
+        else:
+            begins_s = cast("int", span_s)
+            of_day = {_Key("day", f"{begins_s // DAY_S * DAY_S}", str(currency)): counts}
+            _add(found, of_day)
+            if begins_s >= minutes_from_s:
+                found[_Key("minute", f"{begins_s}", str(currency))] = counts
+    return found
+
+
+def _add(sums: _Found, more: Mapping[_Key, _Counts]) -> None:
+    for key, counts in more.items():
+        known = sums.get(key)
+        sums[key] = counts if known is None else tuple(a + b for a, b in zip(known, counts, strict=True))
+
+
+def _rows(sums: Mapping[_Key, _Counts], kind: str) -> list[Sums]:
+    """Those of a kind by name; what corrections left nothing of is nothing."""
+    return [Sums(key.name, key.currency, *counts) for key, counts in sorted(sums.items()) if key.kind == kind and any(counts)]
+
+
+def sums_of(row: UsageRow, name: str) -> Sums:
+    """A row of usage as one of sums."""
+    used = row.quantities
+    return Sums(
+        name,
+        row.currency,
+        row.events,
+        row.refused_events,
+        row.unrated_events,
+        used.input_tokens,
+        used.all_output_tokens,
+        used.units.get(GPU_UNIT, 0),
+        row.cost_pico,
+    )
+
+
+def added(rows: Sequence[Sums]) -> Sums:
+    """Rows of one name and currency as one."""
+    first = rows[0]
+    return Sums(
+        first.name,
+        first.currency,
+        sum(row.events for row in rows),
+        sum(row.refused_events for row in rows),
+        sum(row.unrated_events for row in rows),
+        sum(row.input_tokens for row in rows),
+        sum(row.output_tokens for row in rows),
+        sum(row.gpu_ms for row in rows),
+        sum(row.cost_pico for row in rows),
+    )
+
+
+def top(rows: Iterable[Sums], count: int) -> list[Sums]:
+    """Those with the highest cost, then the most tokens; equal ones by name."""
+    return sorted(rows, key=lambda row: (-row.cost_pico, -row.input_tokens - row.output_tokens, -row.events, row.name))[:count]
+
+
+def account_sums(reader: Reader) -> list[AccountSum]:
+    """The sums of all accounts, by status and currency."""
+    rows = reader.query(
+        "SELECT status, currency, count(), sum(credit), sum(spend), sum(leased), sum(duplicates), sum(conflicts) "
+        "FROM accounts FINAL GROUP BY status, currency ORDER BY status, currency"
+    ).rows
+    return [
+        AccountSum(
+            str(row[0]),
+            str(row[1]),
+            cast("int", row[2]),
+            _pico(row[3]),
+            _pico(row[4]),
+            _pico(row[5]),
+            cast("int", row[6]),
+            cast("int", row[7]),
+        )
+        for row in rows
+    ]
+
+
+def rejected_sums(reader: Reader, since_ms: int) -> dict[str, int]:
+    """How many were rejected since then, by reason."""
+    rows = reader.query(
+        "SELECT reason, uniqExact(ledger_partition, generation, sequence, record_index) FROM rejected "
+        "WHERE rejected >= fromUnixTimestamp64Milli({since:Int64}) GROUP BY reason ORDER BY reason",
+        {"since": since_ms},
+    ).rows
+    return {str(reason): cast("int", count) for reason, count in rows}
+
+
+def stated_until(reader: Reader) -> dict[int, int]:
+    """By partition: the highest version that a position or an account has. While it is the same, so is every answer."""
+    rows = reader.query(
+        "SELECT ledger_partition, max(version) FROM (SELECT ledger_partition, version FROM sink_positions "
+        "UNION ALL SELECT ledger_partition, version FROM accounts) GROUP BY ledger_partition ORDER BY ledger_partition"
+    ).rows
+    return {cast("int", partition): cast("int", version) for partition, version in rows}
+
+
+def _pico(value: object) -> int:
+    assert isinstance(value, Decimal), value
+    return decimal_to_pico(value)
