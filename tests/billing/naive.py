@@ -21,12 +21,16 @@ from billing.v1.ledger_pb2 import (
 )
 from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_REJECTED, UsageEvent
 
-__all__ = ["DAY_MS", "NaiveAccount", "NaiveLedger", "NaiveLine"]
+__all__ = ["DAY_MS", "NaiveAccount", "NaiveLedger", "NaiveLine", "month_of"]
 
 DAY_MS = 24 * 60 * 60 * 1000
 FUTURE_ALERT_MS, FUTURE_REJECT_MS = 5 * 60_000, DAY_MS
 # Model to the price of a million input and output tokens.
 PriceList = dict[str, tuple[Fraction, Fraction]]
+
+
+def month_of(time_ms: float) -> str:
+    return datetime.fromtimestamp(time_ms // 1000, UTC).strftime("%Y-%m")
 
 
 @dataclass
@@ -44,6 +48,10 @@ class NaiveAccount:
     # Of spend: by adjustments, and the requests that they corrected.
     adjusted: Fraction = Fraction(0)
     corrected: set[str] = field(default_factory=set)
+    # What its invoices came to; of this, what was less than nothing and became credit; the month that comes next, "": any.
+    invoiced: Fraction = Fraction(0)
+    returned: Fraction = Fraction(0)
+    next_month: str = ""
     keys: dict[str, tuple[bytes, bool]] = field(default_factory=dict)
     grants: dict[str, Fraction] = field(default_factory=dict)
 
@@ -79,6 +87,9 @@ class NaiveLedger:
         self.books: dict[str, list[tuple[int, PriceList]]] = defaultdict(list)
         # By tenant, month in UTC, currency, project, model and price version (0: none).
         self.lines: dict[tuple[str, str, str, str, str, int], NaiveLine] = defaultdict(NaiveLine)
+        # By tenant and month: what adjustments came to that no invoice has; as are the lines.
+        self.adjustments: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
+        self.invoices = 0
         self.day = 0
 
     def account(self, tenant_id: str) -> NaiveAccount:
@@ -126,7 +137,7 @@ class NaiveLedger:
         account.events += 1
         effective = [prices for since_ms, prices in self.books[account.currency] if since_ms <= event.ended_ms]
         priced = bool(effective) and event.model in effective[-1]
-        month = datetime.fromtimestamp(event.ended_ms // 1000, UTC).strftime("%Y-%m")
+        month = month_of(event.ended_ms)
         version = len(effective) if priced else 0
         line = self.lines[event.tenant_id, month, account.currency, event.project_id, event.model, version]
         line.events += 1
@@ -180,7 +191,8 @@ class NaiveLedger:
     def upsert(self, command_id: str, now_ms: int, tenant_id: str, currency: str, status: int) -> bool:
         known = self.accounts.get(tenant_id)
         moves = known is not None and currency not in ("", known.currency)
-        has_amounts = known is not None and (known.credit != 0 or known.spend != 0)
+        # Credit, spend, an invoice; what was voided to nothing is still on its way to one, in two lines.
+        has_amounts = known is not None and bool(known.credit or known.spend or known.next_month or self._has_lines(tenant_id))
         if applied := self.once(command_id, now_ms, tenant_id in self.here and not (moves and has_amounts)):
             account = self.account(tenant_id)
             account.currency = currency or account.currency
@@ -189,6 +201,10 @@ class NaiveLedger:
                 account.keys = {name: (secret_hash, True) for name, (secret_hash, _) in account.keys.items()}
         return applied
 
+    def _has_lines(self, tenant_id: str) -> bool:
+        costs = [line.cost for place, line in self.lines.items() if place[0] == tenant_id]
+        return any(costs) or any(amount for place, amount in self.adjustments.items() if place[0] == tenant_id)
+
     def void(self, command_id: str, now_ms: int, tenant_id: str, request_id: str, amount: Fraction, currency: str) -> bool:
         allowed = self.knows(tenant_id) and self.accounts[tenant_id].currency == currency and amount <= 0
         if applied := self.once(command_id, now_ms, allowed and request_id not in self.accounts[tenant_id].corrected):
@@ -196,7 +212,38 @@ class NaiveLedger:
             account.spend += amount
             account.adjusted += amount
             account.corrected.add(request_id)
+            self.adjustments[tenant_id, month_of(now_ms)] += amount
         return applied
+
+    def invoice(self, command_id: str, now_ms: int, tenant_id: str, month: str, draft: bool) -> Fraction | None:
+        """What the invoice of that month and of all that is left of earlier ones comes to; None: it is not drawn."""
+        next_month = self.accounts[tenant_id].next_month if tenant_id in self.accounts else ""
+        pending = {place[1] for place in self.lines if place[0] == tenant_id}
+        pending |= {month for whose, month in self.adjustments if whose == tenant_id}
+        in_turn = next_month <= month < month_of(now_ms) and not any(next_month <= each < month for each in pending)
+        if not self.once(command_id, now_ms, self.knows(tenant_id) and (draft or in_turn)):
+            return None
+        lines = [place for place in self.lines if place[0] == tenant_id and place[1] <= month]
+        adjustments = [place for place in self.adjustments if place[0] == tenant_id and place[1] <= month]
+        net = sum((self.lines[place].cost for place in lines), Fraction(0)) + sum(
+            map(self.adjustments.__getitem__, adjustments)
+        )
+        if not draft:
+            for place in lines:
+                del self.lines[place]
+            for adjusted in adjustments:
+                del self.adjustments[adjusted]
+            account = self.accounts[tenant_id]
+            account.invoiced += net
+            account.returned += max(-net, Fraction(0))
+            # What is given back can be spent again.
+            account.credit += max(-net, Fraction(0))
+            account.spend += max(-net, Fraction(0))
+            account.next_month = month_of(
+                datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC).timestamp() * 1_000 + 32 * DAY_MS
+            )
+            self.invoices += 1
+        return net
 
     def key(self, command_id: str, now_ms: int, tenant_id: str, key_id: str, secret_hash: bytes, revoked: bool) -> bool:
         others = any(key_id in account.keys for name, account in self.accounts.items() if name != tenant_id)

@@ -1,17 +1,17 @@
 """The ledger and its accounts against a naive model, over any order of usage, commands, repeats, time and foundings.
 
-Of each record: what was dropped and why, what each event cost, whether the command took effect. After each step: accounts and
-keys are the model's, window totals sum to what was charged, and a reader that follows by the chain has the same digest. In the
-end a replay from the first record has it too.
+Of each record: what was dropped and why, what each event cost, whether the command took effect, what an invoice came to. After
+each step: accounts and keys are the model's, window totals sum to what was charged, and a reader that follows by the chain has
+the same digest. In the end a replay from the first record has it too.
 
 MODEL_EXAMPLES sets how many runs of each machine (`make models EXAMPLES=500`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
 
@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from billing import commands, replay
-from billing.amounts import PICO, to_amount
+from billing.amounts import PICO, from_amount, to_amount
 from billing.chain import Chain
 from billing.founding import LedgerSettings, found, found_again
+from billing.invoice_checks import invoice_problems
 from billing.line_parts import PartKey, Sum, to_line_parts
-from billing.periods import period_at
+from billing.periods import month_of, month_start_ms, period_at
 from billing.state import LedgerState, MemorySeenKeys
 from billing.step import CommandInput, StepResult, TickInput, UsageInput, step
 from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_SUSPENDED, Amount, ApiKey, Calendar
@@ -34,13 +35,14 @@ from billing.v1.command_pb2 import (
     Adjustment,
     Command,
     CreditGrant,
+    InvoiceFinalization,
     KeyUpsert,
     Price,
     PriceBook,
     TenantUpsert,
 )
-from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
-from billing.v1.ledger_pb2 import WindowTotal
+from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_EVEN, Invoice, PeriodLine, PeriodLineKey
+from billing.v1.ledger_pb2 import CommandApplied, WindowTotal
 from billing.v1.usage_pb2 import (
     OUTCOME_BACKEND_ERROR,
     OUTCOME_CANCELLED,
@@ -49,6 +51,7 @@ from billing.v1.usage_pb2 import (
     RawUsageBatch,
     UsageBatch,
 )
+from tests.billing import naive
 from tests.billing.ledgers import KEYS, NOW_MS, tenants_in, usage
 from tests.billing.naive import DAY_MS, NaiveLedger, NaiveLine
 
@@ -79,6 +82,7 @@ class AccountsMachine(RuleBasedStateMachine):
         self.log: list[bytes] = []
         self.totals: dict[bytes, WindowTotal] = {}
         self.generations = 0
+        self.last_invoice_hash = b""
 
     @initialize()
     def begin(self) -> None:
@@ -107,11 +111,14 @@ class AccountsMachine(RuleBasedStateMachine):
         return self.offsets[topic]
 
     def command(self, number: int, **action: Any) -> bool:
+        return self.give(number, **action).applied
+
+    def give(self, number: int, **action: Any) -> CommandApplied:
         command = Command(schema_version=1, command_id=f"c{number}", issued_ms=self.now_ms, **action)
         value = commands.sign(command, KEYS.command_key)
         record = self.take(CommandInput("billing.commands", self.offset("c"), value)).record
         assert record.command.applied == (not record.command.refusal)
-        return record.command.applied
+        return record.command
 
     def usage(self, raws: list[bytes]) -> StepResult:
         value = UsageBatch(schema_version=1).SerializeToString() + RawUsageBatch(events=raws).SerializeToString()
@@ -181,6 +188,11 @@ class AccountsMachine(RuleBasedStateMachine):
         currency=st.sampled_from(("USD", "USD", "EUR")),
     )
     def void(self, number: int, tenant_id: str, request: int, pico: int, currency: str) -> None:
+        # And again at once, by another command: an event is corrected once.
+        for each in (number, number + 1):
+            self.void_once(each, tenant_id, request, pico, currency)
+
+    def void_once(self, number: int, tenant_id: str, request: int, pico: int, currency: str) -> None:
         period = period_at(Calendar(), self.now_ms)
         key = PeriodLineKey(
             tenant_id=tenant_id,
@@ -200,6 +212,36 @@ class AccountsMachine(RuleBasedStateMachine):
         amount = Fraction(pico, PICO)
         expected = self.model.void(f"c{number}", self.now_ms, tenant_id, f"r{request}", amount, currency)
         assert self.command(number, adjustment=said, issuer="model", reason="a model's") == expected
+
+    # What no invoice took in 400 days is let go.
+    @precondition(lambda self: self.now_ms < NOW_MS + 300 * DAY_MS)
+    @rule()
+    def the_month_ends(self) -> None:
+        self.now_ms = month_start_ms(month_of(self.now_ms) + 1)
+        self.time_passes(0)
+
+    @rule(number=command_numbers, tenant_id=tenants, months_ago=st.sampled_from((0, 1, 1, 2)), draft=st.booleans())
+    def invoice(self, number: int, tenant_id: str, months_ago: int, draft: bool) -> None:
+        start_ms = month_start_ms(month_of(self.now_ms) - months_ago)
+        said = InvoiceFinalization(
+            tenant_id=tenant_id,
+            period_start_ms=start_ms,
+            draft=draft,
+            series_prefix="INV",
+            rounding_rule=ROUNDING_RULE_HALF_EVEN,
+            currency_decimals=2,
+        )
+        net = self.model.invoice(f"c{number}", self.now_ms, tenant_id, naive.month_of(start_ms), draft)
+        applied = self.give(number, invoice_finalization=said)
+        assert applied.applied == (net is not None)
+        if net is None:
+            return
+        invoice = Invoice.FromString(applied.invoice)
+        assert invoice_problems(invoice) == []
+        assert from_amount(invoice.net_exact) == net * PICO
+        if not draft:
+            assert (invoice.number, invoice.previous_hash) == (self.model.invoices, self.last_invoice_hash)
+            self.last_invoice_hash = hashlib.sha256(applied.invoice).digest()
 
     @rule(
         number=command_numbers,
@@ -259,7 +301,7 @@ class AccountsMachine(RuleBasedStateMachine):
             parts = (total.events, total.unrated_events, total.uncached_input_tokens, total.output_tokens, cost_pico)
             summed[total.key.tenant_id] = [have + more for have, more in zip(sums, parts, strict=True)]
         assert summed == {
-            name: [a.events, a.unrated, a.input_tokens, a.output_tokens, (a.spend - a.adjusted) * PICO]
+            name: [a.events, a.unrated, a.input_tokens, a.output_tokens, (a.spend - a.adjusted - a.returned) * PICO]
             for name, a in self.model.accounts.items()
             if a.events
         }
@@ -269,8 +311,7 @@ class AccountsMachine(RuleBasedStateMachine):
 
         def add(name: tuple[object, ...], start_ms: int, *values: int) -> None:
             tenant_id, *rest = map(str, name)
-            month = datetime.fromtimestamp(start_ms // 1000, UTC).strftime("%Y-%m")
-            sums = summed.setdefault((tenant_id, month, *rest), [0] * len(values))
+            sums = summed.setdefault((tenant_id, naive.month_of(start_ms), *rest), [0] * len(values))
             sums[:] = [have + more for have, more in zip(sums, values, strict=True)]
 
         adjusted: Counter[str] = Counter()
@@ -298,7 +339,11 @@ class AccountsMachine(RuleBasedStateMachine):
             tuple(map(str, name)): [each.events, each.refused, each.unrated, each.cost * PICO, *tokens_of(each)]
             for name, each in self.model.lines.items()
         }
-        assert all(adjusted[name] == account.adjusted * PICO for name, account in self.model.accounts.items())
+        for name, account in self.model.accounts.items():
+            open_adjustments = sum(amount for (whose, _), amount in self.model.adjustments.items() if whose == name)
+            assert adjusted[name] == open_adjustments * PICO
+            usage_left = sum(line.cost for place, line in self.model.lines.items() if place[0] == name)
+            assert account.spend - account.returned == account.invoiced + usage_left + open_adjustments
 
     @invariant()
     def who_follows_is_where_the_writer_is(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from billing import adjustments, command_step, replay, usage_step
+from billing import adjustments, command_step, invoice_step, replay, usage_step
 from billing.amounts import from_amount
 from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.command_pb2 import Command
@@ -81,6 +81,11 @@ def voids_are_forgotten() -> Any:
     return mock.patch.object(adjustments, "_corrected_keys", return_value=[])
 
 
+def months_are_invoiced_in_any_order() -> Any:
+    """A month is invoiced before it is over, again, and before the one that comes first."""
+    return mock.patch.object(invoice_step, "_check_turn")
+
+
 CONTROLS = [
     commands_repeat,
     dedupe_by_payload,
@@ -89,6 +94,7 @@ CONTROLS = [
     credit_in_any_currency,
     replay_forgets_a_founding,
     voids_are_forgotten,
+    months_are_invoiced_in_any_order,
 ]
 
 
