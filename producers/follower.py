@@ -102,7 +102,7 @@ class TopicFollower:
         unread = set(partitions)
         consumer.assign([TopicPartition(self.topic, partition, OFFSET_BEGINNING) for partition in partitions])
         while not self._stopping.is_set() and not self._disconnected.is_set():
-            for message in consumer.consume(_POLL_MESSAGES_MAX, timeout=_POLL_TIMEOUT_S):
+            for message in _next(consumer):
                 error = message.error()
                 if error is None:
                     self._hand_on(message)
@@ -133,6 +133,12 @@ class TopicFollower:
         if error.code() == KafkaError._ALL_BROKERS_DOWN and not self._disconnected.is_set():
             logger.info("topic %s: %s; reading it from the beginning when a broker is back", self.topic, error.str())
             self._disconnected.set()
+
+
+def _next(consumer: Consumer) -> list[Message]:
+    """The next message as soon as it comes, and what is here behind it: `consume` alone waits its whole time for more."""
+    first = consumer.poll(_POLL_TIMEOUT_S)
+    return [] if first is None else [first, *consumer.consume(_POLL_MESSAGES_MAX - 1, timeout=0)]
 
 
 def _partition(message: Message) -> int:
