@@ -240,7 +240,6 @@ def _totals_between(start_s: int, end_s: int, days: TrustedDays, where: str) -> 
 
 def _minutes(ranges: Sequence[tuple[int, int]], column: str = "minute") -> str:
     """The condition of times that lie in one of `ranges`."""
-    # An empty range would be looked for all the same, in every part that has its beginning.
     within = [
         f"({column} >= toDateTime({first}, 'UTC') AND {column} < toDateTime({end}, 'UTC'))"
         for first, end in ranges
