@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -17,13 +19,17 @@ PROMISES = re.findall(r"^\| [^|]+ \| `(tests/[^`]+)::(test_[^`]+)` \|$", README,
 
 
 def command_names() -> list[str]:
-    group = typer.main.get_command(application())
-    names = []
-    for name, command in group.commands.items():  # type: ignore[attr-defined]  # it is a group
-        if not command.hidden:
-            below = getattr(command, "commands", None)
-            names += [name] if below is None else [f"{name} {inner}" for inner in below]
-    return sorted(names)
+    """Every command by its words: groups may hold groups."""
+
+    def below(group: Any, words: str) -> Iterator[str]:
+        for name, command in group.commands.items():
+            if not command.hidden:
+                if hasattr(command, "commands"):
+                    yield from below(command, f"{words}{name} ")
+                else:
+                    yield f"{words}{name}"
+
+    return sorted(below(typer.main.get_command(application()), ""))
 
 
 def test_the_table_is_read() -> None:
