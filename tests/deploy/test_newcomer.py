@@ -21,9 +21,11 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from playwright.sync_api import expect
 
 from taximeter.embedded.process import Child, free_port
 from tests.services import require
+from tests.services.browser import chromium
 from tests.services.kafka import KafkaCluster
 from tests.services.triton import TritonServer, TritonUnavailableError, triton_environment
 from tests.taximeter.support import ROOT, environment, until
@@ -214,6 +216,14 @@ def test_the_quick_start_meters_a_request_to_the_token(newcomer: Newcomer) -> No
     assert audited["findings"] == []
     assert operator != key
     assert balance["balance"]["tenant_id"] == "acme"
+
+    (dashboard,) = re.findall(r"<http://localhost:8003(/dashboard/)>", PAGE)
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{newcomer.ports['http']}{dashboard}")
+        page.get_by_label("API key").fill(key)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("table", name="Models").get_by_role("row", name="llama")).to_be_visible(timeout=120_000)
 
     for name, child in newcomer.parts.items():
         child.stop(20.0)
