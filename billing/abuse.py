@@ -72,8 +72,8 @@ class Evidence:
     # What the batch costs the tenant.
     cost_pico: int = 0
     minutes: dict[int, MinuteUse] = field(default_factory=dict)
-    # A prompt with more tokens is far beyond the tenant's own; -1: nobody has asked yet.
-    outlier_tokens: int = -1
+    # A prompt with more tokens is far beyond the tenant's own; 0: nothing is said.
+    outlier_tokens: int = 0
     duplicates: list[str] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)

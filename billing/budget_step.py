@@ -17,7 +17,7 @@ def charge_budgets(
 ) -> None:
     """State in `record` what the admitted events do to budgets."""
     budgets = state.budgets
-    budgeted = budgets.tenants.keys() & columns.tenant_ids if budgets.tenants else ()
+    budgeted = budgets.tenants.keys() & columns.tenants
     if not budgeted:
         return
     with_users = {tenant_id for tenant_id in budgeted if budgets.needs_users(tenant_id)}

@@ -18,10 +18,11 @@ HOUR_MS = 3_600_000
 ADDRESS_ATTRIBUTE = "client.address"
 
 
-def place_of(event: UsageEvent) -> str:
-    """Where the request came from, as far as its event says."""
+def place_of(event: UsageEvent, *, with_attributes: bool = True) -> str:
+    """Where the request came from, as far as its event says; `with_attributes`: whether it may have any."""
     # `get` adds nothing to the map.
-    return (event.attributes.get(ADDRESS_ATTRIBUTE, "") or event.region or event.server_id)[:PLACE_CHARS_MAX]
+    address = event.attributes.get(ADDRESS_ATTRIBUTE, "") if with_attributes else ""
+    return (address or event.region or event.server_id)[:PLACE_CHARS_MAX]
 
 
 class Places:

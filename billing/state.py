@@ -140,6 +140,15 @@ class LedgerState:
             projects = self.projects[tenant_id]
             yield from (projects[project_id] for project_id in sorted(projects))
 
+    def account_of(self, tenant_id: str) -> AccountState:
+        """The tenant's account; where nobody has created it, a new one of the default plan."""
+        account = self.accounts.get(tenant_id)
+        if account is None:
+            settings = self.settings
+            account = AccountState(tenant_id, settings.default_currency, plan=settings.default_plan)
+            self.accounts[tenant_id] = account
+        return account
+
     def rule_limits(self, account: AccountState) -> RuleLimits:
         """When the rules speak of a tenant: its plan says so, else the ledger's founding."""
         plan = account.plan

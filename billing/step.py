@@ -26,7 +26,8 @@ from billing.limits import (
 from billing.registrations import alert_refused, forward_key, permission, sign_batch
 from billing.release import release_due
 from billing.state import DAY_MS, LedgerState
-from billing.usage_step import Forward, apply_usage
+from billing.usage_admission import Forward
+from billing.usage_step import apply_usage
 from billing.v1.alert_pb2 import ALERT_RULE_FORGED_RECORD, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import SignedCommand
 from billing.v1.ledger_pb2 import InputPosition, LedgerRecord, RefusedRecord, Rejected, SnapshotTaken, Tick

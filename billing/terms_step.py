@@ -6,9 +6,8 @@ are summed. A batch under books of flat prices never comes here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from billing.accounts import AccountState
 from billing.rating import FREE_OUTCOMES
 from billing.schedules import Part
 from billing.state import LedgerState
@@ -20,7 +19,6 @@ def rate_by_terms(
     state: LedgerState,
     events: Sequence[UsageEvent],
     admitted: Sequence[int],
-    account_of: Callable[[str], AccountState],
     costs: list[int],
     record: LedgerRecord,
 ) -> dict[int, list[Part]]:
@@ -33,7 +31,7 @@ def rate_by_terms(
         event = events[index]
         if event.outcome in FREE_OUTCOMES:
             continue
-        account = account_of(event.tenant_id)
+        account = state.account_of(event.tenant_id)
         rate = state.books.rate(
             account.currency, event.ended_ms, event.model, event.operation, event.service_class, event.tenant_id
         )

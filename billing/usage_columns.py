@@ -6,19 +6,25 @@ more as one merged event (`MergedUsageBatch`), tell which those are, exactly, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 from operator import attrgetter, gt
 from typing import Any
 
 from billing.limits import ID_CHARS_MAX, PLAIN_EVENT_BYTES_MAX, QUANTITY_MAX, TIME_MS_MAX
 from billing.v1.usage_pb2 import MergedUsageBatch, RawUsageBatch, UsageBatch, UsageEvent
 from billing.validation import OPTIONAL_IDS, TOKEN_FIELDS
+from billing.windows import MINUTE_MS
 
-_INPUT, _CACHE_READ = TOKEN_FIELDS.index("uncached_input_tokens"), TOKEN_FIELDS.index("cache_read_tokens")
+# Of what a prompt has, cached or not.
+PROMPT_PLACES = TOKEN_FIELDS.index("uncached_input_tokens"), TOKEN_FIELDS.index("cache_read_tokens")
 # Of those that no sum looks at; only long events can hold one over its bound.
 _OTHER_TEXTS = [name for name in OPTIONAL_IDS if name != "project_id"]
 
+# What is summed in one window, whatever prices it: tenant, project, model, operation, service class, minute.
+WindowName = tuple[str, str, str, int, int, int]
 
 # What is read of every event; the classes of tokens that the batch has follow.
 _READ = (
@@ -64,7 +70,10 @@ class UsageColumns:
         self.last_ended_ms = max(self.ended_ms, default=0)
         self._largest = {place: max(column) for place, column in self.tokens.items()}
         self.with_units = {index for index, event in enumerate(self.events) if event.units} if merged.units else set()
-        self._any_attributes = bool(merged.attributes)
+        self.any_attributes = bool(merged.attributes)
+        # The events of each window, the windows in the order in which the batch names them.
+        self.windows: Mapping[WindowName, list[int]] = _grouped(enumerate(self._window_names()))
+        self.tenants = frozenset([name[0] for name in self.windows])
         self.any_keys = merged.HasField("api_key_id")
 
     def _read(self, name: str) -> list[Any]:
@@ -72,6 +81,18 @@ class UsageColumns:
 
     def __len__(self) -> int:
         return len(self.raws)
+
+    def windows_of(self, indexes: Sequence[int]) -> Mapping[WindowName, list[int]]:
+        """The windows of some of the events."""
+        if len(indexes) == len(self):
+            return self.windows
+        names = list(self._window_names())
+        return _grouped((index, names[index]) for index in indexes)
+
+    def _window_names(self) -> Iterator[WindowName]:
+        first, last = self.first_ended_ms // MINUTE_MS, self.last_ended_ms // MINUTE_MS
+        minutes = repeat(first, len(self)) if first == last else [ended_ms // MINUTE_MS for ended_ms in self.ended_ms]
+        return zip(self.tenant_ids, self.projects, self.models, self.operations, self.service_classes, minutes, strict=True)
 
     def well_formed(self) -> bool:
         """Whether no event can have a problem; False means only that each must be looked at. There is at least one."""
@@ -81,24 +102,30 @@ class UsageColumns:
             and self.last_ended_ms <= TIME_MS_MAX
             and not any(map(gt, self.started_ms, self.ended_ms))
             and max(self._largest.values(), default=0) <= QUANTITY_MAX
-            and all(self.tenant_ids)
             and all(self.request_ids)
-            and all(self.models)
+            and all(name[0] and name[2] for name in self.windows)
             and not self.with_units
         )
 
     def _texts_bounded(self) -> bool:
         if max(map(len, self.raws)) <= PLAIN_EVENT_BYTES_MAX:
             return True
-        if self._any_attributes:
+        if self.any_attributes:
             return False
         columns = (self.tenant_ids, self.request_ids, self.projects, self.models, *map(self._read, _OTHER_TEXTS))
         return all(max(map(len, column)) <= ID_CHARS_MAX for column in columns)
 
     def prompt_tokens(self, index: int) -> int:
         """What an event's prompt has, cached or not."""
-        return sum(column[index] for place in (_INPUT, _CACHE_READ) if (column := self.tokens.get(place)))
+        return sum(column[index] for place in PROMPT_PLACES if (column := self.tokens.get(place)))
 
     def largest_prompt_tokens(self) -> int:
         """No prompt of the batch has more."""
-        return self._largest.get(_INPUT, 0) + self._largest.get(_CACHE_READ, 0)
+        return sum([self._largest.get(place, 0) for place in PROMPT_PLACES])
+
+
+def _grouped(named: Iterable[tuple[int, WindowName]]) -> Mapping[WindowName, list[int]]:
+    windows: defaultdict[WindowName, list[int]] = defaultdict(list)
+    for index, name in named:
+        windows[name].append(index)
+    return windows

@@ -1,54 +1,40 @@
 """What a batch of usage does to the state: the hot path of Taximeter.
 
-It works in columns (`usage_columns`): checks over whole columns, and one pass per window. Only a batch in which
-something is unusual (a duplicate, a far time, a wrong partition, a field over its bound) is looked at event by event, in
-`_admit_each`; what is admitted then takes the same way as every other event.
+It works in columns (`usage_columns`): what is charged is found by looks over whole columns (`usage_admission`), and takes one
+pass per window. What the abuse rules see of a batch is summed there too, by tenant and minute: they ask nothing of an event of
+which nothing is unusual.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 
 from billing.abuse import SUSPENSION_GRACE_MS, Evidence, MinuteUse, Rules, outlier_tokens
 from billing.accounts import AccountState
-from billing.amounts import to_amount
 from billing.budget_step import charge_budgets
 from billing.drift import find_drifts
-from billing.identity import identities, partition_of
 from billing.key_places import place_of
 from billing.leases import Leases
 from billing.limits import (
-    BATCH_BYTES_MAX,
-    ID_CHARS_MAX,
     PLACE_SAMPLES,
     RELEASED_LEASES_MAX,
-    SCHEMA_VERSION,
     WINDOW_PARTS_HARD_MAX,
 )
 from billing.line_parts import add_rated
 from billing.prices import Rate
-from billing.rating import FREE_OUTCOMES, event_cost_pico, unit_quantities
-from billing.registrations import SIGNATURE_BYTES, Permission, alert_refused
+from billing.rating import FREE_OUTCOMES, unit_quantities
+from billing.registrations import Permission, alert_refused
 from billing.release import release
 from billing.schedules import Part
 from billing.sequences import ProducerSequences, is_numbered
 from billing.state import DAY_MS, LedgerState
 from billing.terms_step import rate_by_terms
-from billing.usage_columns import UsageColumns
+from billing.usage_admission import Admission, Forward
+from billing.usage_columns import PROMPT_PLACES, UsageColumns
 from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_SUSPENDED
 from billing.v1.ledger_pb2 import (
-    DROP_REASON_CONFLICT,
-    DROP_REASON_DUPLICATE,
-    DROP_REASON_FOREIGN_TENANT,
-    DROP_REASON_FORWARDED,
-    DROP_REASON_INVALID,
-    DROP_REASON_TOO_FAR_IN_FUTURE,
-    DROP_REASON_TOO_OLD,
-    Dropped,
-    DropReason,
     LedgerRecord,
     RememberedKeys,
 )
@@ -56,23 +42,14 @@ from billing.v1.usage_pb2 import (
     OUTCOME_CANCELLED,
     OUTCOME_REJECTED,
     REFUSAL_REASON_PROMPT_TOO_LARGE,
-    RawUsageBatch,
     UsageBatch,
 )
-from billing.validation import TOKEN_FIELDS, event_problem
+from billing.validation import TOKEN_FIELDS
 from billing.windows import MINUTE_MS, Key, Window
 
 _LOW = (1 << 64) - 1
 _REQUEST_IDS_NAMED = 3
 _NO_PRICES = (0,) * len(TOKEN_FIELDS)
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Events that were sent to the wrong partition: `value` is a UsageBatch for `partition`."""
-
-    partition: int
-    value: bytes
 
 
 class _Batch:
@@ -81,205 +58,54 @@ class _Batch:
     def __init__(self, state: LedgerState, value: bytes, batch: UsageBatch, log_time_ms: int, permitted: Permission) -> None:
         columns = UsageColumns(value, batch)
         self.state = state
-        self.forwarded = batch.forwarded
         self.log_time_ms = log_time_ms
         self.columns = columns
         self.events = columns.events
-        self.raws = columns.raws
         self.tenant_ids = columns.tenant_ids
-        # Tenants that the producer may not bill.
-        self.foreign = permitted.foreign(columns.tenant_ids)
         self.request_ids = columns.request_ids
         self.ended_ms = columns.ended_ms
         self.with_units = columns.with_units
-        self.digests, self.fingerprints = identities(state.settings.dedupe_key, self.tenant_ids, self.request_ids, columns.raws)
-        self.evidence: defaultdict[str, Evidence] = defaultdict(Evidence)
-        self.dropped: list[Dropped] = []
-        self.forwards: dict[int, list[bytes]] = {}
+        # Tenants that the producer may not bill.
+        self.foreign = permitted.foreign(columns.tenants)
+        self.admission = Admission(state, columns, log_time_ms, self.foreign, forwarded=batch.forwarded)
+        self.evidence = self.admission.evidence
         self.costs = [0] * len(columns)
         # Price book versions and the events that each rated.
         self.rated: list[tuple[int, Sequence[int]]] = []
         # Of events whose price has terms: what each is made of.
         self.parts: dict[int, list[Part]] = {}
-        self.duplicates = 0
-        self.conflicts = 0
-
-    def account(self, tenant_id: str) -> AccountState:
-        account = self.state.accounts.get(tenant_id)
-        if account is None:
-            settings = self.state.settings
-            account = AccountState(tenant_id, settings.default_currency, plan=settings.default_plan)
-            self.state.accounts[tenant_id] = account
-        return account
-
-    # -- admission: which events are charged ---------------------------------------------------------------------------
-
-    def admit(self) -> Sequence[int]:
-        """The indexes of the events that are charged; what happened to the others is in `dropped`."""
-        count = len(self.raws)
-        if not count:
-            return ()
-        known = self.state.seen.find(self.digests)
-        settings, columns = self.state.settings, self.columns
-        if (
-            columns.well_formed()
-            and known.count(None) == count
-            and len(set(self.digests)) == count
-            and columns.last_ended_ms <= self.log_time_ms + settings.future_alert_ms
-            and columns.first_ended_ms >= self.log_time_ms - settings.dedupe_horizon_ms
-            and all(map(self._lives_here, set(self.tenant_ids)))
-            and not self.foreign
-        ):
-            return range(count)
-        return self._admit_each(known)
-
-    def _lives_here(self, tenant_id: str) -> bool:
-        return partition_of(tenant_id, self.state.settings.partitions) == self.state.partition
-
-    def _admit_each(self, known: Sequence[bytes | None]) -> list[int]:
-        admitted: list[int] = []
-        fresh: dict[bytes, bytes] = {}
-        here = {tenant_id: self._lives_here(tenant_id) for tenant_id in set(self.tenant_ids)}
-        alert_after_ms = self.log_time_ms + self.state.settings.future_alert_ms
-        oldest_ms = self.log_time_ms - self.state.settings.dedupe_horizon_ms
-        for index, digest in enumerate(self.digests):
-            if self.tenant_ids[index] in self.foreign:
-                self._drop(
-                    index,
-                    DROP_REASON_FOREIGN_TENANT,
-                    f"tenant_id: {self.tenant_ids[index][:ID_CHARS_MAX]!r} is not one that this producer is registered for; "
-                    "register it for the tenant, and import the event",
-                )
-                continue
-            before = known[index] or fresh.get(digest)
-            # What is remembered was well formed and in its place when it came: the cheap question comes first.
-            if before is not None and before == self.fingerprints[index]:
-                self._duplicate(index)
-                continue
-            problem = event_problem(self.events[index])
-            if problem is not None:
-                self._drop(index, DROP_REASON_INVALID, problem)
-            elif not here[self.tenant_ids[index]]:
-                self._send_on(index)
-            elif before is not None:
-                self._conflict(index)
-            elif oldest_ms <= self.ended_ms[index] <= alert_after_ms or self._far_time_allowed(index):
-                fresh[digest] = self.fingerprints[index]
-                admitted.append(index)
-        return admitted
-
-    def _drop(self, index: int, reason: DropReason.ValueType, detail: str = "") -> Dropped:
-        dropped = Dropped(index=index, reason=reason, detail=detail)
-        self.dropped.append(dropped)
-        return dropped
-
-    def _duplicate(self, index: int) -> None:
-        tenant_id = self.tenant_ids[index]
-        self.duplicates += 1
-        self.account(tenant_id).duplicates += 1
-        self.evidence[tenant_id].duplicates.append(self.request_ids[index])
-        self._drop(index, DROP_REASON_DUPLICATE)
-
-    def _conflict(self, index: int) -> None:
-        event = self.events[index]
-        account = self.account(event.tenant_id)
-        self.conflicts += 1
-        account.conflicts += 1
-        self.evidence[event.tenant_id].conflicts.append(event.request_id)
-        rate = self.state.books.rate(
-            account.currency, event.ended_ms, event.model, event.operation, event.service_class, event.tenant_id
-        )
-        counted = self.state.quantities.counted(event, rate, account.currency, account.calendar)
-        detail = f"request_id: {event.request_id} came before with another payload; the first stays charged"
-        dropped = self._drop(index, DROP_REASON_CONFLICT, detail)
-        dropped.would_have_cost.CopyFrom(to_amount(event_cost_pico(event, rate, counted)))
-
-    def _send_on(self, index: int) -> None:
-        tenant_id = self.tenant_ids[index]
-        partition = partition_of(tenant_id, self.state.settings.partitions)
-        if self.forwarded:
-            self._drop(
-                index,
-                DROP_REASON_INVALID,
-                f"tenant_id: {tenant_id} lives in partition {partition}; it was sent on once already, partition by murmur2",
-            )
-            return
-        self.forwards.setdefault(partition, []).append(self.raws[index])
-        self._drop(index, DROP_REASON_FORWARDED, f"partition {partition}")
-
-    def _far_time_allowed(self, index: int) -> bool:
-        settings = self.state.settings
-        ended_ms = self.ended_ms[index]
-        ahead_ms = ended_ms - self.log_time_ms
-        if ahead_ms > settings.future_reject_ms:
-            self._drop(
-                index,
-                DROP_REASON_TOO_FAR_IN_FUTURE,
-                f"ended_ms: {ended_ms} is {ahead_ms} ms ahead of the ledger, over {settings.future_reject_ms}; "
-                "set the server's clock and send it again",
-            )
-            return False
-        if ahead_ms > 0:
-            self.evidence[self.tenant_ids[index]].future.append((self.request_ids[index], ahead_ms))
-            return True
-        if self.events[index].backfill:
-            return True
-        self._drop(
-            index,
-            DROP_REASON_TOO_OLD,
-            f"ended_ms: {ended_ms} is older than the dedupe horizon of {settings.dedupe_horizon_ms} ms; "
-            "import it as a backfill, which looks for earlier charges first",
-        )
-        return False
 
     # -- rating and sums: one pass per window ---------------------------------------------------------------------------
 
     def charge(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Rate the admitted events and add them to their windows and accounts."""
-        if self.state.books.any_terms:
-            self.parts = rate_by_terms(self.state, self.events, admitted, self.account, self.costs, record)
-        columns = self.columns
-        first_minute, last_minute = columns.first_ended_ms // MINUTE_MS, columns.last_ended_ms // MINUTE_MS
-        if first_minute == last_minute:
-            minutes: Iterable[int] = repeat(first_minute, len(self.ended_ms))
-        else:
-            minutes = [ended_ms // MINUTE_MS for ended_ms in self.ended_ms]
-        keys = list(
-            zip(
-                self.tenant_ids,
-                columns.projects,
-                columns.models,
-                columns.operations,
-                columns.service_classes,
-                minutes,
-                strict=True,
-            )
-        )
-        groups: defaultdict[tuple[str, str, str, int, int, int], list[int]] = defaultdict(list)
-        for index, key in zip(admitted, map(keys.__getitem__, admitted), strict=True):
-            groups[key].append(index)
+        state, columns = self.state, self.columns
+        if state.books.any_terms:
+            self.parts = rate_by_terms(state, self.events, admitted, self.costs, record)
         # What most batches have none of is looked for once.
         outcomes = set(columns.outcomes)
         free, cancelled = not FREE_OUTCOMES.isdisjoint(outcomes), OUTCOME_CANCELLED in outcomes
         largest_prompt = columns.largest_prompt_tokens()
-        state = self.state
+        first_minute, last_minute = columns.first_ended_ms // MINUTE_MS, columns.last_ended_ms // MINUTE_MS
         book_changes = state.books.change_within(first_minute * MINUTE_MS, (last_minute + 1) * MINUTE_MS)
-        for key, indexes in groups.items():
-            account = self.account(key[0])
+        add_total = record.totals.add
+        for key, indexes in columns.windows_of(admitted).items():
+            account = state.account_of(key[0])
             evidence = self.evidence[key[0]]
+            use = evidence.minutes.get(key[5])
+            if use is None:
+                use = evidence.minutes[key[5]] = MinuteUse()
+                evidence.outlier_tokens = outlier_tokens(account, state.rule_limits(account))
             limit = account.plan.prompt_tokens_max
             for rate, rated in self._rates(key, account.currency, indexes, book_changes):
                 window = self._window((*key, rate.version if rate else 0), account.currency, record)
                 evidence.last_indexes = rated
-                window.events += len(rated)
-                account.events += len(rated)
-                use = evidence.minutes.get(key[5])
-                if use is None:
-                    use = evidence.minutes[key[5]] = MinuteUse()
+                count = len(rated)
+                window.events += count
+                account.events += count
+                use.requests += count
                 if limit and largest_prompt > limit:
                     evidence.oversized += self._prompts_over(rated, limit)
-                if evidence.outlier_tokens < 0:
-                    evidence.outlier_tokens = outlier_tokens(account, state.rule_limits(account))
                 if 0 < evidence.outlier_tokens < largest_prompt:
                     evidence.outliers += self._prompts_over(rated, evidence.outlier_tokens)
                 charged = self._set_free_aside(rated, window, limit, evidence, use) if free else rated
@@ -287,17 +113,13 @@ class _Batch:
                     self._find_cancelled(charged, evidence, use)
                 if self.with_units:
                     self._add_units(charged, window)
-                prompt_tokens = window.prompt_tokens
-                tokens, cost = self._rate(rate, window, account, evidence, charged)
-                use.tokens += tokens
-                use.requests += len(rated)
-                use.prompt_tokens += window.prompt_tokens - prompt_tokens
+                cost = self._rate(rate, window, account, evidence, use, charged)
                 use.cost_pico += cost
                 window.cost_pico += cost
                 account.spend_pico += cost
                 evidence.cost_pico += cost
                 state.touch_window(window, self.log_time_ms)
-                record.totals.add().CopyFrom(window.to_total())
+                add_total().CopyFrom(window.to_total())
 
     def _window(self, key: tuple[str, str, str, int, int, int, int], currency: str, record: LedgerRecord) -> Window:
         """The open window of `key` that takes usage in `currency`: where there is none, this record opens it."""
@@ -341,12 +163,18 @@ class _Batch:
         return by_version.values()
 
     def _rate(
-        self, rate: Rate | None, window: Window, account: AccountState, evidence: Evidence, indexes: Sequence[int]
-    ) -> tuple[int, int]:
-        """Add what `indexes` used to the window. Returns their tokens and their cost, which is also noted for each."""
+        self,
+        rate: Rate | None,
+        window: Window,
+        account: AccountState,
+        evidence: Evidence,
+        use: MinuteUse,
+        indexes: Sequence[int],
+    ) -> int:
+        """Add what `indexes` used to the window and the minute. Returns what they cost, which is also noted for each."""
         flat = rate.token_pico if rate is not None and rate.terms is None else _NO_PRICES
         noted = self.costs
-        cost = tokens = 0
+        cost = 0
         for place, column in self.columns.tokens.items():
             pico = flat[place]
             added = 0
@@ -355,7 +183,9 @@ class _Batch:
                 added += quantity
                 noted[index] += quantity * pico
             window.tokens[place] += added
-            tokens += added
+            use.tokens += added
+            if place in PROMPT_PLACES:
+                use.prompt_tokens += added
             cost += added * pico
         if rate is None:
             window.unrated_events += len(indexes)
@@ -363,20 +193,20 @@ class _Batch:
             if indexes:
                 unrated = evidence.unrated.setdefault(window.key.model, [])
                 unrated.extend([self.request_ids[index] for index in indexes])
-            return tokens, 0
+            return 0
         self.rated.append((rate.version, indexes))
         if rate.terms is not None:
             # `rate_by_terms` has noted them.
             for index in indexes:
                 add_rated(window.parts, self.parts[index], WINDOW_PARTS_HARD_MAX)
-            return tokens, sum([noted[index] for index in indexes])
+            return sum([noted[index] for index in indexes])
         if self.with_units:
             for index in self.with_units.intersection(indexes):
                 units = unit_quantities(self.events[index]).items()
                 of_units = sum(quantity * rate.unit_pico.get(unit, 0) for unit, quantity in units)
                 noted[index] += of_units
                 cost += of_units
-        return tokens, cost
+        return cost
 
     def _prompts_over(self, indexes: Iterable[int], limit: int) -> list[tuple[str, int]]:
         prompts = [(self.request_ids[index], self.columns.prompt_tokens(index)) for index in indexes]
@@ -402,17 +232,17 @@ class _Batch:
 
     def remember(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Keep the keys of the admitted events until max(seen, ended) + horizon is over, in days."""
-        horizon_ms = self.state.settings.dedupe_horizon_ms
+        known, horizon_ms = self.admission, self.state.settings.dedupe_horizon_ms
         first_day = (self.log_time_ms + horizon_ms) // DAY_MS
-        if len(admitted) == len(self.raws) and (self.columns.last_ended_ms + horizon_ms) // DAY_MS <= first_day:
-            self._remember_day(first_day, self.digests, self.fingerprints, record)
+        if len(admitted) == len(self.columns) and (self.columns.last_ended_ms + horizon_ms) // DAY_MS <= first_day:
+            self._remember_day(first_day, known.digests, known.fingerprints, record)
             return
         days: defaultdict[int, list[int]] = defaultdict(list)
         for index in admitted:
             days[max(first_day, (self.ended_ms[index] + horizon_ms) // DAY_MS)].append(index)
         for day in sorted(days):
-            digests = [self.digests[index] for index in days[day]]
-            self._remember_day(day, digests, [self.fingerprints[index] for index in days[day]], record)
+            digests = [known.digests[index] for index in days[day]]
+            self._remember_day(day, digests, [known.fingerprints[index] for index in days[day]], record)
 
     def _remember_day(self, day: int, digests: list[bytes], fingerprints: list[bytes], record: LedgerRecord) -> None:
         self.state.seen.remember(day, digests, fingerprints)
@@ -421,7 +251,7 @@ class _Batch:
 
     def state_costs(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Cost and price version beside each admitted event, in their order."""
-        costs = self.costs if len(admitted) == len(self.raws) else [self.costs[index] for index in admitted]
+        costs = self.costs if len(admitted) == len(self.columns) else [self.costs[index] for index in admitted]
         if max(costs) > _LOW:
             record.usage.cost_pico_low.extend([cost & _LOW for cost in costs])
             record.usage.cost_pico_high.extend([cost >> 64 for cost in costs])
@@ -455,10 +285,11 @@ class _Batch:
         """Where keys were used from: asked of some events of a large batch, other ones in each record."""
         if not self.columns.any_keys:
             return
+        with_attributes = self.columns.any_attributes
         stride = -(-len(admitted) // PLACE_SAMPLES)
         for index in admitted[record.sequence % stride :: stride]:
             event = self.events[index]
-            key_id, place = event.api_key_id, place_of(event)
+            key_id, place = event.api_key_id, place_of(event, with_attributes=with_attributes)
             if key_id and place:
                 tenant_id = event.tenant_id
                 places = self.state.places.note(tenant_id, key_id, place, record)
@@ -502,16 +333,17 @@ def apply_usage(
     """Apply a decoded batch (its bytes: `value`) to `state`, state its effect in `record`, return what must be sent on."""
     record.usage.batch = value
     work = _Batch(state, value, batch, record.log_time_ms, permitted)
-    admitted = work.admit()
+    admission = work.admission
+    admitted = admission.admit()
     if admitted:
         work.charge(admitted, record)
         work.remember(admitted, record)
         work.state_costs(admitted, record)
         work.charge_leases(batch, admitted, record)
         charge_budgets(state, work.columns, admitted, work.costs, record)
-    record.usage.dropped.extend(work.dropped)
-    record.usage.duplicates = work.duplicates
-    record.usage.conflicts = work.conflicts
+    record.usage.dropped.extend(admission.dropped)
+    record.usage.duplicates = admission.duplicates
+    record.usage.conflicts = admission.conflicts
     released = _mark(state, batch, record) if is_numbered(batch) else set()
     work.judge(admitted, record)
     if work.foreign:
@@ -531,7 +363,7 @@ def apply_usage(
     for tenant_id in sorted(released - work.evidence.keys()):
         account = state.accounts[tenant_id]
         record.accounts.append(account.to_account(state.generation, record.sequence, record.log_time_ms))
-    return [forward for partition, raws in sorted(work.forwards.items()) for forward in _forwards(partition, raws)]
+    return admission.sent_on()
 
 
 def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> set[str]:
@@ -544,16 +376,3 @@ def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> set[st
     gone = state.leases.settle(batch.producer_id, producer.covered, state.accounts, RELEASED_LEASES_MAX)
     record.leases.extend(lease.to_lease(state.generation, record.sequence) for lease in gone)
     return {lease.tenant_id for lease in gone}
-
-
-def _forwards(partition: int, raws: list[bytes]) -> list[Forward]:
-    """The same event bytes in a batch of nobody's numbering: fingerprints stay, the sender's sequence is not touched.
-
-    In two, where the mark that they were forwarded takes the room that a full batch does not have.
-    """
-    head = UsageBatch(schema_version=SCHEMA_VERSION, forwarded=True).SerializeToString()
-    value = head + RawUsageBatch(events=raws).SerializeToString()
-    if len(value) + SIGNATURE_BYTES <= BATCH_BYTES_MAX or len(raws) == 1:
-        return [Forward(partition, value)]
-    middle = len(raws) // 2
-    return _forwards(partition, raws[:middle]) + _forwards(partition, raws[middle:])

@@ -20,9 +20,6 @@ MINUTE_MS = 60_000
 _TOKENS = attrgetter(*TOKEN_FIELDS)
 
 
-_INPUT, _CACHE_READ = TOKEN_FIELDS.index("uncached_input_tokens"), TOKEN_FIELDS.index("cache_read_tokens")
-
-
 class Key(NamedTuple):
     """What is summed together. `minute` is minutes since 1970 of the time when the usage ended."""
 
@@ -80,11 +77,6 @@ class Window:
             and len(self.units) <= WINDOW_UNITS_MAX
             and len(self.parts) <= WINDOW_PARTS_MAX
         )
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of its prompts, cached or not."""
-        return self.tokens[_INPUT] + self.tokens[_CACHE_READ]
 
     def to_total(self) -> WindowTotal:
         """The absolute total, as a record states it. Valid until the next call."""

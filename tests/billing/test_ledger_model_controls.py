@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from billing import adjustments, command_step, invoice_step, replay, usage_step
+from billing import adjustments, command_step, invoice_step, replay, usage_admission
 from billing.amounts import from_amount
 from billing.state import LedgerState, MemorySeenKeys
 from billing.v1.command_pb2 import Command
@@ -38,13 +38,13 @@ def commands_repeat() -> Any:
 @contextlib.contextmanager
 def dedupe_by_payload() -> Iterator[None]:
     """An event is known again by what it says."""
-    identities: Callable[..., Any] = usage_step.identities  # type: ignore[attr-defined]
+    identities: Callable[..., Any] = usage_admission.identities  # type: ignore[attr-defined]
 
     def by_payload(*arguments: Any) -> tuple[list[bytes], list[bytes]]:
         _, fingerprints = identities(*arguments)
         return [fingerprint * 2 for fingerprint in fingerprints], fingerprints
 
-    with mock.patch.object(usage_step, "identities", by_payload):
+    with mock.patch.object(usage_admission, "identities", by_payload):
         yield
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from billing import usage_step
+from billing import usage_admission, usage_step
 from billing.chain import Chain
 from billing.founding import HORIZON_DAYS
 from billing.v1.ledger_pb2 import LedgerRecord
@@ -72,13 +72,13 @@ def one_token_dropped() -> Iterator[None]:
 @contextlib.contextmanager
 def dedupe_by_payload() -> Iterator[None]:
     """An event is known again by what it says, not by its tenant and request ID."""
-    identities = usage_step.identities  # type: ignore[attr-defined]
+    identities = usage_admission.identities  # type: ignore[attr-defined]
 
     def by_payload(*arguments: Any) -> tuple[list[bytes], list[bytes]]:
         _, fingerprints = identities(*arguments)
         return [fingerprint * 2 for fingerprint in fingerprints], fingerprints
 
-    with mock.patch.object(usage_step, "identities", by_payload):
+    with mock.patch.object(usage_admission, "identities", by_payload):
         yield
 
 
