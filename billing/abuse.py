@@ -72,6 +72,8 @@ class Evidence:
     # What the batch costs the tenant.
     cost_pico: int = 0
     minutes: dict[int, MinuteUse] = field(default_factory=dict)
+    # Of its plan; 0: prompts may be of any size.
+    prompt_limit: int = 0
     # A prompt with more tokens is far beyond the tenant's own; 0: nothing is said.
     outlier_tokens: int = 0
     duplicates: list[str] = field(default_factory=list)

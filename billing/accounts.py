@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
 
 from billing.amounts import from_amount, set_amount
 from billing.v1.account_pb2 import (
@@ -12,6 +14,34 @@ from billing.v1.account_pb2 import (
     Plan,
     Restriction,
 )
+
+# What few records change: stated again only when one of it did.
+_STEADY = attrgetter(
+    "status",
+    "currency",
+    "display_name",
+    "credit_pico",
+    "leased_pico",
+    "duplicates",
+    "conflicts",
+    "unrated_events",
+    "invoiced_through_ms",
+    "status_ms",
+)
+_STEADY_ABUSE_NAMES = (
+    "minute",
+    "minute_cancelled",
+    "minute_refused",
+    "baseline_tokens_x256",
+    "baseline_requests_x256",
+    "baseline_prompt_x256",
+    "baseline_cost_pico",
+    "baseline_minutes",
+    "duplicate_minute",
+    "minute_duplicates",
+    "minute_conflicts",
+)
+_STEADY_ABUSE = attrgetter(*_STEADY_ABUSE_NAMES)
 
 
 @dataclass(slots=True)
@@ -58,6 +88,8 @@ class AccountState:
     _account: Account | None = field(default=None, repr=False, compare=False)
     _stated_plan: Plan | None = field(default=None, repr=False, compare=False)
     _stated_calendar: Calendar | None = field(default=None, repr=False, compare=False)
+    _stated_steady: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    _stated_steady_abuse: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def balance_pico(self) -> int:
@@ -73,41 +105,39 @@ class AccountState:
                 account.calendar.CopyFrom(self.calendar)
             self._stated_plan = self.plan
             self._stated_calendar = self.calendar
-        account.status = self.status  # type: ignore[assignment]
-        account.currency = self.currency
-        account.display_name = self.display_name
-        set_amount(account.credit, self.credit_pico)
+            self._stated_steady = self._stated_steady_abuse = ()
+        steady = _STEADY(self)
+        if steady != self._stated_steady:
+            self._stated_steady = steady
+            account.status = self.status  # type: ignore[assignment]
+            account.currency = self.currency
+            account.display_name = self.display_name
+            set_amount(account.credit, self.credit_pico)
+            set_amount(account.leased, self.leased_pico)
+            account.duplicates = self.duplicates
+            account.conflicts = self.conflicts
+            account.unrated_events = self.unrated_events
+            account.invoiced_through_ms = self.invoiced_through_ms
+            account.status_ms = self.status_ms
         set_amount(account.spend, self.spend_pico)
-        set_amount(account.leased, self.leased_pico)
         account.events = self.events
-        account.duplicates = self.duplicates
-        account.conflicts = self.conflicts
-        account.unrated_events = self.unrated_events
         account.version.generation = generation
         account.version.sequence = sequence
         account.log_time_ms = log_time_ms
-        account.invoiced_through_ms = self.invoiced_through_ms
-        account.status_ms = self.status_ms
         if self.restrictions or account.restrictions:
             self.restrictions = [held for held in self.restrictions if held.until_ms > log_time_ms]
             del account.restrictions[:]
             account.restrictions.extend(self.restrictions)
         abuse = account.abuse
-        abuse.minute = self.minute
+        steady = _STEADY_ABUSE(self)
+        if steady != self._stated_steady_abuse:
+            self._stated_steady_abuse = steady
+            for name, value in zip(_STEADY_ABUSE_NAMES, steady, strict=True):
+                setattr(abuse, name, value)
         abuse.minute_tokens = self.minute_tokens
         abuse.minute_requests = self.minute_requests
         abuse.minute_prompt_tokens = self.minute_prompt_tokens
         abuse.minute_cost_pico = self.minute_cost_pico
-        abuse.minute_cancelled = self.minute_cancelled
-        abuse.minute_refused = self.minute_refused
-        abuse.baseline_tokens_x256 = self.baseline_tokens_x256
-        abuse.baseline_requests_x256 = self.baseline_requests_x256
-        abuse.baseline_prompt_x256 = self.baseline_prompt_x256
-        abuse.baseline_cost_pico = self.baseline_cost_pico
-        abuse.baseline_minutes = self.baseline_minutes
-        abuse.duplicate_minute = self.duplicate_minute
-        abuse.minute_duplicates = self.minute_duplicates
-        abuse.minute_conflicts = self.minute_conflicts
         return account
 
     @classmethod

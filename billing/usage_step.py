@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 from billing.abuse import SUSPENSION_GRACE_MS, Evidence, MinuteUse, Rules, outlier_tokens
 from billing.accounts import AccountState
@@ -36,7 +35,6 @@ from billing.usage_columns import PROMPT_PLACES, UsageColumns
 from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_SUSPENDED
 from billing.v1.ledger_pb2 import (
     LedgerRecord,
-    RememberedKeys,
 )
 from billing.v1.usage_pb2 import (
     OUTCOME_CANCELLED,
@@ -95,8 +93,9 @@ class _Batch:
             use = evidence.minutes.get(key[5])
             if use is None:
                 use = evidence.minutes[key[5]] = MinuteUse()
+                evidence.prompt_limit = account.plan.prompt_tokens_max
                 evidence.outlier_tokens = outlier_tokens(account, state.rule_limits(account))
-            limit = account.plan.prompt_tokens_max
+            limit = evidence.prompt_limit
             for rate, rated in self._rates(key, account.currency, indexes, book_changes):
                 window = self._window((*key, rate.version if rate else 0), account.currency, record)
                 evidence.last_indexes = rated
@@ -246,8 +245,9 @@ class _Batch:
 
     def _remember_day(self, day: int, digests: list[bytes], fingerprints: list[bytes], record: LedgerRecord) -> None:
         self.state.seen.remember(day, digests, fingerprints)
-        entries = b"".join(chain.from_iterable(zip(digests, fingerprints, strict=True)))
-        record.usage.remembered.append(RememberedKeys(expires_day=day, entries=entries))
+        in_turn = [b""] * (2 * len(digests))
+        in_turn[::2], in_turn[1::2] = digests, fingerprints
+        record.usage.remembered.add(expires_day=day, entries=b"".join(in_turn))
 
     def state_costs(self, admitted: Sequence[int], record: LedgerRecord) -> None:
         """Cost and price version beside each admitted event, in their order."""
@@ -291,12 +291,12 @@ class _Batch:
             event = self.events[index]
             key_id, place = event.api_key_id, place_of(event, with_attributes=with_attributes)
             if key_id and place:
-                tenant_id = event.tenant_id
+                tenant_id = self.tenant_ids[index]
                 places = self.state.places.note(tenant_id, key_id, place, record)
                 if len(places) > 1:
                     evidence = self.evidence[tenant_id]
                     _, request_ids = evidence.places.get(key_id, ((), []))
-                    evidence.places[key_id] = places, [*request_ids, event.request_id]
+                    evidence.places[key_id] = places, [*request_ids, self.request_ids[index]]
 
     def _find_suspended(self, admitted: Sequence[int], tenant_id: str, since_ms: int) -> list[str]:
         """Charged requests of the tenant that began after it was suspended or closed, and gateways had time to hear of it."""

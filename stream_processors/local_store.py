@@ -33,16 +33,13 @@ from pathlib import Path
 
 from rocksdict import Options, Rdict, WriteBatch
 
-from billing import chain, credit
+from billing import chain
 from billing.accounts import AccountState
 from billing.commands import remembered_id
-from billing.key_places import HOUR_MS
 from billing.leases import LeaseState
-from billing.period_lines import KEPT_MS as LINES_KEPT_MS
 from billing.prices import PriceBooks
-from billing.quantities import KEPT_MS
 from billing.sequences import ProducerSequences
-from billing.state import CORRECTED_KEPT_MS, Corrected, LedgerState, SeriesHead
+from billing.state import Corrected, LedgerState, SeriesHead
 from billing.v1.account_pb2 import Account, ApiKey, BudgetState, Lease, LedgerPosition, ProducerRegistration, Progress, Project
 from billing.v1.alert_pb2 import Alert
 from billing.v1.command_pb2 import Command, PriceBook
@@ -62,13 +59,13 @@ from billing.v1.ledger_pb2 import (
 from billing.windows import Window, key_of
 from stream_processors.errors import LocalStoreError
 from stream_processors.seen_store import SeenStore
-from stream_processors.store_names import Stated, states_of, window_name
+from stream_processors.store_effect import TOUCHED, Effect
+from stream_processors.store_names import states_of, window_name
 
 __all__ = ["Acknowledged", "Captured", "LocalStore", "write_pairs"]
 
 _FORMAT = b"1"
 _SEQUENCE = struct.Struct(">Q")
-_TOUCHED = struct.Struct("<q")
 _BLOB_HEADER = struct.Struct("<II")
 _WRITE_BUFFER_BYTES = 16 << 20
 # What a snapshot is written from, in the store's folder: on one file system with it.
@@ -84,38 +81,6 @@ class Acknowledged:
     ledger_offset: int
     # Of `stored`, where the caller knows it already.
     record_hash: bytes = b""
-
-
-@dataclass(slots=True)
-class _Effect:
-    """What some records leave behind: of everything that they state in full, the last statement only."""
-
-    # By name; None: let go. With the log time that touched it.
-    windows: dict[bytes, tuple[int, WindowTotal] | None] = field(default_factory=dict)
-    states: dict[bytes, Stated | None] = field(default_factory=dict)
-    commands: dict[bytes, int | None] = field(default_factory=dict)
-    values: dict[bytes, bytes] = field(default_factory=dict)
-    remembered: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
-
-    def write(self, batch: WriteBatch) -> None:
-        put, delete = batch.put, batch.delete
-        for name, window in self.windows.items():
-            if window is None:
-                delete(name)
-            else:
-                put(name, _TOUCHED.pack(window[0]) + window[1].SerializeToString())
-        for name, state in self.states.items():
-            if state is None:
-                delete(name)
-            else:
-                put(name, state.SerializeToString())
-        for name, seen_ms in self.commands.items():
-            if seen_ms is None:
-                delete(name)
-            else:
-                put(name, _TOUCHED.pack(seen_ms))
-        for name, value in self.values.items():
-            put(name, value)
 
 
 @dataclass(slots=True)
@@ -255,12 +220,12 @@ class LocalStore:
             entry = CorrectedEvent.FromString(value)
             state.corrected[entry.key] = Corrected(entry.adjustment_id, entry.corrected_ms)
         for name, value in self._range(b"c"):
-            state.commands[name[1:].decode()] = _TOUCHED.unpack(value)[0]
+            state.commands[name[1:].decode()] = TOUCHED.unpack(value)[0]
         for _, value in self._range(b"w"):
-            total = WindowTotal.FromString(value[_TOUCHED.size :])
+            total = WindowTotal.FromString(value[TOUCHED.size :])
             window_key = key_of(total.key)
             window = state.windows[window_key] = Window.from_total(total)
-            state.touch_window(window, _TOUCHED.unpack_from(value)[0])
+            state.touch_window(window, TOUCHED.unpack_from(value)[0])
         return state
 
     def unconfirmed_records(self, after: int) -> Iterator[bytes]:
@@ -301,7 +266,7 @@ class LocalStore:
         if records[0].record.WhichOneof("source") == "founding":
             self._finish_runs()
             self._put_founding(batch, records[0].record)
-        effect = _Effect()
+        effect = Effect()
         for acknowledged in records:
             self._add_record(effect, acknowledged)
         effect.write(batch)
@@ -340,7 +305,7 @@ class LocalStore:
         self._note_runs()
         self._db.close()
 
-    def _add_record(self, effect: _Effect, acknowledged: Acknowledged) -> None:
+    def _add_record(self, effect: Effect, acknowledged: Acknowledged) -> None:
         record = acknowledged.record
         source = record.WhichOneof("source")
         entries: list[tuple[int, bytes]] = []
@@ -358,11 +323,7 @@ class LocalStore:
                 effect.values[b"p" + book.currency.encode() + _SEQUENCE.pack(book.version)] = book.SerializeToString()
         elif source == "tick" and record.tick.expired_through_day > self._expired_through_day:
             self._expired_through_day = record.tick.expired_through_day
-            self._forget_commands(effect, record.log_time_ms)
-            self._forget_grants(effect, record.log_time_ms)
-            self._forget_periods(effect, record.log_time_ms)
-            self._forget_corrected(effect, record.log_time_ms)
-            self._forget_places(effect, record.log_time_ms)
+            effect.forget(self._range, record.log_time_ms, self._dedupe_horizon_ms)
         effect.states.update(states_of(record))
         for total in record.totals:
             effect.windows[window_name(total.key)] = record.log_time_ms, total
@@ -387,47 +348,6 @@ class LocalStore:
             batch.delete(key)
         if carried:
             batch.put(b"b" + _SEQUENCE.pack(0), _join_blob(carried))
-
-    def _forget_commands(self, effect: _Effect, log_time_ms: int) -> None:
-        before_ms = log_time_ms - self._dedupe_horizon_ms
-        known = {name: _TOUCHED.unpack(value)[0] for name, value in self._range(b"c")} | effect.commands
-        for name, seen_ms in known.items():
-            if seen_ms is not None and seen_ms < before_ms:
-                effect.commands[name] = None
-
-    def _forget_periods(self, effect: _Effect, log_time_ms: int) -> None:
-        for name, value in self._range(b"q"):
-            if PeriodQuantities.FromString(value).period_end_ms < log_time_ms - KEPT_MS:
-                effect.states[name] = None
-        lines = {name: PeriodLine.FromString(value) for name, value in self._range(b"i")}
-        lines |= {name: state for name, state in effect.states.items() if isinstance(state, PeriodLine)}
-        for name, line in lines.items():
-            if line.key.period_end_ms < log_time_ms - LINES_KEPT_MS and not line.key.adjustment_id:
-                effect.states[name] = None
-        for name, state in effect.states.items():
-            if isinstance(state, PeriodQuantities) and state.period_end_ms < log_time_ms - KEPT_MS:
-                effect.states[name] = None
-
-    def _forget_grants(self, effect: _Effect, log_time_ms: int) -> None:
-        kept = {name: CreditState.FromString(value) for name, value in self._range(b"g")}
-        changed = {name: state for name, state in effect.states.items() if isinstance(state, CreditState) and state.grants}
-        for name, state in (kept | changed).items():
-            if 0 < state.grants[0].ended_ms < log_time_ms - credit.KEPT_MS:
-                effect.states[name] = None
-
-    def _forget_corrected(self, effect: _Effect, log_time_ms: int) -> None:
-        known = {name: CorrectedEvent.FromString(value) for name, value in self._range(b"x")}
-        known |= {name: state for name, state in effect.states.items() if isinstance(state, CorrectedEvent)}
-        for name, entry in known.items():
-            if entry.corrected_ms < log_time_ms - CORRECTED_KEPT_MS:
-                effect.states[name] = None
-
-    def _forget_places(self, effect: _Effect, log_time_ms: int) -> None:
-        known = {name: KeyPlaces.FromString(value) for name, value in self._range(b"y")}
-        known |= {name: state for name, state in effect.states.items() if isinstance(state, KeyPlaces)}
-        for name, places in known.items():
-            if places.hour < log_time_ms // HOUR_MS - 1:
-                effect.states[name] = None
 
     def _finish_runs(self) -> None:
         """Before a founding record, whose sequence starts again: no work under way may name blobs by the old ones."""
