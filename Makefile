@@ -61,8 +61,10 @@ check: venv ## Lint, format, types, import rules, generated code and reference c
 
 sbom: venv ## What each role is made of, as CycloneDX, in build/sbom
 	mkdir -p build/sbom
+	$(BIN)/uv venv --quiet --clear build/sbom-venv
+	$(BIN)/uv pip install --quiet --python build/sbom-venv --require-hashes --requirement requirements/sbom.txt
 	for role in producer worker sink gateway api notifier; do \
-		$(BIN)/python -W ignore -m cyclonedx_py requirements requirements/$$role.txt --pyproject pyproject.toml --mc-type application \
+		build/sbom-venv/bin/python -W ignore -m cyclonedx_py requirements requirements/$$role.txt --pyproject pyproject.toml --mc-type application \
 			--output-reproducible --of JSON --output-file build/sbom/$$role.json; done
 
 docs: venv ## Write docs/reference from the code
@@ -110,6 +112,7 @@ lock: ## Resolve the locks anew (needs the virtual environment's uv)
 	$(call compile,pyproject.toml,--all-extras,dev)
 	$(call compile,requirements/model.in,--no-deps,model)
 	$(call compile,requirements/triton.in,,triton)
+	$(call compile,requirements/sbom.in,,sbom)
 	$(call compile,pyproject.toml,$(call role,producer),producer)
 	$(call compile,pyproject.toml,$(call role,worker),worker)
 	$(call compile,pyproject.toml,$(call role,sink),sink)
