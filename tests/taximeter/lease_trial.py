@@ -91,11 +91,14 @@ class Seen:
     # Refusals for the money, and those of them before which enough was free for all the time that a request waits.
     refused_for_balance: int = 0
     refused_too_early: int = 0
+    # Of the latter, those in whose wait the ledger came to no question of their gateway within half of that time.
+    refused_unanswered: int = 0
     # While the broker stood still: how requests ended, and by gateway what was delivered cost and what it held when that began.
     ended_away: Counter[str] = field(default_factory=Counter)
     delivered_away_pico: Counter[str] = field(default_factory=Counter)
     held_away_pico: Counter[str] = field(default_factory=Counter)
-    # From when a gateway asked for a lease to when the ledger answered, sorted: how slow the machine was.
+    # From when a gateway asked for a lease to when the ledger answered, sorted, but for while the broker stood still: how slow
+    # the machine was.
     asked_ms: list[int] = field(default_factory=list)
     findings: list[Any] = field(default_factory=list)
 
@@ -284,17 +287,19 @@ def _look_at_the_ledger(up: Up, trial: Trial, away: Away, seen: Seen) -> None:
         ).rows
         # When a gateway decided, by its own clock: what a client waits for on a busy machine is no part of it.
         refused = reader.query(
-            "SELECT toUnixTimestamp64Milli(ended) FROM usage_events FINAL WHERE refusal_reason = 'balance'", timeout_s=120.0
+            "SELECT toUnixTimestamp64Milli(ended), producer_id FROM usage_events FINAL WHERE refusal_reason = 'balance'",
+            timeout_s=120.0,
         ).rows
         costs = reader.query(
             "SELECT toUnixTimestamp64Milli(ended), producer_id, cost FROM usage_events FINAL", timeout_s=120.0
         ).rows
     held_pico: dict[tuple[str, int], int] = {}
+    asked: dict[str, list[tuple[int, int]]] = {}
     for (text,) in stored:
         record = LedgerRecord.FromString(bytes.fromhex(str(text)))
         command = Command.FromString(record.command.command)
-        if command.HasField("lease_request"):
-            seen.asked_ms.append(record.log_time_ms - command.issued_ms)
+        if command.HasField("lease_request") and not away.began_ms <= command.issued_ms < away.granted_ms:
+            asked.setdefault(command.lease_request.holder_id, []).append((command.issued_ms, record.log_time_ms))
         if record.log_time_ms <= away.began_ms:
             for lease in record.leases:
                 left_pico = 0 if lease.gone else from_amount(lease.granted) - from_amount(lease.charged)
@@ -305,7 +310,7 @@ def _look_at_the_ledger(up: Up, trial: Trial, away: Away, seen: Seen) -> None:
                 free_pico.append(from_amount(account.credit) - from_amount(account.spend) - from_amount(account.leased))
     for (holder_id, _), left_pico in held_pico.items():
         seen.held_away_pico[holder_id] += left_pico
-    seen.asked_ms.sort()
+    seen.asked_ms = sorted(answered - issued for questions in asked.values() for issued, answered in questions)
     seen.records = len(at_ms)
     seen.least_free_pico = min(free_pico)
     seen.refused_for_balance = len(refused)
@@ -313,14 +318,19 @@ def _look_at_the_ledger(up: Up, trial: Trial, away: Away, seen: Seen) -> None:
         assert isinstance(cost, Decimal)
         if away.began_ms <= int(str(ended)) < away.resumed_ms:
             seen.delivered_away_pico[str(producer_id)] += decimal_to_pico(cost)
-    for (decided,) in refused:
+    for decided, producer_id in refused:
         decided_ms = int(str(decided))
         if away.began_ms <= decided_ms < away.granted_ms + trial.lease_wait_ms:
             continue
         # The ledger's word when the wait began, and each one until it was over.
         first = max(bisect_right(at_ms, decided_ms - trial.lease_wait_ms) - 1, 0)
         last = bisect_right(at_ms, decided_ms)
-        seen.refused_too_early += min(free_pico[first:last]) >= trial.worst_pico
+        if min(free_pico[first:last]) >= trial.worst_pico:
+            seen.refused_too_early += 1
+            seen.refused_unanswered += not any(
+                decided_ms - trial.lease_wait_ms <= issued and answered <= min(issued + trial.lease_wait_ms // 2, decided_ms)
+                for issued, answered in asked.get(str(producer_id), [])
+            )
 
 
 _SHARES = (("p50", 0.5), ("p99", 0.99), ("at most", 0.999999))
@@ -347,7 +357,7 @@ def main() -> int:
     print(f"least that nobody held, over {seen.records} records: {seen.least_free_pico / PICO:.6f}")
     print(
         f"refused for the balance: {seen.refused_for_balance}; of them, though enough was free for {trial.lease_wait_ms} ms: "
-        f"{seen.refused_too_early}"
+        f"{seen.refused_too_early}, {seen.refused_unanswered} of those without an answer of the ledger in half of that"
     )
     slowest = ", ".join(f"{name} {seen.asked_ms[int(len(seen.asked_ms) * share)]} ms" for name, share in _SHARES)
     print(f"from a gateway's question to the ledger's answer: {slowest}")
