@@ -38,6 +38,7 @@ NAMES = (
     "admission",
     "rerating",
     "month_to_date",
+    "dashboard",
 )
 OUTPUT = Path("build/bench.json")
 TIMEOUT_S = 900

@@ -76,7 +76,8 @@ def run() -> list[Measurement]:
             engine.close()
 
 
-def _measure(engine: ChdbEngine) -> list[Measurement]:
+def build(engine: ChdbEngine) -> tuple[float, float, int]:
+    """Fill the database; the seconds that it took to make the minutes and to sum the days, and how many sums that gave."""
     began = time.perf_counter()
     for day in range(DAYS):
         count = EVENTS // DAYS
@@ -101,6 +102,11 @@ def _measure(engine: ChdbEngine) -> list[Measurement]:
     summed_s = time.perf_counter() - began
     engine.execute(_LATE)
     engine.execute(_STATED)
+    return built_s, summed_s, days
+
+
+def _measure(engine: ChdbEngine) -> list[Measurement]:
+    built_s, summed_s, days = build(engine)
     [[rows, events]] = engine.query("SELECT count(), sum(events) FROM usage_totals", timeout_s=120.0).rows
     assert isinstance(rows, int)
     assert isinstance(events, int)

@@ -319,13 +319,16 @@ def rejected_sums(reader: Reader, since_ms: int) -> dict[str, int]:
     return {str(reason): cast("int", count) for reason, count in rows}
 
 
-def stated_until(reader: Reader) -> dict[int, int]:
-    """By partition: the highest version that a position or an account has. While it is the same, so is every answer."""
+def stated_until(reader: Reader) -> dict[int, tuple[int, int]]:
+    """By partition: the highest version of its position, and of its accounts, which may be shown before everything else of the
+    same record. While both are the same, so is every answer."""
     rows = reader.query(
-        "SELECT ledger_partition, max(version) FROM (SELECT ledger_partition, version FROM sink_positions "
-        "UNION ALL SELECT ledger_partition, version FROM accounts) GROUP BY ledger_partition ORDER BY ledger_partition"
+        "SELECT ledger_partition, max(position), max(account) FROM ("
+        "SELECT ledger_partition, version AS position, toUInt64(0) AS account FROM sink_positions "
+        "UNION ALL SELECT ledger_partition, toUInt64(0), version FROM accounts) "
+        "GROUP BY ledger_partition ORDER BY ledger_partition"
     ).rows
-    return {cast("int", partition): cast("int", version) for partition, version in rows}
+    return {partition: (position, account) for partition, position, account in cast("list[tuple[int, int, int]]", rows)}
 
 
 def _pico(value: object) -> int:

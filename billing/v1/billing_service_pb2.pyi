@@ -2243,10 +2243,13 @@ class Completeness(_message.Message):
     MISSING_EVENTS_FIELD_NUMBER: _builtins.int
     UNDER_WAY_EVENTS_FIELD_NUMBER: _builtins.int
     SILENT_PRODUCERS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     producers: _builtins.int
     missing_events: _builtins.int
     under_way_events: _builtins.int
     silent_producers: _builtins.int
+    problem: _builtins.str
+    """Why it cannot be told; then nothing else is."""
     @_builtins.property
     def as_of(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -2257,10 +2260,11 @@ class Completeness(_message.Message):
         missing_events: _builtins.int = ...,
         under_way_events: _builtins.int = ...,
         silent_producers: _builtins.int = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "missing_events", b"missing_events", "producers", b"producers", "silent_producers", b"silent_producers", "under_way_events", b"under_way_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "missing_events", b"missing_events", "problem", b"problem", "producers", b"producers", "silent_producers", b"silent_producers", "under_way_events", b"under_way_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

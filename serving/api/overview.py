@@ -41,6 +41,7 @@ from serving.api.reading import budget_entries, find_balance, money, partition_s
 from sinks import overview, queries
 from sinks.completeness import completeness
 from sinks.day_totals import DAY_S
+from sinks.errors import LedgerError
 from sinks.invoices import invoice_summaries
 from sinks.queries import Bucket
 from sinks.rated_usage import payers
@@ -192,7 +193,11 @@ def _installation(call: Call) -> InstallationOverview:
 
 
 def _completeness(call: Call) -> Completeness:
-    report = completeness(call.reader)
+    try:
+        report = completeness(call.reader)
+    except LedgerError as error:
+        # Nothing else of the view depends on it.
+        return Completeness(problem=str(error))
     return Completeness(
         as_of=to_time(report.as_of_ms),
         producers=report.producers,

@@ -108,7 +108,8 @@ function gpuText(days) {
 }
 
 function completeText(state) {
-  if (!state) return "Completeness is being looked at.";
+  if (!state) return "What has not come is being counted …";
+  if (state.problem) return `What has not come cannot be told: ${state.problem}`;
   if (state.producers === "0") return "No producer numbers its events yet.";
   const missing = state.missing_events === "0" ? "Nothing is missing" : `${count(state.missing_events)} events are missing`;
   return `${missing} of what ${count(state.producers)} producers numbered; ${count(state.under_way_events)} are under way, ${count(state.silent_producers)} producers are silent.`;

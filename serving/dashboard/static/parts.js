@@ -174,7 +174,7 @@ export class Alerts {
       { head: "State", plain: true, wide: true, cell: (row) => row.state },
       { head: "Raised", plain: true, wide: true, cell: (row) => at(row.raised, "moment") },
     ];
-    if (whose) columns.splice(2, 0, { head: "Tenant", cell: (row) => ({ text: row.tenant_id || "the system", href: row.tenant_id ? whose(row.tenant_id) : null }) });
+    if (whose) columns.splice(2, 0, { head: "Tenant", wide: true, cell: (row) => ({ text: row.tenant_id || "the system", href: row.tenant_id ? whose(row.tenant_id) : null }) });
     this.table = new Table({ caption: "Active alerts", columns, key: (row) => row.alert_id, empty: "No alert is active." });
     this.more = el("p", { class: "note" });
     this.node = section("Alerts", "Not resolved, newest first; times are UTC.", this.table.node, this.more);

@@ -68,10 +68,28 @@ async def test_the_installation_is_the_sum_that_list_usage_gives(operator: httpx
         assert parse_decimal_to_pico(sums[amount]) == sum(parse_decimal_to_pico(row[amount]) for row in accounts)
     pipeline = await get(operator, "/v1/pipeline")
     assert found["partitions"] == pipeline["partitions"]
+    assert not found["completeness"]["problem"]
     assert {name: found["completeness"][name] for name in pipeline if name != "partitions"} == {
         name: value for name, value in pipeline.items() if name != "partitions"
     }
     assert (found["tenants"]["rows"][0]["name"], "tenant" in await get(operator, "/v1/overview")) == (A, False)
+
+
+async def test_an_archive_with_a_gap_hides_nothing_else(world: World, operator: httpx.AsyncClient) -> None:
+    whole = (await get(operator, "/v1/overview"))["installation"]
+    world.engine.execute("CREATE TABLE kept AS ledger_records")
+    world.engine.execute("INSERT INTO kept SELECT * FROM ledger_records")
+    world.engine.execute("TRUNCATE TABLE ledger_records")
+    try:
+        world.calls._shared = Shared()
+        found = (await get(operator, "/v1/overview"))["installation"]
+    finally:
+        world.engine.execute("INSERT INTO ledger_records SELECT * FROM kept")
+        world.engine.execute("DROP TABLE kept")
+        world.calls._shared = Shared()
+    assert "taximeter audit" in found["completeness"]["problem"]
+    assert {**found, "completeness": None} == {**whole, "completeness": None}
+    assert (await get(operator, "/v1/overview"))["installation"] == whole
 
 
 async def test_a_tenant_has_its_own_overview_alone(tenant: httpx.AsyncClient, operator: httpx.AsyncClient) -> None:
