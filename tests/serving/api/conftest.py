@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from billing.amounts import to_amount
@@ -85,3 +86,17 @@ def world(empty_engine: Callable[[], ChdbEngine]) -> Iterator[World]:
     made = World(empty_engine(), small_ledger())
     yield made
     made.calls.close()
+
+
+@pytest.fixture
+async def operator(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    """An operator's client."""
+    async with world.client(world.key("", "read", "admin")) as client:
+        yield client
+
+
+@pytest.fixture
+async def tenant(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    """B's client, which may only read."""
+    async with world.client(world.key(B, "read")) as client:
+        yield client

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -20,31 +19,13 @@ from serving.api.errors import ApiError
 from serving.api.sharing import Shared
 from sinks.rows import Balance
 from tests.billing.ledgers import NOW_MS, batch, tenants_in, usage
-from tests.serving.api.worlds import World
+from tests.serving.api.worlds import World, get
 
 A, B, _ = tenants_in(1)
 DAY_MS = 86_400_000
 # Of the month in which the world's usage lies; its log time is the next month's.
 SINCE = {"start": "2025-11-04T00:00:00Z"}
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture
-async def operator(world: World) -> AsyncIterator[httpx.AsyncClient]:
-    async with world.client(world.key("", "read", "admin")) as client:
-        yield client
-
-
-@pytest.fixture
-async def tenant(world: World) -> AsyncIterator[httpx.AsyncClient]:
-    async with world.client(world.key(B, "read")) as client:
-        yield client
-
-
-async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
-    answer = await client.get(path, params=query)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 def figures(rows: list[dict[str, Any]], name: str) -> dict[str, tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -16,29 +15,11 @@ from billing.v1.billing_service_pb2_grpc import BillingServiceStub
 from serving.api.grpc_server import make_grpc_server
 from sinks import queries
 from tests.billing.ledgers import tenants_in
-from tests.serving.api.worlds import World
+from tests.serving.api.worlds import World, get
 
 A, B, _ = tenants_in(1)
 # The database is made here; a machine that does other work takes its time for that.
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture
-async def operator(world: World) -> AsyncIterator[httpx.AsyncClient]:
-    async with world.client(world.key("", "read", "admin")) as client:
-        yield client
-
-
-@pytest.fixture
-async def tenant(world: World) -> AsyncIterator[httpx.AsyncClient]:
-    async with world.client(world.key(B, "read")) as client:
-        yield client
-
-
-async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
-    answer = await client.get(path, params=query)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 async def status(client: httpx.AsyncClient, path: str, **query: Any) -> int:

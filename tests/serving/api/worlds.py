@@ -166,3 +166,10 @@ class _Shared:
 
     def close(self) -> None:
         """The engine goes on."""
+
+
+async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
+    """What a route answers, which must be well."""
+    answer = await client.get(path, params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
