@@ -9,6 +9,10 @@ writes changes nothing.
 What carries no valid seal was written by somebody else: it is refused, `refusal` says so, and the chain goes on over it, or
 whoever can write to the topic could stop the ledger with one message. But if sealed records follow that build on what this
 reader refused, it was damaged and not forged: the reader stops.
+
+In the archive a person can be taken out of records (`billing.erasures`). What is left of one no longer has the record's hash:
+that is kept beside it, and the next record names it as before. Who did it signs both together (`redaction`), with a key that
+opens nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from billing.key_ring import Keys, UnknownKey, as_ring
+from billing.key_ring import Keys, UnknownKey, as_ring, derived
 from billing.limits import SCHEMA_VERSION, WRITER_CHARS_MAX
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.snapshot_pb2 import SnapshotManifest
@@ -66,6 +70,21 @@ def sealed_with(stored: bytes, key: bytes) -> bool:
 def is_sealed(stored: bytes, keys: Keys) -> bool:
     """Whether the seal is that of one of `keys`, whichever the record names: for bytes that may be no record."""
     return any(sealed_with(stored, key) for key in as_ring(keys).all())
+
+
+def redaction(stored_hash: bytes, redacted: bytes, keys: Keys) -> bytes:
+    """What stands beside `redacted`, which is what was left of the record with that hash."""
+    return hmac.digest(as_ring(_redaction_keys(keys)).signing[1], stored_hash + record_hash(redacted), "sha256")
+
+
+def is_redaction(mark: bytes, stored_hash: bytes, redacted: bytes, keys: Keys) -> bool:
+    """Whether one who has one of `keys` made `redacted` from the record with that hash."""
+    named = stored_hash + record_hash(redacted)
+    return any(hmac.compare_digest(mark, hmac.digest(key, named, "sha256")) for key in as_ring(_redaction_keys(keys)).all())
+
+
+def _redaction_keys(keys: Keys) -> Keys:
+    return derived(keys, b"taximeter redactions")
 
 
 def _verify(stored: bytes, key: bytes) -> tuple[bool, bytes]:
@@ -118,6 +137,24 @@ class Chain:
             writer = record.writer[:WRITER_CHARS_MAX]
             self._refuse(f"the seal of sequence {record.sequence}, said to be by {writer!r}, is not the ledger key's")
             return None
+        return self._take(record, stored_hash)
+
+    def accept_redacted(self, redacted: bytes, stored_hash: bytes, mark: bytes) -> LedgerRecord | None:
+        """As `accept`, of what is left in the archive of the record with that hash.
+
+        Nobody can tell from it alone what was taken out; that the hash is the record's, the next record says.
+        """
+        self.refusal = ""
+        try:
+            record = LedgerRecord.FromString(redacted)
+        except DecodeError as error:
+            raise UnreadableRecord(f"{self._where}: {len(redacted)} bytes are no ledger record; restore the table") from error
+        if self.seal_key is not None and not is_redaction(mark, stored_hash, redacted, self.seal_key):
+            self._refuse(f"what is left of sequence {record.sequence} is not marked with the ledger's key")
+            return None
+        return self._take(record, stored_hash)
+
+    def _take(self, record: LedgerRecord, stored_hash: bytes) -> LedgerRecord | None:
         if not self._links(record):
             self.ignored += 1
             if self._refused_here and self._is_beyond(record):

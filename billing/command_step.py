@@ -6,6 +6,7 @@ from billing.accounts import AccountState
 from billing.adjustments import adjust
 from billing.amounts import format_pico
 from billing.commands import CommandRefused, check_time, remembered_id, verify
+from billing.erasures import erase_user
 from billing.identity import partition_of
 from billing.invoice_step import finalize
 from billing.key_ring import Keys
@@ -94,6 +95,10 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
             _retire_leases(state, command.lease_retirement, record, applied)
         case "adjustment":
             _adjust(state, command, record, applied)
+        case "user_erasure":
+            _own_tenant(state, command.user_erasure.tenant_id)
+            _known_account(state, command.user_erasure.tenant_id)
+            applied.outcome = erase_user(state, command.user_erasure, record)
         case "alert_acknowledgement":
             _acknowledge(state, command, record, applied)
         case "invoice_finalization":

@@ -95,6 +95,8 @@ BUDGET_THRESHOLDS_MAX = 8
 BUDGET_ALERTS_MAX = 64
 # Keys that are revoked at once when a tenant is closed; a repeat revokes more.
 CLOSED_KEYS_MAX = 1_000
+# Keys of one user that one command takes over; the record states each of them.
+ERASED_KEYS_MAX = 500
 # What one record may state of expiries and of periods that end, and one tenant more; more wait for the next.
 CREDIT_BYTES_MAX = 100_000
 # An invoice beyond this tells projects and models apart no longer; and the texts that whoever finalises gives.

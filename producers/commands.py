@@ -62,6 +62,7 @@ def tenant_of(command: Command) -> str | None:
         "invoice_finalization": command.invoice_finalization.tenant_id,
         "budget_upsert": command.budget_upsert.tenant_id,
         "project_upsert": command.project_upsert.tenant_id,
+        "user_erasure": command.user_erasure.tenant_id,
     }[action]
     if not tenant and action != "key_upsert":
         raise ValueError(f"{action}.tenant_id: is empty; name the tenant that the command concerns")

@@ -42,6 +42,7 @@ from billing.v1.command_pb2 import (
     ProducerUpsert,
     ProjectUpsert,
     TenantUpsert,
+    UserErasure,
 )
 from billing.v1.invoice_pb2 import CREDIT_KIND_PAID, CreditKind
 from billing.v1.ledger_pb2 import LedgerRecord
@@ -252,6 +253,11 @@ class Commander:
         for name, value in changes.items():
             setattr(key, name, value)
         return self._command(command_id, reason, key_upsert=KeyUpsert(key=key))
+
+    def erasure(self, tenant_id: str, user_digest: bytes, pseudonym: str, key_ids: Sequence[str], reason: str) -> Command:
+        """Take a user out of what is kept outside of the log."""
+        said = UserErasure(tenant_id=tenant_id, user_digest=user_digest, pseudonym=pseudonym, key_ids=key_ids)
+        return self._command("", reason, user_erasure=said)
 
     def prices(self, book: PriceBook, *, command_id: str = "") -> Command:
         """A version of the price book, for every partition."""

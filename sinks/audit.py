@@ -1,7 +1,8 @@
 """Proves the database from the archived ledger records, and names every difference.
 
-For each partition, record by record in the order of the chain: the stored bytes have the hash kept beside them, name the hash
-of the record before and (with the key) carry the ledger's seal; every event's cost, every window and every account is computed
+For each partition, record by record in the order of the chain: the stored bytes have the hash kept beside them (or a mark of
+the ledger's key says that they are what an erasure left of the record with that hash), name the hash of the record before and
+(with the key) carry the ledger's seal; every event's cost, every window and every account is computed
 again (`sinks.recompute`) and compared with what the record states; every event, window and account in ClickHouse says the same;
 nothing is there that no record accounts for. It reads up to the positions that it finds when it starts, so it may run while the
 sink does: rows that are newer are left for the next audit. Memory: one page of records, the events of one query, and what the
@@ -17,7 +18,9 @@ from decimal import Decimal
 from typing import cast
 
 from billing.chain import Chain, UnreadableRecord, record_hash
+from billing.erasures import erasure_of
 from billing.key_ring import Keys
+from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import UsageEvent
 from sinks.anchors import Anchor, by_place
 from sinks.audit_invoices import InvoiceRows
@@ -39,6 +42,8 @@ _EVENTS_PER_QUERY = 4_000
 _ID_BYTES_PER_QUERY = 110_000
 _QUERY_TIMEOUT_S = 120.0
 _TOKENS = ", ".join(TOKEN_COLUMNS)
+# Of an archived record: ordinal, sequence, the hash kept beside it, its bytes, and the mark where they are not as they were.
+_Row = tuple[int, int, str, bytes, bytes]
 
 
 @dataclass(slots=True)
@@ -53,6 +58,8 @@ class AuditReport:
     accounts: int = 0
     invoices: int = 0
     anchors: int = 0
+    # Of the records, those that an erased user was taken out of.
+    redacted: int = 0
 
     @property
     def clean(self) -> bool:
@@ -73,15 +80,17 @@ def audit(
     """
     report = AuditReport()
     positions = freshness(reader)
+    erased = _Erased()
     present = {position.partition for position in positions}
     for position in positions:
-        partition = _PartitionAudit(reader, seal_key, position, report, by_place(anchors, position.partition))
+        partition = _PartitionAudit(reader, seal_key, position, report, by_place(anchors, position.partition), erased)
         for _ in partition.run():
             if on_progress is not None:
                 on_progress(report)
             if len(report.findings) >= findings_max:
                 return report
         report.partitions += 1
+    report.findings += erased.findings()
     for anchor in anchors:
         if anchor.partition not in present:
             report.findings.append(_missing(anchor))
@@ -93,6 +102,31 @@ def _missing(anchor: Anchor) -> Finding:
     return Finding("anchor_missing", anchor.partition, subject, anchor.record_hash, "no such record in the archive")
 
 
+class _Erased:
+    """Who was taken out of records, and who was to be: whoever has the seal key must not change a record under that name."""
+
+    def __init__(self) -> None:
+        self._commanded: set[str] = set()
+        # By pseudonym, the first record that lacks it: its partition and name.
+        self._missing_in: dict[str, tuple[int, str]] = {}
+
+    def take(self, record: LedgerRecord, subject: str, redacted_in: int | None) -> None:
+        """A record of the chain; the partition, if it is not as it was sealed."""
+        said = erasure_of(record)
+        if said is not None:
+            self._commanded.add(said.pseudonym)
+        if redacted_in is not None:
+            for pseudonym in record.erased or ("",):
+                self._missing_in.setdefault(pseudonym, (redacted_in, subject))
+
+    def findings(self) -> Iterator[Finding]:
+        """Records that nobody commanded to change; after every partition."""
+        for pseudonym, (partition, subject) in sorted(self._missing_in.items()):
+            if pseudonym not in self._commanded:
+                expected = f"the erasure of {pseudonym or 'somebody'}, commanded in the ledger"
+                yield Finding("redacted_without_erasure", partition, subject, expected, "no such command")
+
+
 class _PartitionAudit:
     def __init__(
         self,
@@ -101,6 +135,7 @@ class _PartitionAudit:
         position: Freshness,
         report: AuditReport,
         anchors: dict[tuple[str, int], Anchor],
+        erased: _Erased,
     ) -> None:
         self._reader = reader
         self._position = position
@@ -109,6 +144,7 @@ class _PartitionAudit:
         self._chain = Chain(position.partition, seal_key)
         self._ordinal = 0
         self._last_hash = ""
+        self._erased = erased
         # Those whose record has not been seen yet.
         self._anchors = anchors
         self.recomputed = Recomputed(position.partition)
@@ -119,8 +155,8 @@ class _PartitionAudit:
         # Accepted, and not yet looked up.
         expected: list[ExpectedEvent] = []
         for page in self._pages():
-            for ordinal, sequence, kept_hash, stored in page:
-                if not self._links(ordinal, sequence, kept_hash, stored, expected):
+            for row in page:
+                if not self._links(row, expected):
                     self._compare_events(expected)
                     yield
                     return
@@ -144,24 +180,26 @@ class _PartitionAudit:
 
     # -- the chain ------------------------------------------------------------------------------------------------------
 
-    def _pages(self) -> Iterator[list[tuple[int, int, str, bytes]]]:
+    def _pages(self) -> Iterator[list[_Row]]:
         after_ordinal, after_sequence = 0, 0
         end = self._end_version()
         while True:
             rows = self._query(
-                "SELECT generation_ordinal, sequence, lower(hex(record_hash)), hex(record) FROM ledger_records FINAL "
+                "SELECT generation_ordinal, sequence, lower(hex(record_hash)), hex(record), hex(redaction) "
+                "FROM ledger_records FINAL "
                 "WHERE ledger_partition = {partition:UInt32} AND (generation_ordinal > {ordinal:UInt32} OR "
                 "(generation_ordinal = {ordinal:UInt32} AND sequence >= {sequence:UInt64})) "
                 "ORDER BY generation_ordinal, sequence LIMIT {limit:UInt32}",
                 {"ordinal": after_ordinal, "sequence": after_sequence, "limit": _PAGE_RECORDS},
             )
             page = []
-            for ordinal, sequence, kept_hash, stored in rows:
+            for ordinal, sequence, kept_hash, stored, redaction in rows:
                 assert isinstance(ordinal, int)
                 assert isinstance(sequence, int)
                 if version_of(ordinal, sequence) > end:
                     break
-                page.append((ordinal, sequence, str(kept_hash), bytes.fromhex(str(stored))))
+                content, mark = bytes.fromhex(str(stored)), bytes.fromhex(str(redaction))
+                page.append((ordinal, sequence, str(kept_hash), content, mark))
             if page:
                 yield page
                 after_ordinal, after_sequence = page[-1][0], page[-1][1] + 1
@@ -181,14 +219,19 @@ class _PartitionAudit:
             return 0
         return version_of(ordinal, self._position.sequence)
 
-    def _links(self, ordinal: int, sequence: int, kept_hash: str, stored: bytes, expected: list[ExpectedEvent]) -> bool:
+    def _links(self, row: _Row, expected: list[ExpectedEvent]) -> bool:
         """Whether the record is the next one; then its events are in `expected`."""
+        ordinal, sequence, kept_hash, stored, redaction = row
         subject = f"record {ordinal}:{sequence}"
-        found_hash = record_hash(stored).hex()
+        # Of a record that somebody was taken out of, the next one names the hash.
+        found_hash = kept_hash if redaction else record_hash(stored).hex()
         if found_hash != kept_hash:
             self._differs("hash_differs", subject, kept_hash, found_hash)
         try:
-            record = self._chain.accept(stored)
+            if redaction:
+                record = self._chain.accept_redacted(stored, bytes.fromhex(kept_hash), redaction)
+            else:
+                record = self._chain.accept(stored)
         except UnreadableRecord as error:
             self._differs("record_unreadable", subject, "a sealed ledger record", str(error))
             return False
@@ -207,8 +250,10 @@ class _PartitionAudit:
                 self._differs("anchor_differs", subject, anchor.record_hash, found_hash)
         self._last_hash = found_hash
         self._ordinal = ordinal
+        self._erased.take(record, subject, self._partition if redaction else None)
         expected += self.recomputed.take(record)
         self._report.records += 1
+        self._report.redacted += bool(redaction)
         return True
 
     # -- events ---------------------------------------------------------------------------------------------------------

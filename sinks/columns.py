@@ -34,6 +34,7 @@ from sinks.adjustment_rows import adjustment_rows, corrected_rows
 from sinks.alert_columns import alert_rows
 from sinks.coded import Coded
 from sinks.engine import Columns, Table, whole
+from sinks.erasures import erasure_rows
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES, EnumNames, EventColumns
 from sinks.invoice_columns import invoice_rows, line_rows
 from sinks.price_books import books_of, commitment_rows, price_rows
@@ -54,6 +55,8 @@ class Accepted:
     generation_ordinal: int
     # NO_OFFSET: it was handed over, not read from Kafka.
     ledger_offset: int = NO_OFFSET
+    # Not empty: somebody was taken out of record and stored bytes since they had that hash; see `billing.chain.redaction`.
+    redaction: bytes = b""
 
     @property
     def version(self) -> int:
@@ -91,6 +94,7 @@ def build_columns(batch: Sequence[Accepted], usage_topic: str) -> list[tuple[Tab
         tables.ADJUSTMENTS: _from_rows(tables.ADJUSTMENTS, adjustment_rows(batch)),
         tables.CORRECTED_EVENTS: _from_rows(tables.CORRECTED_EVENTS, corrected_rows(batch)),
         tables.COMMANDS: _commands(batch),
+        tables.ERASURES: _from_rows(tables.ERASURES, erasure_rows(batch)),
         tables.API_KEYS: _api_keys(batch),
         tables.PRODUCER_MARKS: _producer_marks(batch),
         **_account_parts(batch),
@@ -293,6 +297,7 @@ def _ledger_records(batch: Sequence[Accepted]) -> Columns:
                 record.log_time_ms,
                 accepted.ledger_offset,
                 accepted.stored,
+                accepted.redaction,
             )
             for accepted in batch
         ],
@@ -411,6 +416,8 @@ def _command(accepted: Accepted) -> tuple[object, ...]:
             tenant_id = command.project_upsert.tenant_id
         case "budget_upsert":
             tenant_id = command.budget_upsert.tenant_id
+        case "user_erasure":
+            tenant_id = command.user_erasure.tenant_id
     if not applied.applied:
         # Not checked by anyone: a forged amount may be beyond what a column holds, and changed nothing.
         amount = 0

@@ -17,6 +17,7 @@ from billing.v1.account_pb2 import LedgerPosition
 from billing.v1.ledger_pb2 import Founding, LedgerRecord
 from sinks.columns import NO_OFFSET, Accepted
 from sinks.engine import Engine
+from sinks.erasing import erase_pending
 from sinks.errors import LedgerGap
 from sinks.writer import Position, Writer
 
@@ -143,7 +144,7 @@ def feed(
     They may begin before this database's position and be of several partitions; what does not link is left out, so whether a
     gap is closed is seen from the positions. No other writer may be running.
     """
-    writer = Writer(engine, usage_topic=usage_topic)
+    writer = Writer(engine, usage_topic=usage_topic, seal_keys=seal_key)
     positions = writer.positions()
     followers: dict[int, Follower] = {}
     batch: list[Accepted] = []
@@ -161,4 +162,7 @@ def feed(
         if size >= _FEED_BYTES_MAX:
             positions |= writer.write(batch)
             batch, size = [], 0
-    return positions | writer.write(batch)
+    positions |= writer.write(batch)
+    if seal_key is not None and writer.erasing_due:
+        erase_pending(engine, seal_key, usage_topic=usage_topic)
+    return positions

@@ -3,7 +3,7 @@
 Two threads: one reads, checks and makes columns, the other writes; between them stands one batch, so what the sink holds is
 bounded by three batches. Many records in few batches are what ClickHouse likes, and people want to see balances at once, so a
 third thread shows the accounts of the batch that is being collected, unless the sink has to catch up. Now and then a fourth
-one sums by day what is over (`day_totals`).
+one sums by day what is over (`day_totals`), and takes erased users out of what was written before (`erasing`).
 ClickHouse away: the writing thread waits and repeats, the reading one stops at its bound, nothing is shown.
 Kafka away: the reading thread waits. What the ledger's key did not seal is refused, and told. A record that cannot be read
 though it must be, a log that does not fit the database (one that was cut and written on while the sink ran, too), a refused
@@ -30,6 +30,7 @@ from sinks.collecting import Collected
 from sinks.columns import NO_OFFSET, Accepted
 from sinks.day_totals import sum_days
 from sinks.engine import Engine
+from sinks.erasing import erase_pending
 from sinks.errors import EngineUnavailable, LedgerUnavailable, SinkError
 from sinks.follow import Follower, generation_of
 from sinks.locate import locate
@@ -51,6 +52,8 @@ _SILENCE_S = 5.0
 _DOUBT_S = 2.0
 # How often days that are over are summed; until then they are read by the minute.
 _SUM_DAYS_S = 900.0
+# After an attempt to finish an erasure, the next one begins no sooner.
+_ERASE_AGAIN_S = 5.0
 # The log is not what it was: look for our place in it again.
 _MOVED = frozenset(
     {
@@ -105,7 +108,7 @@ class _Sink:
         self._stop = stop
         self._status = status
         self._engine = engine
-        self._writer = Writer(engine, usage_topic=settings.usage_topic)
+        self._writer = Writer(engine, usage_topic=settings.usage_topic, seal_keys=settings.seal_key)
         self._consumer = Consumer(
             {
                 "bootstrap.servers": settings.bootstrap,
@@ -145,6 +148,8 @@ class _Sink:
         self._summer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink-days")
         self._summing: Future[None] = self._showing
         self._sum_days_at_s = time.monotonic() + _SUM_DAYS_S
+        self._erasing: Future[None] = self._showing
+        self._erase_at_s = time.monotonic()
 
     def run(self) -> None:
         positions = self._persist("reading the position", self._writer.positions)
@@ -164,6 +169,9 @@ class _Sink:
             if now_s >= self._sum_days_at_s and self._summing.done():
                 self._sum_days_at_s = now_s + _SUM_DAYS_S
                 self._summing = self._summer.submit(self._sum_days)
+            if self._writer.erasing_due and now_s >= self._erase_at_s and self._erasing.done():
+                self._erase_at_s = now_s + _ERASE_AGAIN_S
+                self._erasing = self._summer.submit(self._erase)
             # What is due and was not done waits for another thread.
             found = self._poll(max(min(collected.wait_s(now_s), _POLL_S_MAX), _POLL_S_MIN))
             now_s = time.monotonic()
@@ -348,6 +356,20 @@ class _Sink:
             sum_days(self._engine, self._followers, self._stop.is_set)
         except SinkError as error:
             _LOG.warning("days are summed later, and read by the minute until then: %s", error)
+
+    def _erase(self) -> None:
+        assert self._settings.seal_key is not None, "the writer takes no erasure without it"
+        # What comes meanwhile makes it due again.
+        self._writer.erasing_due = False
+        try:
+            over = erase_pending(
+                self._engine, self._settings.seal_key, self._stop.is_set, usage_topic=self._settings.usage_topic
+            )
+        except SinkError as error:
+            over = False
+            _LOG.warning("erased users are taken out of earlier rows later: %s", error)
+        if not over:
+            self._writer.erasing_due = True
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -29,6 +29,8 @@ __all__ = [
     "CORRECTED_EVENTS",
     "CREDIT_ALLOCATIONS",
     "CREDIT_GRANTS",
+    "ERASURES",
+    "ERASURES_DONE",
     "GENERATIONS",
     "INVOICED_LINES",
     "INVOICES",
@@ -293,7 +295,21 @@ LEDGER_RECORDS = table(
     log_time=Kind.MILLIS,
     ledger_offset=Kind.INT64,
     record=Kind.BYTES,
+    redaction=Kind.BYTES,
 )
+ERASURES = table(
+    "erasures",
+    tenant_id=Kind.TEXT,
+    pseudonym=Kind.TEXT,
+    user_digest=Kind.TEXT,
+    key_ids=Kind.TEXTS,
+    erased=Kind.MILLIS,
+    ledger_partition=Kind.UINT32,
+    generation=Kind.TEXT,
+    sequence=Kind.UINT64,
+    version=Kind.UINT64,
+)
+ERASURES_DONE = table("erasures_done", tenant_id=Kind.TEXT, pseudonym=Kind.TEXT, done=Kind.MILLIS, version=Kind.UINT64)
 GENERATIONS = table(
     "generations",
     ledger_partition=Kind.UINT32,
@@ -344,9 +360,11 @@ ALL_TABLES = (
     PROJECTS,
     LEASES,
     ACCOUNTS,
+    ERASURES,
     COMMANDS,
     SINK_POSITIONS,
-    # Not the writer's: summed from its minutes now and then.
+    # Not the writer's: summed from its minutes now and then; and what was erased of what it had written before.
     USAGE_DAYS,
     USAGE_DAYS_SUMMED,
+    ERASURES_DONE,
 )

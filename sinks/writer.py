@@ -4,6 +4,8 @@
  1. every table of the batch, one insert each. A crash here leaves rows of records beyond the position: the same records come
     again and their rows replace themselves, by key and version.
  2. the positions, one row a partition. A crash here repeats the batch; a crash after it has written everything.
+A batch that erases a user is written without that user, and all later ones are; `erasing_due` then says that what was written
+before needs `erasing.erase_pending`.
 So a position never stands for rows that are not there, and nothing is ever there twice for a reader that reads by key.
 
 `preview` writes the accounts of records that a later `store` brings, once more, with everything else: balances are fresh though
@@ -16,8 +18,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from billing.key_ring import Keys
 from sinks.columns import Accepted, build_accounts, build_columns
 from sinks.engine import Columns, Engine, Table
+from sinks.erasures import Erased
 from sinks.tables import ACCOUNTS, SINK_POSITIONS
 
 __all__ = ["Position", "Prepared", "Writer"]
@@ -47,6 +51,8 @@ class Prepared:
     inserts: list[tuple[Table, Columns]]
     ends: dict[int, Accepted]
     records: int
+    # It brings the erasure of a user.
+    erases: bool = False
 
 
 def _now_ms() -> int:
@@ -56,13 +62,24 @@ def _now_ms() -> int:
 class Writer:
     """Writes to `engine`. One at a time writes to a database; two would do no harm, only the same work twice."""
 
-    def __init__(self, engine: Engine, *, usage_topic: str = "usage.events", now_ms: Callable[[], int] = _now_ms) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        usage_topic: str = "usage.events",
+        seal_keys: Keys | None = None,
+        now_ms: Callable[[], int] = _now_ms,
+    ) -> None:
         self._engine = engine
+        self._erased = Erased(seal_keys)
+        # An erasure may not be over; whoever sees to it says so here before it begins.
+        self.erasing_due = False
         self._usage_topic = usage_topic
         self._now_ms = now_ms
 
     def positions(self) -> dict[int, Position]:
-        """How far the database is, by partition. In SQL that every ClickHouse understands."""
+        """How far the database is, by partition, and begin there. In SQL that every ClickHouse understands."""
+        self.erasing_due |= self._erased.load(self._engine)
         rows = self._engine.query(
             "SELECT ledger_partition, generation, generation_ordinal, sequence, record_hash, ledger_offset "
             "FROM sink_positions FINAL ORDER BY ledger_partition"
@@ -83,9 +100,11 @@ class Writer:
         self._engine.insert(ACCOUNTS, build_accounts(batch))
 
     def prepare(self, batch: Sequence[Accepted]) -> Prepared:
-        """The columns of `batch`, which holds each partition's records in order. No I/O: may run beside a `store`."""
+        """The columns of `batch`, which holds each partition's records in order. No I/O: may run beside a `store`. Batches are
+        prepared in the order in which they are stored."""
+        batch, erases = self._erased.take(batch)
         ends = {accepted.record.partition: accepted for accepted in batch}
-        return Prepared(build_columns(batch, self._usage_topic), ends, len(batch))
+        return Prepared(build_columns(batch, self._usage_topic), ends, len(batch), erases)
 
     def store(self, prepared: Prepared) -> dict[int, Position]:
         """Write what was prepared; returns the new positions. Raises EngineError; then repeat it, or stop."""
@@ -109,6 +128,7 @@ class Writer:
                 "version": [end.version for end in ends],
             },
         )
+        self.erasing_due |= prepared.erases
         return {partition: _position(end) for partition, end in prepared.ends.items()}
 
     def write(self, batch: Sequence[Accepted]) -> dict[int, Position]:

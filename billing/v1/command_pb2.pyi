@@ -129,6 +129,7 @@ class Command(_message.Message):
     BUDGET_UPSERT_FIELD_NUMBER: _builtins.int
     PROJECT_UPSERT_FIELD_NUMBER: _builtins.int
     ALERT_ACKNOWLEDGEMENT_FIELD_NUMBER: _builtins.int
+    USER_ERASURE_FIELD_NUMBER: _builtins.int
     PRODUCER_UPSERT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     command_id: _builtins.str
@@ -160,6 +161,8 @@ class Command(_message.Message):
     @_builtins.property
     def alert_acknowledgement(self) -> Global___AlertAcknowledgement: ...
     @_builtins.property
+    def user_erasure(self) -> Global___UserErasure: ...
+    @_builtins.property
     def producer_upsert(self) -> Global___ProducerUpsert: ...
     def __init__(
         self,
@@ -180,13 +183,14 @@ class Command(_message.Message):
         budget_upsert: Global___BudgetUpsert | None = ...,
         project_upsert: Global___ProjectUpsert | None = ...,
         alert_acknowledgement: Global___AlertAcknowledgement | None = ...,
+        user_erasure: Global___UserErasure | None = ...,
         producer_upsert: Global___ProducerUpsert | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "tenant_upsert", b"tenant_upsert", "user_erasure", b"user_erasure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert", "user_erasure", b"user_erasure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert", "alert_acknowledgement", "producer_upsert"]  # noqa: Y015
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert", "alert_acknowledgement", "user_erasure", "producer_upsert"]  # noqa: Y015
     _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
 
@@ -482,6 +486,43 @@ class AlertAcknowledgement(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AlertAcknowledgement: _TypeAlias = AlertAcknowledgement  # noqa: Y015
+
+@_typing.final
+class UserErasure(_message.Message):
+    """Takes a person out of what is kept outside of the log: events, keys, budgets and alerts name the pseudonym instead. Goes to the
+    tenant's partition.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    USER_DIGEST_FIELD_NUMBER: _builtins.int
+    PSEUDONYM_FIELD_NUMBER: _builtins.int
+    KEY_IDS_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    user_digest: _builtins.bytes
+    """HMAC-SHA256 of the length-prefixed (tenant, user) under a key made from the seal key: the user's ID itself stands nowhere."""
+    pseudonym: _builtins.str
+    """"erased-" and 32 hexadecimal digits, random."""
+    @_builtins.property
+    def key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys that the user holds: from now on they are the pseudonym's."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        user_digest: _builtins.bytes = ...,
+        pseudonym: _builtins.str = ...,
+        key_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_ids", b"key_ids", "pseudonym", b"pseudonym", "tenant_id", b"tenant_id", "user_digest", b"user_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UserErasure: _TypeAlias = UserErasure  # noqa: Y015
 
 @_typing.final
 class KeyUpsert(_message.Message):

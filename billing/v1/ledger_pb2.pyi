@@ -99,6 +99,7 @@ class LedgerRecord(_message.Message):
     KEY_PLACES_FIELD_NUMBER: _builtins.int
     REGISTRATIONS_FIELD_NUMBER: _builtins.int
     SEAL_KEY_ID_FIELD_NUMBER: _builtins.int
+    ERASED_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     generation: _builtins.bytes
@@ -184,6 +185,10 @@ class LedgerRecord(_message.Message):
     def registrations(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.ProducerRegistration]:
         """Of producers, those that changed."""
 
+    @_builtins.property
+    def erased(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In the archive alone, where the seal is taken off too: who was taken out of this record since it was written, by pseudonym."""
+
     def __init__(
         self,
         *,
@@ -220,11 +225,12 @@ class LedgerRecord(_message.Message):
         key_places: _abc.Iterable[Global___KeyPlaces] | None = ...,
         registrations: _abc.Iterable[_account_pb2.ProducerRegistration] | None = ...,
         seal_key_id: _builtins.str = ...,
+        erased: _abc.Iterable[_builtins.str] | None = ...,
         seal: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "founding", b"founding", "rejected", b"rejected", "source", b"source", "tick", b"tick", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alert_states", b"alert_states", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "corrected", b"corrected", "credits", b"credits", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "key_places", b"key_places", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "registrations", b"registrations", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "seal_key_id", b"seal_key_id", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "alert_states", b"alert_states", "alerts", b"alerts", "budgets", b"budgets", "command", b"command", "corrected", b"corrected", "credits", b"credits", "erased", b"erased", "founding", b"founding", "generation", b"generation", "inputs", b"inputs", "invoice_series", b"invoice_series", "invoiced", b"invoiced", "key_places", b"key_places", "keys", b"keys", "leases", b"leases", "lines", b"lines", "log_time_ms", b"log_time_ms", "partition", b"partition", "previous_hash", b"previous_hash", "producers", b"producers", "projects", b"projects", "quantities", b"quantities", "registrations", b"registrations", "rejected", b"rejected", "released", b"released", "resumed_ms", b"resumed_ms", "schema_version", b"schema_version", "seal", b"seal", "seal_key_id", b"seal_key_id", "sequence", b"sequence", "source", b"source", "tick", b"tick", "totals", b"totals", "usage", b"usage", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["founding", "usage", "command", "tick", "rejected"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015

@@ -33,6 +33,7 @@ from billing.v1.command_pb2 import (
     PriceBook,
     SignedCommand,
     TenantUpsert,
+    UserErasure,
 )
 from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP, PeriodLine, PeriodLineKey, TaxRate
 from billing.v1.ledger_pb2 import LedgerRecord
@@ -108,6 +109,7 @@ def _commands() -> list[Command]:
         {"tenant_upsert": TenantUpsert(tenant_id=HERE, currency="USD", plan=Plan(plan_id="p", prompt_tokens_max=50))},
         {"credit_grant": CreditGrant(tenant_id=HERE, amount=Amount(low=10**12), currency="USD")},
         {"key_upsert": KeyUpsert(key=key)},
+        {"user_erasure": UserErasure(tenant_id=HERE, user_digest=b"d" * 32, pseudonym=f"erased-{0:032x}", key_ids=["key"])},
         {
             "credit_grant": CreditGrant(
                 tenant_id=HERE, amount=Amount(low=10**6), currency="USD", priority=1, expires_ms=NOW_MS + 1

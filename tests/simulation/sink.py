@@ -49,7 +49,7 @@ Row = dict[str, object]
 
 
 class Database:
-    """ReplacingMergeTree in memory; an `Engine` that answers only for its positions. It outlives the sink."""
+    """ReplacingMergeTree in memory; an `Engine` that answers for its positions, and knows no erasure. It outlives the sink."""
 
     def __init__(self) -> None:
         self.tables: dict[Table, dict[tuple[object, ...], Row]] = {table: {} for table in _KEYS}
@@ -72,6 +72,8 @@ class Database:
         return row_count(table, columns)
 
     def query(self, sql: str, parameters: Mapping[str, Parameter] | None = None, *, timeout_s: float = 30.0) -> Rows:
+        if "FROM erasures FINAL" in sql:
+            return Rows(("tenant_id", "user_digest", "pseudonym", "key_ids"), [])
         assert "FROM sink_positions FINAL" in sql
         names = ("ledger_partition", "generation", "generation_ordinal", "sequence", "record_hash", "ledger_offset")
         rows = self.tables[SINK_POSITIONS].values()

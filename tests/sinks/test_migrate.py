@@ -53,6 +53,7 @@ def test_dry_run_then_once_then_nothing(empty: ChdbEngine) -> None:
         "0008_day_totals",
         "0009_alert_life",
         "0010_stated_days",
+        "0011_erasures",
     ]
     assert empty.query("SELECT name FROM system.tables WHERE database = currentDatabase()").rows == []
     # A crash half-way through the first: some of its statements have run, and run again.

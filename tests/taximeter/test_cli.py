@@ -88,6 +88,8 @@ def test_misuse_is_2() -> None:
         (["events", "amend", "a", "r", "--quantity", "output", "--reason", "x"], "--quantity 'output': write NAME=NUMBER"),
         (["events", "void", "a", "--reason", "x"], "REQUEST: 0 request IDs"),
         (["events", "void", "a", "r", "--reason", " "], "--reason: is empty"),
+        (["user", "erase", "a", "maria", "--reason", " "], "--reason: is empty"),
+        (["user", "erase", "a", "maria", "--reason", "maria asked"], "--reason: names the user"),
         (["import", "x", "--strict", "--rejects", "y"], "exclude each other"),
     ],
 )

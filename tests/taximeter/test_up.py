@@ -305,6 +305,35 @@ def test_an_event_is_voided_after_its_difference_was_shown(up: Up, tmp_path: Pat
     assert up.json("statement", "voided")["corrections"][0]["reason"] == "a test of ours"
 
 
+def test_a_user_is_erased_after_the_rows_were_shown_and_comes_back_as_nobody(up: Up, tmp_path: Path) -> None:
+    path, user = tmp_path / "usage.jsonl", "maria@example.org"
+    path.write_text(f"{usage_line('e-1', tenant_id='forgetful', user_id=user)}\n{usage_line('e-2', tenant_id='forgetful')}\n")
+    up.run("tenant", "create", "forgetful")
+    up.run("budget", "set", "forgetful", "100", "--user", user)
+    key_id = up.json("key", "create", "forgetful", "--user", user)["key_id"]
+    up.run("import", path)
+    in_database(up, 2, "forgetful")
+    arguments = ("user", "erase", "forgetful", user, "--reason", "request 4711")
+    shown = up.json(*arguments)
+    assert (shown["applied"], shown["pseudonym"], shown["rows"]["usage_events"]) == (False, None, 1)
+    before = balances(up)["forgetful"]
+    erased = up.json(*arguments, "--apply")
+    assert erased["done"]
+    path.write_text(usage_line("e-3", tenant_id="forgetful", user_id=user) + "\n")
+    up.run("import", path)
+    in_database(up, 3, "forgetful")
+    by_user = {row["user"]: row["requests"] for row in up.json("usage", "forgetful", "--by", "user")}
+    assert by_user == {"": 1, erased["pseudonym"]: 2}
+    assert [(key["key_id"], key["user"]) for key in up.json("key", "list", "forgetful")] == [(key_id, erased["pseudonym"])]
+    assert up.json("budget", "list", "forgetful") == []
+    assert before["spend"] == "0.60"
+    assert balances(up)["forgetful"]["spend"] == "0.90"
+    again = up.json(*arguments, "--apply")
+    assert (again["pseudonym"], set(again["rows"].values())) == (erased["pseudonym"], {0})
+    audited = up.json("audit")
+    assert (audited["findings"], audited["of_them_redacted"] > 0) == ([], True)
+
+
 def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: Path) -> None:
     """In euros, in which nobody else in this file is billed: the others' prices stay."""
     path, book = tmp_path / "usage.jsonl", tmp_path / "book.json"
