@@ -1,8 +1,9 @@
 """What an operator sees of all tenants at once: usage by day, minute, tenant and model, accounts, alerts, what was rejected.
 
-Promise: usage is the sum of all minutes, as `queries.usage` without a tenant gives it, and costs the reading of what is new.
-`InstallationUsage` keeps the sums of what is over: days as they were summed, corrected by those in which a minute was stated
-since, and of today what lies some minutes back, until a minute of it is stated anew. No event is read.
+Promise: usage is the sum of all minutes, as `queries.usage` without a tenant gives it, and costs the reading of what is new,
+however the engine merges its rows. `InstallationUsage` keeps the sums of what is over: days as they were summed, corrected by
+those in which a minute was stated since, and of today what lies some minutes back, until a minute of it is stated anew. Minutes
+of all tenants come from where they lie in the order of time (`usage_by_minute`). No event is read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "GPU_UNIT",
     "AccountSum",
     "InstallationUsage",
+    "Stated",
     "Sums",
     "UsageSums",
     "account_sums",
@@ -95,12 +97,21 @@ class UsageSums:
     models: list[Sums]
 
 
-@dataclass(slots=True)
-class _Kept:
-    """Sums, and what they hold for: they are right while that is the same."""
+# By partition: the highest version of some rows.
+_Versions = list[tuple[int, int]]
 
-    seen: object = None
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """Sums of the rows of a table that are `where`, up to these versions: right while none of them has a later one."""
+
+    where: str = ""
+    versions: _Versions = field(default_factory=list)
     sums: _Found = field(default_factory=dict)
+
+    def holds(self, reader: Reader, table: str, where: str) -> bool:
+        # Asked so that an index answers it.
+        return self.where == where and not _versions(reader, table, where + "".join(_later(*of) for of in self.versions))
 
 
 class InstallationUsage:
@@ -108,7 +119,11 @@ class InstallationUsage:
 
     def __init__(self) -> None:
         self._days, self._corrections, self._today = _Kept(), _Kept(), _Kept()
+        # Which days the corrections are of; None: of none for long.
+        self._corrected: _Kept | None = None
         self._settled_s = 0
+        # From when to when `_today` is; nothing is yet.
+        self._today_s = -1, -1
 
     def since(self, reader: Reader, start_s: int, latest_s: int, minutes: int = 60) -> UsageSums:
         """Everything that ended at `start_s`, when a day of UTC begins, or later; and the last `minutes` before `latest_s`."""
@@ -126,10 +141,10 @@ class InstallationUsage:
         if self._settled_s > before_s:
             self._keep_today(reader, before_s, minutes_from_s)
             _add(sums, self._today.sums)
-        _add(sums, _ask(reader, _minutes(f"minute >= {_time(self._settled_s)}"), minutes_from_s))
+        _add(sums, _ask(reader, _in_time(f"minute >= {_time(self._settled_s)}"), minutes_from_s))
         if minutes_from_s < before_s:
             # In a day's first hour.
-            recent = _minutes(f"minute >= {_time(minutes_from_s)} AND minute < {_time(before_s)}")
+            recent = _in_time(_minutes(minutes_from_s, before_s))
             found = _ask(reader, recent, minutes_from_s)
             _add(sums, {key: of for key, of in found.items() if key.kind == "minute"})
         return UsageSums(
@@ -140,63 +155,88 @@ class InstallationUsage:
     def _over(self, reader: Reader, start_s: int, before_s: int, summed: Mapping[int, tuple[int, int]]) -> None:
         """Keep the days from `start_s` to before `before_s`."""
         between = f"day >= {_time(start_s)} AND day < {_time(before_s)}"
-        seen: object = between, _versions(reader, between, "usage_days")
-        if self._days.seen != seen:
-            self._days = _Kept(seen, _ask(reader, _days(between), before_s))
-        beyond = "".join(f" AND {_stated_after(partition, *of, before_s)}" for partition, of in sorted(summed.items()))
-        stale = f"minute >= {_time(start_s)} AND minute < {_time(before_s)}{beyond}"
-        # A minute that is stated anew has a version above those before it, and stands among the stale ones.
-        seen = self._days.seen, stale, _versions(reader, stale)
-        if self._corrections.seen == seen:
+        if not self._days.holds(reader, "usage_days", between):
+            # Looked at before the sums are made, here and below: what is stated meanwhile is found the next time.
+            versions = _versions(reader, "usage_days", between)
+            self._days = _Kept(between, versions, _ask(reader, _days(between), before_s))
+        stale = between + "".join(_stated_after(partition, *of, before_s) for partition, of in sorted(summed.items()))
+        # Whoever states a minute late states it of the tenant's day first; when a position says so, it is in the minutes.
+        late = _versions(reader, "usage_days_stated", stale)
+        if (self._corrected, self._corrections.where, self._corrections.versions) == (self._days, stale, late):
             return
-        pairs = f"(SELECT DISTINCT tenant_id, toStartOfDay(minute) FROM usage_totals WHERE {stale})"  # noqa: S608
-        tenants = f"(SELECT DISTINCT tenant_id FROM usage_totals WHERE {stale})"  # noqa: S608
-        of_minutes = _minutes(
-            f"minute >= {_time(start_s)} AND minute < {_time(before_s)} AND tenant_id IN {tenants} "
-            f"AND (tenant_id, toStartOfDay(minute)) IN {pairs}"
+        written = dict(_versions(reader, "sink_positions", "1"))
+        pairs = f"(SELECT DISTINCT tenant_id, day FROM usage_days_stated WHERE {stale})"  # noqa: S608
+        tenants = f"(SELECT DISTINCT tenant_id FROM usage_days_stated WHERE {stale})"  # noqa: S608
+        of_minutes = _by_tenant(
+            f"{_minutes(start_s, before_s)} AND tenant_id IN {tenants} AND (tenant_id, toStartOfDay(minute)) IN {pairs}"
         )
         corrections = _ask(reader, of_minutes, before_s)
         # Instead of what was summed for those days.
         replaced = _ask(reader, _days(f"{between} AND (tenant_id, day) IN {pairs}"), before_s)
         _add(corrections, {key: tuple(-count for count in counts) for key, counts in replaced.items()})
-        self._corrections = _Kept(seen, corrections)
-        if self._days.seen != (between, _versions(reader, between, "usage_days")):
-            # They were summed anew between one question and the other, which comes now and then.
+        self._corrections = _Kept(stale, late, corrections)
+        self._corrected = self._days if all(written.get(partition, 0) >= version for partition, version in late) else None
+        if not self._days.holds(reader, "usage_days", between) or late != _versions(reader, "usage_days_stated", stale):
+            # Something came between one question and the other, as it does now and then.
             self._over(reader, start_s, before_s, summed_until(reader))
 
     def _keep_today(self, reader: Reader, before_s: int, minutes_from_s: int) -> None:
-        """Keep what ended from `before_s` on and is settled."""
-        settled = f"minute >= {_time(before_s)} AND minute < {_time(self._settled_s)}"
-        known = self._today.seen
-        if isinstance(known, tuple) and known[0] == settled:
-            later = "".join(f" AND (ledger_partition != {partition} OR version > {most})" for partition, most in known[1])
-            if not _versions(reader, settled + later):
-                return
-        # Looked at before the sums are made: what is stated meanwhile is found the next time.
-        versions = _versions(reader, settled)
-        self._today = _Kept((settled, versions), _ask(reader, _minutes(settled), minutes_from_s))
+        """Keep what ended from `before_s` on and is settled; read of it what has settled since, if nothing was stated anew."""
+        settled = _minutes(before_s, self._settled_s)
+        if self._today.holds(reader, "usage_by_minute", settled):
+            return
+        versions = _versions(reader, "usage_by_minute", settled)
+        begins_s, ends_s = self._today_s
+        goes_on = begins_s == before_s and ends_s <= self._settled_s
+        sums: _Found = {}
+        if goes_on and self._today.holds(reader, "usage_by_minute", self._today.where):
+            sums, begins_s = dict(self._today.sums), ends_s
+        else:
+            begins_s = before_s
+        _add(sums, _ask(reader, _in_time(_minutes(begins_s, self._settled_s)), minutes_from_s))
+        self._today, self._today_s = _Kept(settled, versions, sums), (before_s, self._settled_s)
 
 
 def _time(at_s: int) -> str:
     return f"toDateTime({int(at_s)}, 'UTC')"
 
 
+def _later(partition: int, version: int) -> str:
+    """And not of the partition, or stated later than that."""
+    return f" AND (ledger_partition != {int(partition)} OR version > {int(version)})"
+
+
+def _minutes(from_s: int, until_s: int) -> str:
+    return f"minute >= {_time(from_s)} AND minute < {_time(until_s)}"
+
+
 def _stated_after(partition: int, until_s: int, version: int, before_s: int) -> str:
-    """What is not of the partition, was stated later, or is of a day that was not summed. Without the last, which most never
-    need, an index finds them."""
-    of_later_days = "" if until_s >= before_s else f" OR minute >= {_time(until_s)}"
-    return f"(ledger_partition != {int(partition)} OR version > {int(version)}{of_later_days})"
+    """And not of the partition, stated later, or of a day that was not summed."""
+    if until_s >= before_s:
+        return _later(partition, version)
+    return f" AND (ledger_partition != {int(partition)} OR version > {int(version)} OR day >= {_time(until_s)})"
 
 
-def _versions(reader: Reader, where: str, table: str = "usage_totals") -> list[tuple[object, ...]]:
-    """By partition: the highest version of rows that are `where`."""
-    return reader.query(
+def _versions(reader: Reader, table: str, where: str) -> _Versions:
+    rows = reader.query(
         f"SELECT ledger_partition, max(version) FROM {table} WHERE {where} GROUP BY 1 ORDER BY 1"  # noqa: S608
     ).rows
+    return cast("_Versions", rows)
 
 
-def _minutes(where: str) -> str:
-    # The minute and the tenant are in the table's key, so they may be looked at before rows of one key are made one.
+# The minute and the tenant are in both tables' keys, so they may be looked at before rows of one key are made one.
+
+
+def _in_time(where: str) -> str:
+    """Minutes of all tenants, `where` says when."""
+    return (
+        "SELECT tenant_id, model, currency, minute, events, refused_events, unrated_events, input_tokens_all AS input, "  # noqa: S608
+        f"output_tokens_all AS output, gpu_ms, cost FROM usage_by_minute FINAL PREWHERE {where}"
+    )
+
+
+def _by_tenant(where: str) -> str:
+    """Minutes of some tenants."""
     return (
         f"SELECT tenant_id, model, currency, minute, events, refused_events, unrated_events, {' + '.join(_INPUT)} AS input, "  # noqa: S608
         f"{' + '.join(_OUTPUT)} AS output, {_GPU_MS}, cost FROM usage_totals FINAL PREWHERE {where}"
@@ -319,16 +359,24 @@ def rejected_sums(reader: Reader, since_ms: int) -> dict[str, int]:
     return {str(reason): cast("int", count) for reason, count in rows}
 
 
-def stated_until(reader: Reader) -> dict[int, tuple[int, int]]:
-    """By partition: the highest version of its position, and of its accounts, which may be shown before everything else of the
-    same record. While both are the same, so is every answer."""
+class Stated(NamedTuple):
+    """How far a partition is: the highest version of its position, and of its accounts, which may be shown before everything
+    else of the same record; and the log time up to which everything is there."""
+
+    position: int
+    account: int
+    log_time_ms: int
+
+
+def stated_until(reader: Reader) -> dict[int, Stated]:
+    """By partition. While it is the same, so is every answer."""
     rows = reader.query(
-        "SELECT ledger_partition, max(position), max(account) FROM ("
-        "SELECT ledger_partition, version AS position, toUInt64(0) AS account FROM sink_positions "
-        "UNION ALL SELECT ledger_partition, toUInt64(0), version FROM accounts) "
+        "SELECT ledger_partition, max(position), max(account), toUnixTimestamp64Milli(argMax(log_time, position)) FROM ("
+        "SELECT ledger_partition, version AS position, toUInt64(0) AS account, log_time FROM sink_positions "
+        "UNION ALL SELECT ledger_partition, toUInt64(0), version, toDateTime64(0, 3, 'UTC') FROM accounts) "
         "GROUP BY ledger_partition ORDER BY ledger_partition"
     ).rows
-    return {partition: (position, account) for partition, position, account in cast("list[tuple[int, int, int]]", rows)}
+    return {partition: Stated(*of) for partition, *of in cast("list[tuple[int, int, int, int]]", rows)}
 
 
 def _pico(value: object) -> int:

@@ -45,6 +45,7 @@ __all__ = [
     "REJECTED",
     "SINK_POSITIONS",
     "TOKEN_COLUMNS",
+    "USAGE_BY_MINUTE",
     "USAGE_DAYS",
     "USAGE_DAYS_STATED",
     "USAGE_DAYS_SUMMED",
@@ -127,6 +128,28 @@ USAGE_TOTALS = table(
     cost=Kind.PICO,
     currency=Kind.TEXT,
     sequence=Kind.UINT64,
+    version=Kind.UINT64,
+)
+USAGE_BY_MINUTE = table(
+    "usage_by_minute",
+    minute=Kind.SECONDS,
+    tenant_id=Kind.TEXT,
+    project_id=Kind.TEXT,
+    model=Kind.TEXT,
+    operation=Kind.TEXT,
+    service_class=Kind.TEXT,
+    ledger_partition=Kind.UINT32,
+    generation=Kind.TEXT,
+    opened_sequence=Kind.UINT64,
+    price_version=Kind.UINT32,
+    events=Kind.UINT64,
+    refused_events=Kind.UINT64,
+    unrated_events=Kind.UINT64,
+    input_tokens_all=Kind.UINT64,
+    output_tokens_all=Kind.UINT64,
+    gpu_ms=Kind.UINT64,
+    cost=Kind.PICO,
+    currency=Kind.TEXT,
     version=Kind.UINT64,
 )
 USAGE_DAYS_STATED = table(
@@ -363,7 +386,9 @@ ALL_TABLES = (
     ERASURES,
     COMMANDS,
     SINK_POSITIONS,
-    # Not the writer's: summed from its minutes now and then; and what was erased of what it had written before.
+    # Not the writer's: its minutes as the database itself copies them, and summed now and then; and what was erased of what it
+    # had written before.
+    USAGE_BY_MINUTE,
     USAGE_DAYS,
     USAGE_DAYS_SUMMED,
     ERASURES_DONE,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import Message
 
+from billing.v1.billing_service_pb2 import GetOverviewRequest
 from producers.errors import ProducerError
 from serving.api.access import POLICIES, Policy, Principal, authenticate, check_complete
 from serving.api.alert_feed import AlertFeed
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["Call", "Calls", "Handler", "Watcher"]
 
 _LOG = logging.getLogger(__name__)
+
+# Until a database that is not there yet is asked again.
+_RETRY_S = 0.25
 
 
 class _TimedReader:
@@ -104,6 +108,8 @@ class Calls:
         self._tokens = PageTokens(settings.keys.pepper)
         self._hash_secret = SecretHasher(settings.keys.pepper)
         self._shared = Shared()
+        self.is_warming = False
+        self._closing = threading.Event()
         self._local = threading.local()
         self._readers: list[Reader] = []
         limits = settings.limits
@@ -115,6 +121,7 @@ class Calls:
 
     def close(self) -> None:
         """No call runs any more."""
+        self._closing.set()
         for pool in (self._reading, self._writing):
             pool.shutdown(wait=True, cancel_futures=True)
         for reader in self._readers:
@@ -152,6 +159,28 @@ class Calls:
                 await asyncio.sleep(limits.watch_interval_s)
                 principal = self.authenticate(name, secret)
 
+    async def warm_up(self, timeout_s: float) -> None:
+        """Ask once what an operator's page asks first: what a process and its database do once is done when a page comes. A
+        database that is not there yet is asked again in that time. What fails is logged, and will fail whoever asks for it."""
+        self.is_warming = True
+        principal, began_s = Principal("", ""), time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._run("GetOverview", self._first_overview, principal, began_s + timeout_s)
+            _LOG.info("the overview is there after %.1f s", time.monotonic() - began_s)
+        except (ApiError, TimeoutError) as error:
+            _LOG.warning("no overview yet, the first page will wait for it: %s", str(error) or "no answer in time")
+        finally:
+            self.is_warming = False
+
+    def _first_overview(self, call: Call) -> Message:
+        while True:
+            try:
+                return self._handlers["GetOverview"](call, GetOverviewRequest())
+            except EngineUnavailable:
+                if call.left_s < _RETRY_S or self._closing.wait(_RETRY_S):
+                    raise
+
     def _timeout_s(self, policy: Policy, asked_s: float | None) -> float:
         limits = self.settings.limits
         most_s = limits.command_timeout_s if policy.writes else limits.call_timeout_s
@@ -161,19 +190,19 @@ class Calls:
         pool = self._writing if POLICIES[name].writes else self._reading
 
         def run() -> Any:
-            call = Call(
-                principal,
-                _TimedReader(self._reader(), deadline_s),
-                self._tokens,
-                self.keys,
-                self.alerts,
-                self.settings.keys.partitions,
-                _now_ms(),
-                deadline_s,
-                self.settings.open_commander,
-                self._shared,
-            )
             with _told(name, deadline_s):
+                call = Call(
+                    principal,
+                    _TimedReader(self._reader(), deadline_s),
+                    self._tokens,
+                    self.keys,
+                    self.alerts,
+                    self.settings.keys.partitions,
+                    _now_ms(),
+                    deadline_s,
+                    self.settings.open_commander,
+                    self._shared,
+                )
                 return work(call)
 
         return await asyncio.get_running_loop().run_in_executor(pool, run)

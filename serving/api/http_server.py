@@ -81,8 +81,11 @@ def make_http_app(calls: Calls, more_routes: Sequence[BaseRoute] = ()) -> Starle
         return JSONResponse({"status": "ok"})
 
     async def ready(_: Request) -> Response:
-        is_ready = calls.keys.ready
-        return JSONResponse({"status": "ok" if is_ready else "keys are still being read"}, 200 if is_ready else 503)
+        if not calls.keys.ready:
+            return JSONResponse({"status": "keys are still being read"}, 503)
+        if calls.is_warming:
+            return JSONResponse({"status": "the first overview is still being made"}, 503)
+        return JSONResponse({"status": "ok"})
 
     routes: list[BaseRoute] = [
         Route(POLICIES[method.name].path, _endpoint(calls, method), methods=[POLICIES[method.name].verb])

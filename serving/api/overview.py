@@ -43,6 +43,7 @@ from sinks.completeness import completeness
 from sinks.day_totals import DAY_S
 from sinks.errors import LedgerError
 from sinks.invoices import invoice_summaries
+from sinks.overview import Stated, Sums
 from sinks.queries import Bucket
 from sinks.rated_usage import payers
 
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from billing.periods import Period
     from billing.v1.account_pb2 import Calendar
     from serving.api.calls import Call
-    from sinks.overview import Sums
     from sinks.rows import Balance, UsageRow
 
 __all__ = ["burn", "get_overview", "watch_overview"]
@@ -119,9 +119,9 @@ def _overview(call: Call, named: str, *, whole: bool) -> _Made:
         seldom = _seldom(call, "completeness", mark, lambda: _completeness(call), whole=whole)
         quick = _share(call, "installation", mark, lambda: _Part(_installation(call)))
     else:
-        mark = stated.get(partition_of(tenant_id, call.partitions))
-        seldom = _seldom(call, ("users", tenant_id), mark, lambda: _users(call, tenant_id), whole=whole)
-        quick = _share(call, ("tenant", tenant_id), mark, lambda: _Part(_tenant(call, tenant_id)))
+        mark = of_tenant = stated.get(partition_of(tenant_id, call.partitions), Stated(0, 0, 0))
+        seldom = _seldom(call, ("users", tenant_id), mark, lambda: _users(call, tenant_id, of_tenant), whole=whole)
+        quick = _share(call, ("tenant", tenant_id), mark, lambda: _Part(_tenant(call, tenant_id, of_tenant)))
     return _share(call, ("overview", tenant_id), (quick, seldom), lambda: _joined(quick, seldom))
 
 
@@ -207,10 +207,10 @@ def _completeness(call: Call) -> Completeness:
     )
 
 
-def _tenant(call: Call, tenant_id: str) -> TenantOverview:
+def _tenant(call: Call, tenant_id: str, stated: Stated) -> TenantOverview:
     """Of one tenant, but for what is seldom asked."""
-    reader = call.reader
-    account, calendar, as_of_ms = _known(call, tenant_id)
+    reader, as_of_ms = call.reader, stated.log_time_ms
+    account, calendar = _known(call, tenant_id)
     zone = calendar.time_zone or "UTC"
     at_ms = as_of_ms or account.log_time_ms
     period = period_at(calendar, at_ms)
@@ -241,13 +241,11 @@ def _tenant(call: Call, tenant_id: str) -> TenantOverview:
     )
 
 
-def _known(call: Call, tenant_id: str) -> tuple[Balance, Calendar, int]:
-    """The account, its calendar, and the log time up to which everything of it is in. Raises ApiError."""
+def _known(call: Call, tenant_id: str) -> tuple[Balance, Calendar]:
+    """The account and its calendar. Raises ApiError."""
     account = find_balance(call, tenant_id)
     [payer] = payers(call.reader, tenant_id)
-    partition = partition_of(tenant_id, call.partitions)
-    as_of_ms = max((row.log_time_ms for row in queries.freshness(call.reader) if row.partition == partition), default=0)
-    return account, payer.calendar, as_of_ms
+    return account, payer.calendar
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,10 +284,10 @@ def _days_from_ms(zone: str, at_ms: int) -> int:
     return max(int((today - timedelta(days=_DAYS - 1)).timestamp()) // 60, 0) * _MINUTE_MS
 
 
-def _users(call: Call, tenant_id: str) -> OverviewTop:
+def _users(call: Call, tenant_id: str, stated: Stated) -> OverviewTop:
     """Who used what in the period, from its events."""
-    account, calendar, as_of_ms = _known(call, tenant_id)
-    period = period_at(calendar, as_of_ms or account.log_time_ms)
+    account, calendar = _known(call, tenant_id)
+    period = period_at(calendar, stated.log_time_ms or account.log_time_ms)
     rows = queries.usage(call.reader, tenant_id, ("user",), *period)
     return _top([overview.sums_of(row, row.group[0]) for row in rows])
 
@@ -325,7 +323,9 @@ def burn(account: Balance, start_ms: int, end_ms: int, cost_pico: int) -> Burn:
 
 def _alerts(call: Call, tenant_id: str | None) -> OverviewAlerts:
     rows = queries.alerts(call.reader, tenant_id, active=True, limit=_ALERTS)
-    return OverviewAlerts(alerts=map(alert_entry, rows), active=queries.active_alerts(call.reader, tenant_id))
+    # Fewer than were asked for are all.
+    active = len(rows) if len(rows) < _ALERTS else queries.active_alerts(call.reader, tenant_id)
+    return OverviewAlerts(alerts=map(alert_entry, rows), active=active)
 
 
 def _top(rows: Sequence[Sums]) -> OverviewTop:

@@ -1,7 +1,7 @@
 """The billing API as a part: gRPC and HTTP in one process, on the same calls.
 
-Promise: `start` returns when both servers listen and the keys are known; `stop` lets running calls finish within the grace,
-and closes what they used.
+Promise: `start` returns when both servers listen, the keys are known, and the database has answered what a page asks first, or
+has not in time; `stop` lets running calls finish within the grace, and closes what they used.
 """
 
 from __future__ import annotations
@@ -90,10 +90,19 @@ class ApiServer:
         )
         await self._grpc.start()
         self._serving = asyncio.ensure_future(self._http.serve([listener]))
-        if self._follows:
-            await asyncio.to_thread(self.calls.keys.follow, settings.keys)
-            if settings.alerts is not None and not await asyncio.to_thread(self.calls.alerts.follow, settings.alerts):
-                _LOG.warning("topic %s is not read to its end yet: watches of alerts wait for it", settings.alerts.topic)
+        warming = asyncio.ensure_future(self.calls.warm_up(limits.warm_up_timeout_s))
+        try:
+            if self._follows:
+                await self._follow()
+            await warming
+        finally:
+            warming.cancel()
+
+    async def _follow(self) -> None:
+        settings = self._settings
+        await asyncio.to_thread(self.calls.keys.follow, settings.keys)
+        if settings.alerts is not None and not await asyncio.to_thread(self.calls.alerts.follow, settings.alerts):
+            _LOG.warning("topic %s is not read to its end yet: watches of alerts wait for it", settings.alerts.topic)
 
     async def stop(self) -> None:
         """Stop serving."""

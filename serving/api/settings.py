@@ -61,6 +61,8 @@ class ApiLimits:
     call_timeout_s: float = 30.0
     # What changes something waits for the ledger.
     command_timeout_s: float = 30.0
+    # How long a start waits for the overview that it asks for, so that the first page need not.
+    warm_up_timeout_s: float = 10.0
     threads: int = 8
     calls_max: int = 64
     tenant_calls_max: int = 16

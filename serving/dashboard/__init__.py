@@ -1,12 +1,15 @@
 """The dashboard: a web application of a few files that are served as they are, beside the API that it asks; docs/dashboard.md.
 
 Promise: the files hold no secret and no figure, so anybody may have them; a page runs scripts, loads styles and asks questions
-from here alone. A browser asks each time whether a file has changed, so a new version is there with the next load.
+from here alone. A browser asks each time whether a file has changed, so a new version is there with the next load; it is told
+of all files at once, and gets them compressed.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import re
 from importlib import resources
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +28,10 @@ POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
+# A weight of an Accept-Encoding that says: not at all.
+_REFUSED: Final = re.compile(r"\s*q=0(\.0*)?\s*")
+# What is sent, its tag, and what else to say of it.
+_Form = tuple[bytes, str, dict[str, str]]
 _TYPES: Final = {
     "css": "text/css; charset=utf-8",
     "html": "text/html; charset=utf-8",
@@ -43,19 +50,30 @@ def dashboard_routes() -> list[BaseRoute]:
 
 
 def _serve(name: str, content: bytes) -> Callable[[Request], Awaitable[Response]]:
-    headers = {
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    # Compressed it is another representation of the file, with a tag of its own.
+    plain: _Form = content, f'"{digest}"', {}
+    compressed: _Form = gzip.compress(content, mtime=0), f'"{digest}-gzip"', {"content-encoding": "gzip"}
+    common = {
         "content-security-policy": POLICY,
         "cross-origin-opener-policy": "same-origin",
-        "etag": f'"{hashlib.blake2b(content, digest_size=16).hexdigest()}"',
         "permissions-policy": "camera=(), geolocation=(), microphone=()",
+        "vary": "accept-encoding",
     }
 
     async def serve(request: Request) -> Response:
-        if headers["etag"] in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]:
+        sent, tag, coding = compressed if _takes_gzip(request.headers.get("accept-encoding", "")) else plain
+        headers = common | {"etag": tag}
+        if tag in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]:
             return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers, media_type=_TYPES[name.rpartition(".")[2]])
+        return Response(sent, headers=headers | coding, media_type=_TYPES[name.rpartition(".")[2]])
 
     return serve
+
+
+def _takes_gzip(accepted: str) -> bool:
+    codings = {coding.strip().lower(): weight for coding, _, weight in (each.partition(";") for each in accepted.split(","))}
+    return "gzip" in codings and _REFUSED.fullmatch(codings["gzip"]) is None
 
 
 async def _lead(_: Request) -> Response:

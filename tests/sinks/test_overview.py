@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
+from collections.abc import Mapping
 
 from billing.v1.command_pb2 import Price
 from billing.v1.usage_pb2 import OUTCOME_REJECTED, UnitQuantity
 from sinks import overview, queries
+from sinks.columns import version_of
 from sinks.day_totals import DAY_S, sum_days
+from sinks.engine import Rows
 from sinks.engines.chdb import ChdbEngine
+from sinks.engines.json_rows import decode_rows
 from sinks.follow import feed
-from sinks.migrate import migrate
+from sinks.parameters import Parameter, bind
 from tests.billing.ledgers import KEYS, NOW_MS, PRICES, Ledger, batch, tenants_in, usage
 
 DAY_MS = 86_400_000
 TENANTS = tenants_in(1)
 START_S = NOW_MS // DAY_MS * DAY_S - 5 * DAY_S
-
-
-@pytest.fixture
-def engine(chdb_folder: Path) -> Iterator[ChdbEngine]:
-    made = ChdbEngine(chdb_folder, "overview")
-    migrate(made)
-    yield made
-    made.close()
 
 
 def sums(rows: list[queries.UsageRow]) -> set[overview.Sums]:
@@ -99,6 +92,122 @@ def test_it_is_the_sum_of_all_minutes_whatever_comes_late(engine: ChdbEngine) ->
     say(midnight_ms + 60_000, 0, 0, 0, 0)
     sum_days(engine, [1])
     check(engine, kept, midnight_ms + 60_000)
+
+
+class Counting:
+    """A reader that knows how many rows the engine read for its answers."""
+
+    def __init__(self, engine: ChdbEngine) -> None:
+        self._engine = engine
+        self.rows_read = 0
+
+    def query(self, sql: str, parameters: Mapping[str, Parameter] | None = None, *, timeout_s: float = 30.0) -> Rows:
+        answer = self._engine.query_json(bind(sql, parameters), timeout_s=timeout_s)
+        self.rows_read += json.loads(answer)["statistics"]["rows_read"]
+        return decode_rows(answer)
+
+    def close(self) -> None:
+        """The engine goes on."""
+
+
+# Each of the tenants uses something at the same time, again and again.
+_MINUTES = """
+INSERT INTO usage_totals (tenant_id, minute, project_id, model, operation, service_class, generation, opened_sequence, events,
+    uncached_input_tokens, unit_names, unit_quantities, cost, currency, sequence, version)
+SELECT concat('tenant-', toString(number % {tenants})), toDateTime({start} + intDiv(number, {tenants}) * {apart}, 'UTC'),
+    'p', 'm', 'chat', 'standard', toString({version}), number, 1, 100, ['gpu_ms'], [5], toDecimal128(1, 12), 'USD', 1, {version}
+FROM numbers({rows})
+"""
+_POSITION = """
+INSERT INTO sink_positions (ledger_partition, generation, sequence, log_time, version)
+SELECT 0, 'g', 1, toDateTime64({now}, 3), {version}
+"""
+_STATED = """
+INSERT INTO usage_days_stated SELECT DISTINCT tenant_id, toStartOfDay(minute), ledger_partition, version FROM usage_totals
+WHERE version = {version}
+"""
+
+
+def test_what_is_read_for_an_update_is_what_is_new_however_rows_are_merged(engine: ChdbEngine) -> None:
+    tenants, of_day, start_s = 300, 96, START_S - 5 * DAY_S
+    rows, now_s = tenants * of_day * 10, start_s + 10 * DAY_S - 1
+    everything = {"tenants": tenants, "start": start_s, "apart": DAY_S // of_day, "rows": rows, "version": version_of(1, 1)}
+    engine.execute(_MINUTES.format(**everything))
+    engine.execute(_STATED.format(version=version_of(1, 1)))
+    engine.execute(_POSITION.format(now=now_s, version=version_of(1, 1)))
+    assert sum_days(engine, [0]) == tenants * 9
+    for table in ("usage_totals", "usage_by_minute"):
+        engine.execute(f"OPTIMIZE TABLE {table} FINAL")
+    kept = overview.InstallationUsage()
+
+    def asked() -> tuple[int, int]:
+        """The events that the answer says there are, and the rows that were read for it."""
+        reader = Counting(engine)
+        found = kept.since(reader, start_s, now_s)
+        assert sum(row.gpu_ms for row in found.models) == 5 * sum(row.events for row in found.tenants)
+        return sum(row.events for row in found.days), reader.rows_read
+
+    events, first_rows = asked()
+    # Today's minutes, the days before as they were summed, and whose they are.
+    assert (events, first_rows < rows // 3) == (rows, True), first_rows
+    # Each tenant has used something since; and one of them in a day that was summed, which costs that tenant's minutes once.
+    recent = {"tenants": tenants, "start": now_s // 60 * 60, "apart": 0, "rows": tenants, "version": version_of(1, 2)}
+    engine.execute(_MINUTES.format(**recent))
+    late = {"tenants": 1, "start": start_s + DAY_S, "apart": 0, "rows": 1, "version": version_of(1, 3)}
+    engine.execute(_STATED.format(version=version_of(1, 2)))
+    engine.execute(_POSITION.format(now=now_s, version=version_of(1, 2)))
+    events, update_rows = asked()
+    assert (events, update_rows < rows // 8) == (rows + tenants, True), update_rows
+    engine.execute(_MINUTES.format(**late))
+    engine.execute(_STATED.format(version=version_of(1, 3)))
+    # The minutes are there, the position that says so is not yet: what is kept of them waits for it.
+    for _ in range(2):
+        assert asked()[0] == rows + tenants + 1
+    engine.execute(_POSITION.format(now=now_s, version=version_of(1, 3)))
+    assert asked()[0] == rows + tenants + 1
+    events, update_rows = asked()
+    assert (events, update_rows < rows // 8) == (rows + tenants + 1, True), update_rows
+
+
+def test_what_settles_is_read_once_and_again_where_it_is_stated_anew(engine: ChdbEngine) -> None:
+    kept, now_s, number = overview.InstallationUsage(), START_S + 12 * 3_600, 0
+
+    def events(rows: int, minute_s: int) -> int:
+        """How many there are an eighth of an hour later, with so many new ones in one minute."""
+        nonlocal now_s, number
+        number, now_s = number + 1, now_s + 450
+        stated = {"tenants": 1, "start": minute_s, "apart": 0, "rows": rows, "version": version_of(1, number)}
+        engine.execute(_MINUTES.format(**stated))
+        return sum(row.events for row in kept.since(engine, START_S, now_s).days)
+
+    expected = 0
+    for hour in range(4):
+        for minute_s in (now_s, now_s - 400, START_S + 3_600 * hour, now_s - 3_600):
+            expected += number + 1
+            assert events(number + 1, minute_s) == expected
+
+
+def test_what_is_stated_before_its_minutes_are_there_is_not_kept_without_them(engine: ChdbEngine) -> None:
+    """A writer states whose day changes, writes the minutes, then its position: an answer in between changes no later one."""
+    start_s, now_s = START_S, START_S + 2 * DAY_S
+    first = {"tenants": 2, "start": start_s, "apart": 600, "rows": 20, "version": version_of(1, 1)}
+    engine.execute(_MINUTES.format(**first))
+    engine.execute(_STATED.format(version=version_of(1, 1)))
+    engine.execute(_POSITION.format(now=now_s, version=version_of(1, 1)))
+    sum_days(engine, [0])
+    kept = overview.InstallationUsage()
+
+    def events() -> int:
+        return sum(row.events for row in kept.since(engine, start_s, now_s).days)
+
+    assert events() == 20
+    engine.execute(f"INSERT INTO usage_days_stated SELECT 'tenant-0', toDateTime({start_s}, 'UTC'), 0, {version_of(1, 2)}")
+    assert events() == 20
+    late = {"tenants": 1, "start": start_s, "apart": 0, "rows": 1, "version": version_of(1, 2)}
+    engine.execute(_MINUTES.format(**late))
+    assert events() == 21
+    engine.execute(_POSITION.format(now=now_s, version=version_of(1, 2)))
+    assert events() == 21
 
 
 def test_the_first_are_those_that_cost_most() -> None:

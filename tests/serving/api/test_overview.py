@@ -19,7 +19,7 @@ from serving.api.errors import ApiError
 from serving.api.sharing import Shared
 from sinks.rows import Balance
 from tests.billing.ledgers import NOW_MS, batch, tenants_in, usage
-from tests.serving.api.worlds import World, get
+from tests.serving.api.worlds import KeysOnly, World, get
 
 A, B, _ = tenants_in(1)
 DAY_MS = 86_400_000
@@ -149,6 +149,49 @@ async def test_all_watches_of_a_tenant_share_its_queries(world: World, monkeypat
         await watch.aclose()
     assert made == 1
     assert all(answer == answers[0] for answer in answers)
+
+
+async def test_the_first_page_finds_what_the_start_has_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+    build = overview._installation
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        return build(*arguments)
+
+    monkeypatch.setattr(overview, "_installation", counted)
+    monkeypatch.setattr(world.calls, "_shared", Shared())
+    await world.calls.warm_up(60.0)
+    async with world.client(world.key("", "read")) as client:
+        assert "installation" in await get(client, "/v1/overview")
+    assert made == 1
+
+
+async def test_a_start_waits_for_a_database_for_a_while_and_no_longer(caplog: pytest.LogCaptureFixture) -> None:
+    only, asked, loop = KeysOnly(), asyncio.Event(), asyncio.get_running_loop()
+
+    def tell() -> None:
+        loop.call_soon_threadsafe(asked.set)
+
+    release = only.block(tell)
+    warming = asyncio.ensure_future(only.calls.warm_up(60.0))
+    async with asyncio.timeout(60), only.client(None) as client:
+        await asked.wait()
+        assert (await client.get("/readyz")).status_code == 503
+        release()
+        # It is away, and asked again.
+        asked.clear()
+        await asked.wait()
+        only.calls.close()
+        await warming
+        assert (await client.get("/readyz")).status_code == 200
+    assert "no overview yet" in caplog.text
+    caplog.clear()
+    only = KeysOnly()
+    await only.calls.warm_up(0.0)
+    assert "no overview yet" in caplog.text
+    only.calls.close()
 
 
 @given(

@@ -18,6 +18,7 @@ from billing.amounts import parse_decimal_to_pico as pico
 from billing.v1.command_pb2 import CreditGrant, InvoiceFinalization, TenantUpsert
 from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP
 from billing.v1.usage_pb2 import OUTCOME_REJECTED
+from serving import dashboard
 from serving.dashboard import POLICY
 from sinks import queries
 from sinks.embedded import LoopbackServer
@@ -33,6 +34,7 @@ from tests.taximeter.support import said
 
 A, B = tenants_in(1, 2)
 HOSTILE = "<img src=x onerror=\"window.hit='yes'\"><script>window.hit='yes'</script>"
+STATIC = Path(dashboard.__file__).parent / "static"
 WAIT_MS = 120_000
 TOKEN = "t" * 32
 pytestmark = pytest.mark.timeout(600)
@@ -370,3 +372,19 @@ def test_the_files_say_what_a_page_may_do(world: Callable[[Ledger], World]) -> N
             assert client.get(f"/dashboard/{name}", headers={"if-none-match": file.headers["etag"]}).status_code == 304
         for name in ("nothing.js", "..%2f__init__.py", "%2e%2e/__init__.py", "index.html/x"):
             assert client.get(f"/dashboard/{name}").status_code == 404, name
+
+
+def test_the_page_names_every_file_and_they_come_compressed(world: Callable[[Ledger], World]) -> None:
+    """No script is found only by reading another one: each such step would cost a round trip before the first figure."""
+    with closing(Served(world(Ledger()).app)) as served, httpx.Client(base_url=f"{served.url}/dashboard/") as client:
+        page = client.get("").text
+        imported = {name for found in STATIC.glob("*.js") for name in re.findall(r'from "\./([a-z]+\.js)"', found.read_text())}
+        assert set(re.findall(r'<link rel="modulepreload" href="([a-z]+\.js)">', page)) == imported
+        for file in STATIC.iterdir():
+            name = "" if file.name == "index.html" else file.name
+            plain = client.get(name, headers={"accept-encoding": "gzip;q=0, identity"})
+            packed = client.get(name, headers={"accept-encoding": "br, gzip"})
+            assert (plain.headers.get("content-encoding"), packed.headers["content-encoding"]) == (None, "gzip")
+            assert plain.content == packed.content == file.read_bytes()
+            assert plain.headers["vary"] == packed.headers["vary"] == "accept-encoding"
+            assert plain.headers["etag"] != packed.headers["etag"]
