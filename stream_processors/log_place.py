@@ -61,7 +61,10 @@ async def find_place(reader: LogReader, topic: str, place: Progress, seal_key: K
         return LogPlace(Standing.LOST)
     # The log may have been founded again on exactly this state, or begin right behind it: then its first record says so.
     probe = Chain(place.partition, seal_key, place.position.generation, place.position.sequence, place.record_hash)
-    if probe.accept(at_first) is not None:
+    follows = probe.accept(at_first)
+    # What was deleted in front keeps its offsets. A record that follows and stands before the place came late to a log that had
+    # been cut or made anew: readers that are behind would wait there for offsets that never come.
+    if follows is not None and (first > stands or follows.HasField("founding")):
         return LogPlace(Standing.FITS, first)
     if _generation_of(at_first if at_place is None else at_place) != place.position.generation:
         return LogPlace(Standing.OTHER_GENERATION)
