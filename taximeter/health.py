@@ -10,7 +10,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from taximeter.config import Config
+    from taximeter.config import Config, GatewayConfig
 
 __all__ = ["Check", "State", "examine"]
 
@@ -223,14 +223,23 @@ def _gateway(config: Config) -> Check:
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-    address = f"{config.gateway.host}:{config.gateway.port}"
+    gateway = config.gateway
+    address = f"{gateway.host}:{gateway.port}"
     if not config.models.profiles:
         return Check("gateway", State.SKIPPED, "no models are configured")
-    if config.gateway.tls_certificate_file is not None:
-        credentials = grpc.ssl_channel_credentials(config.gateway.tls_certificate_file.read_bytes())
-        channel = grpc.secure_channel(address, credentials)
-    else:
+    if gateway.tls_certificate_file is None:
         channel = grpc.insecure_channel(address)
+    else:
+        try:
+            name = _name_shown(gateway, gateway.tls_certificate_file)
+        except OSError as error:
+            mend = "start it: `taximeter gateway`; start it again where gateway.tls_certificate_file was changed"
+            return Check("gateway", State.ILL, f"{address} over TLS: {error}", mend)
+        if gateway.tls_client_ca_file is not None:
+            detail = f"{address} shows its certificate and asks clients for theirs; /health/ready of its metrics says the rest"
+            return Check("gateway", State.WELL, detail)
+        credentials = grpc.ssl_channel_credentials(gateway.tls_certificate_file.read_bytes())
+        channel = grpc.secure_channel(address, credentials, [("grpc.ssl_target_name_override", name)])
     with channel:
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -241,6 +250,26 @@ def _gateway(config: Config) -> Check:
     if not ready:
         return Check("gateway", State.ILL, f"{address} answers and is not ready", "see that the model server is ready")
     return Check("gateway", State.WELL, f"{address} is ready")
+
+
+def _name_shown(gateway: GatewayConfig, certificate: Path) -> str:
+    """Whom the gateway's certificate is for, from the gateway itself. OSError if it does not answer, or shows another one.
+
+    That certificate itself is what is trusted, and not its name: it is for clients, who call the gateway otherwise.
+    """
+    import socket
+    import ssl
+
+    trusting = ssl.create_default_context(cafile=certificate)
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    trusting.check_hostname = False
+    with (
+        socket.create_connection((gateway.host, gateway.port), timeout=_GRPC_TIMEOUT_S) as raw,
+        trusting.wrap_socket(raw) as connection,
+    ):
+        shown: dict[str, Any] = connection.getpeercert() or {}
+    names = [str(name) for _, name in shown.get("subjectAltName", ())]
+    return names[0].replace("*", "gateway") if names else gateway.host
 
 
 def _journal(config: Config) -> Check:

@@ -33,6 +33,7 @@ LONGEST_FIRST: Final = (
     "taximeter/test_leases.py",
     "stream_processors/test_snapshots_kafka.py",
     "deploy/test_newcomer.py",
+    "deploy/test_parts_encrypted.py",
     "services/test_kafka.py",
     "sinks/test_month.py",
     "taximeter/test_completeness.py",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import ssl
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+import grpc
 
 from tests.services import require
 
@@ -23,7 +26,7 @@ class Issued:
 
 
 class Authority:
-    """Signs certificates for 127.0.0.1, good for servers and for clients. Everything lies in `folder`."""
+    """Signs certificates, good for servers and for clients. Everything lies in `folder`."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         require(shutil.which("openssl"), "there is no openssl on this machine to make certificates with")
@@ -35,9 +38,18 @@ class Authority:
     def certificate(self) -> Path:
         return self._issued.certificate
 
-    def issue(self, name: str) -> Issued:
+    def issue(self, name: str, hosts: str = "IP:127.0.0.1,DNS:localhost") -> Issued:
         signed = ["-CA", str(self._issued.certificate), "-CAkey", str(self._issued.key)]
-        return self._make(name, [*signed, "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"])
+        return self._make(name, [*signed, "-addext", f"subjectAltName={hosts}"])
+
+    def trusting(self) -> ssl.SSLContext:
+        """A client that trusts this authority alone."""
+        return ssl.create_default_context(cafile=self.certificate)
+
+    def credentials(self, own: Issued | None = None) -> grpc.ChannelCredentials:
+        """A gRPC client that trusts this authority, and shows a certificate or none."""
+        shown = (None, None) if own is None else (own.key.read_bytes(), own.certificate.read_bytes())
+        return grpc.ssl_channel_credentials(self.certificate.read_bytes(), *shown)
 
     def _make(self, name: str, more: list[str]) -> Issued:
         made = Issued(self.folder / f"{name}.pem", self.folder / f"{name}.key")

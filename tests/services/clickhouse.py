@@ -28,6 +28,7 @@ from clickhouse_driver import Client
 from clickhouse_driver.errors import Error as ClickHouseError
 
 from taximeter.embedded.process import Child, accepts_connections, free_port
+from tests.services.certificates import Issued
 
 __all__ = ["MISSING_MESSAGE", "ClickHouseServer", "server_command"]
 
@@ -55,6 +56,18 @@ _CONFIG = """<?xml version="1.0"?>
     <default_database>default</default_database>
     <timezone>UTC</timezone>
     <mlock_executable>false</mlock_executable>
+</yandex>
+"""
+
+# What is shown to clients, who are asked for none.
+_TLS = """    <tcp_port_secure>{port}</tcp_port_secure>
+    <openSSL><server>
+        <certificateFile>{certificate}</certificateFile>
+        <privateKeyFile>{key}</privateKeyFile>
+        <verificationMode>none</verificationMode>
+        <cacheSessions>true</cacheSessions>
+        <disableProtocols>sslv2,sslv3</disableProtocols>
+    </server></openSSL>
 </yandex>
 """
 
@@ -96,11 +109,13 @@ def server_command() -> list[str] | None:
 
 
 class ClickHouseServer:
-    """One server. User "taximeter" has the password `password`, user "default" has none; both come from loopback."""
+    """One server. User "taximeter" has the password `password`, user "default" has none; both come from loopback. With a
+    certificate it speaks TLS too, on `secure_port`.
+    """
 
     user = "taximeter"
 
-    def __init__(self, folder: Path, *, password: str = "p&ss<word>") -> None:
+    def __init__(self, folder: Path, *, password: str = "p&ss<word>", shows: Issued | None = None) -> None:
         command = server_command()
         if command is None:
             raise RuntimeError(MISSING_MESSAGE)
@@ -109,7 +124,13 @@ class ClickHouseServer:
         self.password = password
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.xml"
-        config.write_text(_CONFIG.format(host=_HOST, tcp_port=self.port, http_port=free_port(), folder=escape(str(folder))))
+        text = _CONFIG.format(host=_HOST, tcp_port=self.port, http_port=free_port(), folder=escape(str(folder)))
+        self.secure_port = 0
+        if shows is not None:
+            self.secure_port = free_port()
+            own = {"certificate": escape(str(shows.certificate)), "key": escape(str(shows.key))}
+            text = text.replace("</yandex>\n", _TLS.format(port=self.secure_port, **own))
+        config.write_text(text)
         (folder / "users.xml").write_text(_USERS.format(password=escape(password)))
         self.process = Child(
             "clickhouse-server",

@@ -128,14 +128,18 @@ class KafkaCluster:
         nodes: int = 1,
         settings: dict[str, str] | None = None,
         listeners: dict[str, tuple[int, int]] | None = None,
+        users: dict[str, str] | None = None,
         heap_mb: int = 512,
     ) -> None:
-        """`listeners`, of a single node, beside its own: name -> the port it listens on, the port it advertises."""
+        """`listeners`, of a single node, beside its own: name -> the port it listens on, the port it advertises. `users`:
+        name -> password, by SCRAM-SHA-512.
+        """
         assert not listeners or nodes == 1, "listeners: all nodes would take the same ports"
         self._listeners = listeners or {}
         self.folder = folder
         self._libs = libs
         self._settings = settings or {}
+        self._users = users or {}
         self._heap_mb = heap_mb
         ports = [(free_port(), free_port()) for _ in range(nodes)]
         self._voters = ",".join(f"{i}@{_HOST}:{controller}" for i, (_, controller) in enumerate(ports, start=1))
@@ -247,6 +251,8 @@ class KafkaCluster:
             "--config",
             str(config),
         ]
+        for name, password in self._users.items():
+            arguments += ["--add-scram", f"SCRAM-SHA-512=[name={name},password={password}]"]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=_FORMAT_TIMEOUT_S, check=False)
         if done.returncode != 0:
             raise KafkaUnavailableError(f"Kafka's storage could not be formatted:\n{done.stdout}{done.stderr}")

@@ -21,6 +21,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from taximeter.embedded.process import Child, free_port
+from tests.services.certificates import Authority
 
 __all__ = ["TritonServer", "TritonUnavailableError", "triton_environment"]
 
@@ -99,9 +100,11 @@ def _run(command: list[str], trouble: str) -> str:
 
 
 class TritonServer:
-    """One server. Use `start`, then `address`; `production_log` has what its models say that they produced."""
+    """One server. Use `start`, then `address`; `production_log` has what its models say that they produced. With an authority
+    it shows a certificate of it, and answers who shows one too.
+    """
 
-    def __init__(self, folder: Path, repository: Path, environment: Path) -> None:
+    def __init__(self, folder: Path, repository: Path, environment: Path, authority: Authority | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.production_log = folder / "production.jsonl"
         port = free_port()
@@ -120,6 +123,16 @@ class TritonServer:
             "grpc-port": port,
             "exit-timeout-secs": 5,
         }
+        self._credentials = None
+        if authority is not None:
+            own = authority.issue("triton")
+            self._credentials = authority.credentials(own)
+            options |= {
+                "grpc-use-ssl-mutual": "true",
+                "grpc-server-cert": own.certificate,
+                "grpc-server-key": own.key,
+                "grpc-root-cert": authority.certificate,
+            }
         arguments = [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options.items()]
         self.process = Child(
             "Triton",
@@ -140,7 +153,9 @@ class TritonServer:
         self.process.wait_until(self._is_ready, _START_TIMEOUT_S)
 
     def _is_ready(self) -> bool:
-        with grpc.insecure_channel(self.address) as channel:
+        credentials = self._credentials
+        opened = grpc.secure_channel(self.address, credentials) if credentials else grpc.insecure_channel(self.address)
+        with opened as channel:
             try:
                 stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
                 return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=5).ready)

@@ -193,6 +193,20 @@ async def test_only_one_upstream_request_a_stream_and_no_credentials_in_it(tmp_p
     assert not any(HEADERS["authorization"] in str(value) for _, value in metadata)
 
 
+async def test_whose_a_request_is_its_key_says_and_nothing_else(tmp_path: Path) -> None:
+    names = ("tenant", "tenant_id", "taximeter_tenant_id", "project_id", "user_id", "api_key_id", "test")
+    forged = {**ENTRY, "parameters": dict.fromkeys(names, "tenant-b")}
+    headers = {form.format(name): "tenant-b" for name in names for form in ("{}", "x-{}", "x-taximeter-{}")}
+
+    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield vllm_response("x", input_tokens=1, new_tokens=1, final=True)
+
+    async with scripted_back_end(script) as address:
+        _, (event,), _ = await play(gateway_settings(tmp_path, address), forged, headers=headers)
+    assert (event.tenant_id, event.api_key_id, event.project_id, event.user_id) == ("tenant-a", "key-a", "project", "user")
+    assert "tenant-b" not in str(event)
+
+
 async def test_progress_says_what_has_left_and_a_held_chunk_has_not(tmp_path: Path) -> None:
     """What a crash would bill: neither more than left, nor less. Without counts it is the tokenizer's, as an estimate."""
     go_on = asyncio.Event()

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2
 
 from serving.gateway import GatewaySettings, TlsSettings, UpstreamTls
 from serving.kserve import SERVICE_NAME
-from tests.services.certificates import Authority, Issued
+from tests.services.certificates import Authority
 from tests.serving.gateway_support import gateway_settings, running
 
 pytestmark = pytest.mark.timeout(300)
@@ -54,13 +54,6 @@ async def ask(address: str, credentials: grpc.ChannelCredentials | None) -> str:
         return "live" if service_pb2.ServerLiveResponse.FromString(answer).live else "not live"
 
 
-def shown(authority: Authority, own: Issued | None) -> grpc.ChannelCredentials:
-    """A client that trusts the authority, and shows a certificate or none."""
-    if own is None:
-        return grpc.ssl_channel_credentials(authority.certificate.read_bytes())
-    return grpc.ssl_channel_credentials(authority.certificate.read_bytes(), own.key.read_bytes(), own.certificate.read_bytes())
-
-
 def settings_with(folder: Path, upstream: str, authority: Authority) -> GatewaySettings:
     ours, outwards = authority.issue("gateway"), authority.issue("gateway-as-client")
     trusted = authority.certificate.read_bytes()
@@ -81,10 +74,10 @@ async def test_both_sides_show_certificates_and_strangers_stay_outside(tmp_path:
         running(settings_with(tmp_path, upstream, authority)) as server,
     ):
         address = f"127.0.0.1:{server.port}"
-        assert await ask(address, shown(authority, authority.issue("client"))) == "live"
-        assert await ask(address, shown(authority, None)) == "UNAVAILABLE", "no certificate"
-        assert await ask(address, shown(authority, strangers.issue("thief"))) == "UNAVAILABLE", "another authority's"
-        assert await ask(address, shown(strangers, authority.issue("other"))) == "UNAVAILABLE", "it is not whom I trust"
+        assert await ask(address, authority.credentials(authority.issue("client"))) == "live"
+        assert await ask(address, authority.credentials()) == "UNAVAILABLE", "no certificate"
+        assert await ask(address, authority.credentials(strangers.issue("thief"))) == "UNAVAILABLE", "another authority's"
+        assert await ask(address, strangers.credentials(authority.issue("other"))) == "UNAVAILABLE", "it is not whom I trust"
         assert await ask(address, None) == "UNAVAILABLE", "in the clear"
 
 
@@ -105,7 +98,7 @@ async def test_a_back_end_that_is_not_reached_as_it_must_be_is_not_reached(tmp_p
             }[wrong],
         )
         async with running(settings) as server:
-            answer = await ask(f"127.0.0.1:{server.port}", shown(authority, authority.issue("client")))
+            answer = await ask(f"127.0.0.1:{server.port}", authority.credentials(authority.issue("client")))
         assert answer in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 

@@ -251,6 +251,12 @@ def test_loopback_refuses_what_it_must(engine: ChdbEngine) -> None:
         LoopbackEngine("http://example.com:80", token)
 
 
+def test_an_answer_of_too_many_rows_is_refused(engine: ChdbEngine) -> None:
+    with pytest.raises(EngineError, match="TOO_MANY_ROWS"):
+        engine.query("SELECT number FROM numbers(1000001)")
+    assert engine.query("SELECT count() FROM numbers(1000001)").rows == [(1_000_001,)]
+
+
 def test_queries_run_beside_one_another(engine: ChdbEngine) -> None:
     def is_overtaken() -> bool:
         slow = threading.Thread(target=lambda: engine.query("SELECT sleep(1)"))

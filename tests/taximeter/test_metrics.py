@@ -55,6 +55,23 @@ def test_names_say_their_unit_and_are_said_once() -> None:
     assert all(each.text.endswith(".") for each in METRICS)
 
 
+def test_no_label_takes_what_a_client_or_a_tenant_can_choose() -> None:
+    """The product of labels' values is bounded by the configuration: each new label is looked at here."""
+    from_the_code = {
+        "action",
+        "error_type",
+        "gen_ai_operation_name",
+        "gen_ai_token_type",
+        "outcome",
+        "reason",
+        "result",
+        "rule",
+    }
+    from_the_code |= {"severity"}
+    from_the_configuration = {"endpoint", "gen_ai_request_model", "model", "partition", "topic"}
+    assert {label for each in METRICS for label in each.labels} == from_the_code | from_the_configuration
+
+
 def test_every_number_that_a_gateway_counts_is_in_the_table() -> None:
     sources = (ROOT / "serving" / "gateway").glob("*.py")
     counted = {name for path in sources for name in COUNTED.findall(path.read_text())}

@@ -155,6 +155,15 @@ async def test_who_comes_too_much_is_told_to_come_again(only: KeysOnly) -> None:
     assert ["does not answer" in str(answer) for answer in answers] == [True, True]
 
 
+async def test_more_metadata_than_has_room_is_refused(only: KeysOnly, channel: Any) -> None:
+    call = channel.unary_unary(f"/{SERVICE.full_name}/GetBalance")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call(b"", metadata=(("x-large", "x" * 64_000),), timeout=60)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    # The connection goes on.
+    assert (await grpc_status(channel, "GetBalance", None))[0] is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_health_needs_no_key(only: KeysOnly, channel: Any) -> None:
     stub = health_pb2_grpc.HealthStub(channel)
     answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
