@@ -51,7 +51,7 @@ GATEWAY_NUMBERS: Final[dict[str, tuple[Kind, str]]] = {
     "requests_admitted": ("counter", "Inferences that were forwarded."),
     "requests_completed": ("counter", "Inferences that ended well."),
     "requests_backend_error": ("counter", "Inferences that the back end failed."),
-    "requests_cut_off": ("counter", "Answers that were ended before their end: a deadline, the money, a stop."),
+    "requests_cut_off": ("counter", "Answers that were ended before their end: a deadline, the money, a limit, a stop."),
     "requests_invalid": ("counter", "Requests that could not be read or counted."),
     "clients_gone": ("counter", "Answers whose client went away."),
     "cancels_confirmed": ("counter", "Answers that were cut off and whose back end said what it had produced."),

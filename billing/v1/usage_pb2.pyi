@@ -90,6 +90,7 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_REJECTED: _Outcome.ValueType  # 6
     """Refused by the gateway, never forwarded: recorded, price 0."""
     OUTCOME_TRUNCATED: _Outcome.ValueType  # 7
+    """The back end cut the prompt, or the gateway the answer: at the longest that its key, tenant or model may have."""
     OUTCOME_INTERRUPTED: _Outcome.ValueType  # 8
     """The metering point died mid-stream; its journal holds what had been delivered."""
     OUTCOME_BALANCE_EXHAUSTED: _Outcome.ValueType  # 9
@@ -108,6 +109,7 @@ OUTCOME_BACKEND_ERROR_PARTIAL: Outcome.ValueType  # 5
 OUTCOME_REJECTED: Outcome.ValueType  # 6
 """Refused by the gateway, never forwarded: recorded, price 0."""
 OUTCOME_TRUNCATED: Outcome.ValueType  # 7
+"""The back end cut the prompt, or the gateway the answer: at the longest that its key, tenant or model may have."""
 OUTCOME_INTERRUPTED: Outcome.ValueType  # 8
 """The metering point died mid-stream; its journal holds what had been delivered."""
 OUTCOME_BALANCE_EXHAUSTED: Outcome.ValueType  # 9

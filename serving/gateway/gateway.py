@@ -263,9 +263,9 @@ class Gateway:
             *(scope.limits.prompt_tokens_max for scope in scopes),
         )
         prompt_count = await self._check_prompt(prepared, profile, limit, event, account)
-        asked = None
+        asked, output_max = None, 0
         if scopes:
-            asked = await self._check_scopes(request, event, account, profile, prepared, prompt_count, scopes, slot)
+            asked, output_max = await self._check_scopes(request, event, account, profile, prepared, prompt_count, scopes, slot)
         money = None
         # What is free needs no money, and who is only watched need not have it.
         is_paid = account is not None and account.free_pico is not None and not (key.test or account.shadow or prepared.stops)
@@ -280,6 +280,7 @@ class Gateway:
             prompt_count,
             money,
             self._pricer(account),
+            output_max,
         )
         try:
             await meter.open()
@@ -318,8 +319,9 @@ class Gateway:
         prompt_count: TextCount | None,
         scopes: Sequence[Scope],
         slot: RequestSlot,
-    ) -> OutputAsked:
-        """Refuse an answer longer than key, tenant or model may have, and tokens beyond this minute's; how long it may be."""
+    ) -> tuple[OutputAsked, int]:
+        """Refuse an answer longer than key, tenant or model may have, and tokens beyond this minute's; what was asked, and how
+        long the answer may be whatever was asked (0: no limit, or one that is only watched)."""
         try:
             asked = read_output_asked(request, profile.output_limit, profile.output_limit_input)
         except TensorError as error:
@@ -334,7 +336,8 @@ class Gateway:
         breach = slot.reserve(tokens, time.monotonic())
         if breach is not None:
             await self._enforce(admission.rate_refusal(breach), event, account)
-        return asked
+        is_watched = account is not None and account.shadow
+        return asked, 0 if is_watched else limit * texts
 
     def _prompt_tokens(self, profile: ModelProfile, prepared: PreparedRequest, prompt_count: TextCount | None) -> int:
         """The prompt's tokens, or a bound of them."""

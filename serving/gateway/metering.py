@@ -52,6 +52,8 @@ _LOG = logging.getLogger(__name__)
 
 # Text that may still change how it splits into tokens; what lies before it is counted once.
 _WINDOW_CHARS = 2_048
+# Text that is counted again may have some tokens more than were generated: by such a part of the longest answer, and one.
+_RECOUNT_SLACK = 50
 _SOURCES: dict[int, str] = {number: name.removeprefix("COUNT_SOURCE_").lower() for name, number in CountSource.items()}
 _UNKNOWN = TextCount(0, exact=False)
 _NOTHING = TextCount(0, exact=True)
@@ -154,8 +156,13 @@ class RequestMeter:
         prompt_count: TextCount | None,
         money: RequestMoney | None = None,
         price_of: Callable[[UsageEvent], Price] | None = None,
+        output_tokens_max: int = 0,
     ) -> None:
+        """`output_tokens_max`: what the answer may have, whatever the back end makes of it; 0: no limit."""
         self.counter = counter
+        self.output_tokens_max = output_tokens_max
+        # Why the last `progress` or `try_close` that was in vain was: the limit, or else the money.
+        self.is_too_long = False
         self._money = money
         self._price_of = price_of
         self._parts = parts
@@ -169,8 +176,8 @@ class RequestMeter:
         self._first_token_ms = 0
         self._forwarded = False
         self._closed = False
-        # Whether the money covered any count yet.
-        self._any_paid = False
+        # Whether any count of the answer was within money and limit yet.
+        self._any_covered = False
         # Of the text that was delivered: parts counted for good, their tokens, and up to where parts are counted at all.
         self._settled_parts = 0
         self._settled_tokens = 0
@@ -214,7 +221,8 @@ class RequestMeter:
     async def progress(self, delivered: Counted) -> bool:
         """Return when `delivered` is durable: the responses that it counts may leave then.
 
-        False: it is not paid for. Then nothing of it counts, none of it may leave, and `close_as_delivered` bills the request.
+        False: it is not paid for, or is longer than it may be. Then nothing of it counts, none of it may leave, and
+        `close_as_delivered` bills the request.
         """
         input_tokens, output_tokens = delivered.input_tokens, delivered.output_tokens
         exact = input_tokens is not None and output_tokens is not None
@@ -223,7 +231,7 @@ class RequestMeter:
         if output_tokens is None:
             output_tokens = await self._delivered_text_tokens(delivered.text_parts)
         source = COUNT_SOURCE_BACKEND if exact else COUNT_SOURCE_ESTIMATE
-        if not self._fill_paid(input_tokens, output_tokens, delivered.units, source):
+        if not self._try_fill(input_tokens, output_tokens, delivered.units, source):
             return False
         assert self._open is not None, "progress comes after open"
         await self._open.progress(self._event).wait(self._parts.durable_timeout_s)
@@ -265,31 +273,43 @@ class RequestMeter:
         # The wall clock may have been set back since the start.
         event.ended_ms = max(now_ms(), event.started_ms)
 
-    def _fill_paid(self, input_tokens: int, output_tokens: int, units: Sequence[int], source: int) -> bool:
-        """Fill in counts if the money covers them; else leave those before, of which the first is the prompt alone."""
-        if self._money is None:
+    def _try_fill(self, input_tokens: int, output_tokens: int, units: Sequence[int], source: int) -> bool:
+        """Fill in counts if the answer may be so long and the money covers them; else leave those before, of which the first is
+        the prompt alone."""
+        money = self._money
+        covered = not (is_too_long := self._exceeds_limit(output_tokens, source))
+        if money is None and covered:
             self._fill(input_tokens, output_tokens, units, source)
+        elif money is not None and covered:
+            before = UsageEvent()
+            before.CopyFrom(self._event)
+            self._fill(input_tokens, output_tokens, units, source)
+            covered = money.covers(self._event)
+            if not covered:
+                self._event.CopyFrom(before)
+        if covered:
+            self._any_covered = True
             return True
-        before = UsageEvent()
-        before.CopyFrom(self._event)
-        self._fill(input_tokens, output_tokens, units, source)
-        if self._money.covers(self._event):
-            self._any_paid = True
-            return True
-        self._event.CopyFrom(before)
-        if not self._any_paid:
+        self.is_too_long = is_too_long
+        if not self._any_covered:
             self._fill(input_tokens, 0, (0,) * len(units), source)
         return False
+
+    def _exceeds_limit(self, output_tokens: int, source: int) -> bool:
+        longest = self.output_tokens_max
+        if not longest or output_tokens <= longest:
+            return False
+        return source == COUNT_SOURCE_BACKEND or output_tokens > longest + longest // _RECOUNT_SLACK + 1
 
     def _was_cut(self, input_tokens: int) -> bool:
         """Whether the back end saw less of the prompt than was counted before it was forwarded."""
         count = self._prompt_count
         return self._forwarded and count is not None and count.exact and input_tokens < count.tokens
 
-    async def close_paid(self, outcome: int) -> Usage | None:
-        """As `close`, but None where the responses so far are not paid for: none of those that no progress counted may leave,
-        and `close_as_delivered` bills the request."""
-        return await self._close(outcome, paid_only=True)
+    async def try_close(self, outcome: int) -> Usage | None:
+        """As `close`, but None where the responses so far are not paid for, or longer than they may be: none of those that no
+        progress counted may leave, and `close_as_delivered` bills the request."""
+        return await self._close(outcome, covered_only=True)
 
     async def close_as_delivered(self, outcome: int) -> Usage:
         """Bill what the last progress counted, and return when that is durable."""
@@ -300,11 +320,11 @@ class RequestMeter:
     async def close(self, outcome: int) -> Usage:
         """Count what the responses so far brought, and return when the bill is durable. Later calls change nothing, unless
         the journal failed."""
-        usage = await self._close(outcome, paid_only=False)
+        usage = await self._close(outcome, covered_only=False)
         assert usage is not None, "whatever it costs"
         return usage
 
-    async def _close(self, outcome: int, *, paid_only: bool) -> Usage | None:
+    async def _close(self, outcome: int, *, covered_only: bool) -> Usage | None:
         counted = self.counter.counted()
         input_tokens, output_tokens = counted.input_tokens, counted.output_tokens
         source: int = COUNT_SOURCE_BACKEND
@@ -323,9 +343,9 @@ class RequestMeter:
             output_tokens = count.tokens
             source = _weaker(source, count)
         if not self._closed:
-            if not paid_only:
+            if not covered_only:
                 self._fill(input_tokens, output_tokens, units, source)
-            elif not self._fill_paid(input_tokens, output_tokens, units, source):
+            elif not self._try_fill(input_tokens, output_tokens, units, source):
                 return None
             if source == COUNT_SOURCE_TOKENIZER and self._profile.tokenizer is not None:
                 self._event.tokenizer = self._parts.tokens.fingerprint(self._profile.tokenizer)

@@ -21,6 +21,7 @@ from billing.v1.usage_pb2 import (
     OUTCOME_BALANCE_EXHAUSTED,
     OUTCOME_COMPLETED,
     OUTCOME_DEADLINE_EXCEEDED,
+    OUTCOME_TRUNCATED,
 )
 from producers.errors import ProducerError
 from serving import kserve
@@ -44,6 +45,7 @@ __all__ = ["METHOD", "make_model_stream_infer"]
 METHOD = (SERVICE_NAME, "ModelStreamInfer")
 
 _MONEY_ENDED = "balance: is used up: the answer ends here, and is billed up to here: add credit"
+_TOO_LONG = "max_tokens: at most {limit} are allowed: the answer ends here, and is billed up to here: ask for a shorter one"
 
 StreamResponse = Any  # inference.ModelStreamInferResponse, which has no types
 
@@ -239,7 +241,7 @@ class _RequestFlow:
                     ready.append((item, self._counted))
             if ready:
                 if not await self._meter.progress(ready[-1][1]):
-                    await self._end_with_the_money(ready)
+                    await self._end_early(ready)
                 self._delivered_any = True
                 await self._write([response for response, _ in ready])
 
@@ -250,20 +252,25 @@ class _RequestFlow:
             return False
         return not self._prepared.empty_final_asked or final is None
 
-    async def _end_with_the_money(self, ready: Sequence[tuple[StreamResponse, Counted]]) -> NoReturn:
-        """Deliver what is paid for of what is ready, and bill that. The rest stays here."""
+    async def _end_early(self, ready: Sequence[tuple[StreamResponse, Counted]]) -> NoReturn:
+        """The money is used up, or the answer longer than it may be: deliver what is within both of what is ready, and bill
+        that. The rest stays here, and the back end need not go on."""
         self._ended = True
-        paid, unpaid = 0, len(ready)
-        while unpaid - paid > 1:
-            middle = (paid + unpaid) // 2
+        within, beyond = 0, len(ready)
+        while beyond - within > 1:
+            middle = (within + beyond) // 2
             if await self._meter.progress(ready[middle - 1][1]):
-                paid = middle
+                within = middle
             else:
-                unpaid = middle
-        await self._meter.close_as_delivered(OUTCOME_BALANCE_EXHAUSTED)
-        if paid:
-            await self._write([response for response, _ in ready[:paid]])
-        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, self._prepared.in_clients_words(_MONEY_ENDED))
+                beyond = middle
+        outcome, message = OUTCOME_BALANCE_EXHAUSTED, _MONEY_ENDED
+        if self._meter.is_too_long:
+            outcome, message = OUTCOME_TRUNCATED, _TOO_LONG.format(limit=self._meter.output_tokens_max)
+        await self._meter.close_as_delivered(outcome)
+        self._gateway.metrics["requests_cut_off"] += 1
+        if within:
+            await self._write([response for response, _ in ready[:within]])
+        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, self._prepared.in_clients_words(message))
 
     async def _finish(self, ready: list[tuple[StreamResponse, Counted]], last: StreamResponse | None, end: _End) -> None:
         """Bill the request, then let go of what is left of the answer, the usage on the last response that is visible."""
@@ -274,9 +281,9 @@ class _RequestFlow:
         if last is not None and (last.infer_response.outputs or self._prepared.empty_final_asked):
             ready.append((last, self._counted))
         outcome, counted_as = self._outcome(end, delivered=self._delivered_any or bool(ready))
-        usage = await self._meter.close_paid(outcome)
+        usage = await self._meter.try_close(outcome)
         if usage is None:
-            await self._end_with_the_money(ready)
+            await self._end_early(ready)
         self._gateway.metrics[counted_as] += 1
         if ready:
             tell_usage(ready[-1][0].infer_response, usage)

@@ -36,6 +36,7 @@ ASKED = {
     "the same usage event delivered again",
     "another payload under the same request ID",
     "prompt truncated by the back end",
+    "the answer is longer than its key, tenant or model may have",
     "the gateway is killed mid-stream",
     "the gateway is stopped mid-stream",
     "the money ends mid-stream",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -23,6 +25,7 @@ from billing.v1.usage_pb2 import (
     OUTCOME_BACKEND_ERROR,
     OUTCOME_COMPLETED,
     OUTCOME_REJECTED,
+    OUTCOME_TRUNCATED,
     REFUSAL_REASON_BALANCE,
     REFUSAL_REASON_KEY,
     REFUSAL_REASON_OUTPUT_TOO_LARGE,
@@ -49,10 +52,12 @@ from tests.serving.gateway_support import (
     put_account,
     put_key,
     running,
+    scripted_back_end,
     settled,
     tensor,
     told,
     trace_inputs,
+    vllm_response,
 )
 
 MODELS = {name: profile for name, profile in profiles().items() if name.startswith("trace")}
@@ -111,6 +116,63 @@ async def test_limits_of_key_tenant_and_model_hold(tmp_path: Path, back_end: str
             # Another model's traffic is not counted.
             found = await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, 2)})
             assert found[-1][1] is None
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["the back end counts", "the tokenizer counts"])
+@pytest.mark.parametrize("stated", [8, None], ids=["stated", "unstated"])
+async def test_an_answer_longer_than_it_may_be_ends_there_and_says_so(tmp_path: Path, stated: int | None, counts: bool) -> None:
+    cancelled = asyncio.Event()
+
+    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            for _ in range(100):
+                response = vllm_response(" one", input_tokens=3, new_tokens=1, final=False)
+                if not counts:
+                    kserve.strip_output(response.infer_response, "num_output_tokens")
+                yield response
+            # It hears of the end of its call alone.
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    directory = known_directory()
+    put_key(directory, api_key(limits=Limits(output_tokens_max=8)))
+    sampling = {} if stated is None else {"max_tokens": stated}
+    inputs = [
+        tensor("text_input", "hello"),
+        tensor("stream", True),
+        tensor("sampling_parameters", json.dumps(sampling)),
+    ]
+    async with (
+        scripted_back_end(script) as address,
+        running(gateway_settings(tmp_path, address), directory) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        found = await answers(client, {"model_name": "smollm2", "inputs": inputs, "request_id": "mine"})
+        assert "max_tokens: at most 8 are allowed: the answer ends here" in str(found[-1][1])
+        async with asyncio.timeout(60):
+            await cancelled.wait()
+        [event] = await settled(server)
+        delivered = sum(response is not None and bool(response.outputs) for response, _ in found)
+        assert (event.outcome, event.output_tokens) == (OUTCOME_TRUNCATED, delivered)
+        # What was counted again may be a token longer.
+        assert 8 <= delivered <= (8 if counts else 9)
+        assert server.gateway.metrics["requests_cut_off"] == 1
+        assert server.gateway.metrics["requests_completed"] == 0
+
+
+@pytest.mark.parametrize("shadow", [False, True], ids=["within the limit", "over it, and only watched"])
+async def test_an_answer_within_its_limit_and_one_that_is_only_watched_end_as_they_would(
+    tmp_path: Path, back_end: str, shadow: bool
+) -> None:
+    directory = known_directory()
+    put_account(directory, account(sequence=2, plan=plan(shadow=shadow, limits=Limits(output_tokens_max=8))))
+    async with serving(tmp_path, back_end, directory) as (server, client):
+        tokens = 12 if shadow else 8
+        found = await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, tokens, chunk_tokens=1)})
+        assert found[-1][1] is None
+        [event] = await settled(server)
+        assert (event.outcome, event.output_tokens) == (OUTCOME_COMPLETED, tokens)
 
 
 async def test_messages_over_the_limit_do_not_pass_on_either_side(tmp_path: Path, back_end: str) -> None:
