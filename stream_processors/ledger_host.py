@@ -28,7 +28,6 @@ from typing import Protocol
 
 from billing import replay
 from billing.chain import Chain, UnreadableRecord, record_hash
-from billing.limits import REFUSED_RECORDS_NAMED
 from billing.state import LedgerState
 from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
 from billing.v1.ledger_pb2 import LedgerRecord, RefusedRecord, SnapshotTaken
@@ -36,6 +35,7 @@ from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefuse
 from stream_processors.local_store import Acknowledged, LocalStore
 from stream_processors.log_place import Standing, find_place
 from stream_processors.tally import Tally
+from stream_processors.untold import Untold
 
 __all__ = ["APPLY_RECORDS", "HostSettings", "LedgerHost", "LogReader", "LogWriter"]
 
@@ -110,7 +110,7 @@ class LedgerHost:
         self.ignored_records = 0
         # Of those, what the ledger's key did not seal; and what of it no record has told yet.
         self.refused_records = 0
-        self._refused: list[RefusedRecord] = []
+        self._untold = Untold()
         self.acknowledged_records = 0
         # Of records that were replayed or acknowledged here.
         self.logged_bytes = 0
@@ -199,7 +199,12 @@ class LedgerHost:
         self._next_offset = end
         self._owned = True
         logger.info(
-            "%s: at sequence %d, offset %d; %d records replayed", self.where, self.state.sequence, end, self.replayed_records
+            "%s: at sequence %d, offset %d; %d records replayed, %d refused",
+            self.where,
+            self.state.sequence,
+            end,
+            self.replayed_records,
+            follow.refused,
         )
 
     async def resume(self) -> bool:
@@ -238,8 +243,7 @@ class LedgerHost:
                         self._refuse(offset, stored, follow.refusal)
                     continue
                 if record.tick.refused:
-                    told = record.tick.refused[-1].offset
-                    self._refused = [refused for refused in self._refused if refused.offset > told]
+                    self._untold.leave_told(record.tick.refused)
                 self._compare_announced(record.tick.snapshot)
                 if len(pending) >= _REPLAY_RECORDS_MAX or record.sequence == 0:
                     self._replay_together(pending)
@@ -249,8 +253,8 @@ class LedgerHost:
         self._replay_together(pending)
 
     def _refuse(self, offset: int, stored: bytes, reason: str) -> None:
-        logger.error("%s: offset %d was refused: %s", self.where, offset, reason)
-        self._refused.append(RefusedRecord(offset=offset, hash=record_hash(stored), reason=reason))
+        if self._untold.add(RefusedRecord(offset=offset, hash=record_hash(stored), reason=reason)):
+            logger.error("%s: offset %d was refused: %s", self.where, offset, reason)
 
     def _compare_announced(self, announced: SnapshotTaken) -> None:
         restored = self._restored
@@ -306,10 +310,9 @@ class LedgerHost:
 
         What the takeover refused is told in any case: its record raises the alert.
         """
-        if self.owned and self._refused:
-            refused, self._refused = self._refused, []
-            named = refused if len(refused) <= REFUSED_RECORDS_NAMED else [*refused[: REFUSED_RECORDS_NAMED - 1], refused[-1]]
-            await self.handle(TickInput(refused=named, refused_records=len(refused)), _nothing)
+        if self.owned and self._untold.records:
+            untold, self._untold = self._untold, Untold()
+            await self.handle(TickInput(refused=untold.named, refused_records=untold.records), _nothing)
         elif self.owned and not self._in_flight and not self._turn.locked():
             await self.handle(TickInput(), _nothing)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from billing.chain import record_hash, seal
 from billing.founding import LedgerSettings, found
 from billing.identity import partition_of
+from billing.limits import REFUSED_RECORDS_NAMED
 from billing.step import LedgerKeys, UsageInput
 from billing.v1.alert_pb2 import ALERT_RULE_FORGED_RECORD, SEVERITY_CRITICAL
 from billing.v1.ledger_pb2 import LedgerRecord
@@ -145,6 +147,29 @@ async def test_a_forged_record_is_refused_told_in_the_ledger_once_and_never_foll
     assert not LedgerRecord.FromString(log[-1]).tick.refused
     assert digest != fresh.state.digest(), "that tick"
     fresh.store.close()
+
+
+async def test_a_flood_of_forged_records_is_counted_and_takes_no_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(tmp_path)
+    log = bench.logs.log("ledger", 0)
+    log.extend(b"\xff forged %d" % number for number in range(500))
+    with caplog.at_level(logging.ERROR):
+        host = await bench.host()
+    assert host.refused_records == 500
+    assert len(caplog.records) == REFUSED_RECORDS_NAMED, "its log says the first few"
+    await host.tick()
+    await bench.logs.deliver()
+    record = LedgerRecord.FromString(log[-1])
+    assert record.tick.refused_records == 500
+    assert [each.offset for each in record.tick.refused] == [*range(1, REFUSED_RECORDS_NAMED), 500]
+    [alert] = record.alerts
+    assert alert.summary.startswith("500 message(s) in the ledger's log were refused; the first, at offset 1: ")
+    await host.tick()
+    await bench.logs.deliver()
+    assert not LedgerRecord.FromString(log[-1]).tick.refused, "it is told once"
+    host.store.close()
 
 
 async def test_a_worker_with_another_seal_key_refuses_to_start(tmp_path: Path) -> None:
