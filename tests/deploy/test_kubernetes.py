@@ -26,6 +26,7 @@ SECRETS = {
     "taximeter-worker": {"seal_key", "command_key"},
     "taximeter-sink": {"seal_key", "command_key", "clickhouse_password"},
     "taximeter-gateway": {"key_pepper", "lease_key"},
+    "taximeter-api": {"key_pepper", "command_key", "clickhouse_password"},
     "taximeter-notifier": set(),
 }
 KEYS = {
@@ -37,6 +38,7 @@ METRICS = {
     "taximeter-worker": "ledger",
     "taximeter-sink": "clickhouse",
     "taximeter-gateway": "gateway",
+    "taximeter-api": "api",
     "taximeter-notifier": "notifier",
 }
 
@@ -93,18 +95,25 @@ def test_each_part_mounts_the_secrets_that_it_reads_and_no_others(name: str, con
     mounts = {mount["name"]: mount["mountPath"] for mount in container(name)["volumeMounts"]}
     claims = {claim["metadata"]["name"] for claim in WORKLOADS[name]["spec"].get("volumeClaimTemplates", [])}
     assert set(mounts) == {*volumes, *claims}
-    secrets = {each: volume["secret"]["secretName"] for each, volume in volumes.items() if "secret" in volume}
-    assert set().union(*(KEYS[secret] for secret in secrets.values())) == SECRETS[name]
+    secrets = {each: _keys_of(volume["secret"]) for each, volume in volumes.items() if "secret" in volume}
+    assert set().union(*secrets.values()) == SECRETS[name]
     files = {
         path
         for section in (config.ledger, config.clickhouse, config.gateway)
         for key, path in section
         if key.endswith("_file") and path is not None
     }
-    for each, secret in secrets.items():
-        for key in KEYS[secret]:
+    for each, keys in secrets.items():
+        for key in keys:
             assert Path(mounts[each]) / key in files
     assert len(files) == len({key for keys in KEYS.values() for key in keys})
+
+
+def _keys_of(volume: dict[str, Any]) -> set[str]:
+    """What a pod sees of a secret: all of it, or what is named, under its own name."""
+    items = volume.get("items", [{"key": key, "path": key} for key in KEYS[volume["secretName"]]])
+    assert all(item["key"] == item["path"] for item in items)
+    return {item["key"] for item in items} & KEYS[volume["secretName"]]
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -191,6 +200,8 @@ def test_the_network_lets_through_what_the_configuration_needs(config: Config) -
     assert ports("taximeter-gateway", "ingress") == {config.gateway.port}
     assert ports("taximeter-gateway", "egress") == {int(config.gateway.upstream.split(":")[1])}
     assert ports("taximeter-sink", "egress") == {config.clickhouse.port}
+    assert ports("taximeter-api", "ingress") == {config.api.http_port, config.api.grpc_port}
+    assert ports("taximeter-api", "egress") == {config.clickhouse.port}
     assert config.ledger.snapshot_url.startswith("s3://")
     assert ports("taximeter-worker", "egress") == {443}
     [endpoint] = config.notifier.endpoints.values()
