@@ -98,6 +98,10 @@ class AlertFollower:
         """Set when all that was there at the start has been read."""
         return self._follower.ready
 
+    def behind_s(self) -> float:
+        """For how long it has not been at the topic's end; 0: it is there."""
+        return self._follower.behind_s()
+
     def start(self) -> None:
         self._follower.start()
 

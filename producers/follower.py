@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ _METADATA_TIMEOUT_S = 2.0
 _POLL_TIMEOUT_S = 0.2
 _POLL_MESSAGES_MAX = 500
 _RETRY_S = 0.5
+# In place of a partition, while no topic is read.
+_NOT_READING = -1
 
 
 class TopicFollower:
@@ -46,6 +49,8 @@ class TopicFollower:
         self._stopping = threading.Event()
         self._disconnected = threading.Event()
         self._messages = self._failed = self._readings = 0
+        # Since when, on the monotonic clock, something may be in a partition that was not handed on.
+        self._behind_since_s = {_NOT_READING: time.monotonic()}
         self._settings: dict[str, Any] = {
             "bootstrap.servers": bootstrap,
             # librdkafka wants one; without subscribe and commit it is never sent.
@@ -81,6 +86,11 @@ class TopicFollower:
     def metrics(self) -> dict[str, int]:
         return {"messages": self._messages, "failed": self._failed, "readings": self._readings}
 
+    def behind_s(self) -> float:
+        """For how long it has not been at the topic's end; 0: it is there. While no broker answers, it is not known to be."""
+        now_s = time.monotonic()
+        return now_s - min(self._behind_since_s.values(), default=now_s)
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._disconnected.clear()
@@ -90,6 +100,7 @@ class TopicFollower:
             except KafkaException as error:
                 logger.info("topic %s: %s; reading it from the beginning", self.topic, error)
             finally:
+                self._behind_since_s = {_NOT_READING: min(self._behind_since_s.values(), default=time.monotonic())}
                 consumer.close()
             self._stopping.wait(_RETRY_S)
 
@@ -100,13 +111,17 @@ class TopicFollower:
             return
         self._readings += 1
         unread = set(partitions)
+        self._behind_since_s = dict.fromkeys(partitions, min(self._behind_since_s.values()))
         consumer.assign([TopicPartition(self.topic, partition, OFFSET_BEGINNING) for partition in partitions])
         while not self._stopping.is_set() and not self._disconnected.is_set():
             for message in _next(consumer):
                 error = message.error()
                 if error is None:
+                    if _partition(message) not in self._behind_since_s:
+                        self._behind_since_s[_partition(message)] = time.monotonic()
                     self._hand_on(message)
                 elif error.code() == KafkaError._PARTITION_EOF:
+                    self._behind_since_s.pop(_partition(message), None)
                     unread.discard(_partition(message))
                     if not unread:
                         self.ready.set()

@@ -215,7 +215,8 @@ class GatewayConfig(_Section):
     key_pepper_file: Path | None = None
     requests_max: Annotated[int, Field(ge=1)] = 1_000
     tenant_requests_max: Annotated[int, Field(ge=1)] = 250
-    # HOST:PORT where Prometheus asks; empty: nowhere. So in [ledger] for a worker, in [clickhouse] for the sink.
+    # HOST:PORT where Prometheus asks; empty: nowhere. So in [ledger] for a worker, in [clickhouse] for the sink, in [api] and
+    # [notifier] for these.
     metrics_address: MetricsAddress = ""
     # A trace begins for requests that bring none; one that a client brings is always taken up.
     trace: bool = False
@@ -290,6 +291,7 @@ class ApiConfig(_Section):
     # At the same time, in all and of one tenant; who comes too much is told to come again.
     calls_max: Annotated[int, Field(ge=1, le=10_000)] = 64
     tenant_calls_max: Annotated[int, Field(ge=1, le=10_000)] = 16
+    metrics_address: MetricsAddress = ""
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> ApiConfig:

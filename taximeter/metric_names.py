@@ -1,7 +1,7 @@
 """Every metric that a part answers Prometheus with: name, kind, labels and what it says.
 
 Promise: `taximeter.metrics` exports these and nothing else beside the process's own (process_…), so that rules, dashboards and
-docs/reference/metrics.md can be held against this table. Labels take values from the code, the contracts, partitions, topics
+docs/reference/metrics.md can be held against this table. Labels take values from the code, the contracts, partitions, topics,
 the models that a gateway serves and the endpoints that a notifier has; never a tenant, a key or what a client sends.
 """
 
@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 __all__ = ["GATEWAY_NUMBERS", "METRICS", "MetricName", "Part"]
 
-Part = Literal["gateway", "worker", "sink", "notifier"]
+Part = Literal["gateway", "worker", "sink", "api", "notifier"]
 Kind = Literal["gauge", "counter", "histogram"]
 _MODEL: Final = ("gen_ai_operation_name", "gen_ai_request_model")
 
@@ -40,6 +40,10 @@ def _worker(name: str, kind: Kind, text: str, *labels: str) -> MetricName:
 
 def _sink(name: str, kind: Kind, text: str, *labels: str) -> MetricName:
     return MetricName("sink", f"taximeter_sink_{name}", kind, text, labels)
+
+
+def _api(name: str, kind: Kind, text: str, *labels: str) -> MetricName:
+    return MetricName("api", f"taximeter_api_{name}", kind, text, labels)
 
 
 def _notifier(name: str, kind: Kind, text: str, *labels: str) -> MetricName:
@@ -183,11 +187,48 @@ METRICS: Final = (
     _sink("stored_records", "counter", "Records written to the database."),
     _sink("stored_batches", "counter", "Batches written to the database."),
     _sink("storing_seconds", "counter", "Time that writing them took, with repeats."),
+    _api(
+        "requests",
+        "counter",
+        "Requests that were answered and watches that ended; method other: the dashboard, the document, probes.",
+        "protocol",
+        "method",
+        "status",
+    ),
+    _api(
+        "request_duration_seconds",
+        "histogram",
+        "From a request to the end of its answer; watches, which end when somebody goes, are left out.",
+        "protocol",
+        "method",
+    ),
+    _api("running_calls", "gauge", "Calls that run."),
+    _api("running_calls_max", "gauge", "How many may run: api.calls_max."),
+    _api("open_watches", "gauge", "Watches that are open."),
+    _api("open_watches_max", "gauge", "How many may be open."),
+    _api(
+        "behind_seconds",
+        "gauge",
+        "For how long it has not been at the end of the topic of keys or alerts; 0: it is. While no broker answers, it grows.",
+        "topic",
+    ),
     _notifier("alerts", "counter", "Alerts that were taken from the topic and written down."),
-    _notifier("delivered", "counter", "Deliveries that the endpoint took.", "endpoint"),
-    _notifier("attempts_failed", "counter", "Attempts that it did not take.", "endpoint"),
+    _notifier(
+        "behind_seconds",
+        "gauge",
+        "For how long it has not been at the end of the topic of alerts; 0: it is. While no broker answers, it grows.",
+    ),
+    _notifier(
+        "attempts",
+        "counter",
+        "Attempts to deliver: taken, refused (4xx, a redirect, an address that may not be asked), failed (5xx), gone (410), "
+        "timed_out, unreachable.",
+        "endpoint",
+        "outcome",
+    ),
     _notifier("gave_up", "counter", "Deliveries that became dead letters after attempts.", "endpoint"),
     _notifier("waiting", "gauge", "Deliveries that wait or are under way.", "endpoint"),
+    _notifier("retrying", "gauge", "Of them, those of which an attempt was not taken.", "endpoint"),
     _notifier("oldest_waiting_seconds", "gauge", "Age of the oldest of them.", "endpoint"),
     _notifier(
         "dead_letters", "gauge", "Deliveries that the endpoint did not take: `taximeter webhooks dead list`.", "endpoint"

@@ -1,5 +1,5 @@
-"""Prometheus metrics of gateway, worker, sink and notifier, and whether each is well: one small HTTP endpoint a part, at the
-address that is set; off without one.
+"""Prometheus metrics of gateway, worker, sink, billing API and notifier, and whether each is well: one small HTTP endpoint a
+part, at the address that is set; off without one.
 
     /metrics        for Prometheus
     /health/live    200 while the process answers
@@ -7,7 +7,7 @@ address that is set; off without one.
 
 Promise: a scrape reads what the part counts anyway, and changes nothing. Every metric stands in `taximeter.metric_names`. The
 number of series is bounded: by the names in the code, the partitions of the ledger, and the models, operations and outcomes of
-the gateway, and the notifier's endpoints. No tenant, key, request or text of a client is ever a label.
+the gateway, the API's methods, and the notifier's endpoints. No tenant, key, request or text of a client is ever a label.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from taximeter.errors import ConfigError
 from taximeter.metric_names import GATEWAY_NUMBERS, METRICS, Part
 
 if TYPE_CHECKING:
+    from serving.api import ApiServer
     from serving.gateway import GatewayServer
     from serving.gateway.genai import Histogram
     from serving.notifier.notifier import Notifier
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from stream_processors.ledger_host import LedgerHost
     from stream_processors.publisher_app import PublisherApp
 
-__all__ = ["gateway_metrics", "notifier_metrics", "serve_metrics", "sink_metrics", "worker_metrics"]
+__all__ = ["api_metrics", "gateway_metrics", "notifier_metrics", "serve_metrics", "sink_metrics", "worker_metrics"]
 
 _LOG = logging.getLogger(__name__)
 _REQUEST_TIMEOUT_S: Final = 10.0
@@ -149,7 +150,7 @@ def gateway_metrics(server: GatewayServer) -> Source:
         _add_gateway_numbers(families, server.metrics())
         if server.genai is not None:
             for histogram in server.genai.histograms():
-                _add_genai(families, histogram)
+                _add_histogram(families, histogram)
         for model, state in list(server.gateway.audit.models().items()):
             families.add("taximeter_count_drift_ratio", state.ratio, model)
             families.add("taximeter_count_drift_alarm", state.alarmed, model)
@@ -168,7 +169,7 @@ def _add_gateway_numbers(families: _Families, values: Mapping[str, int]) -> None
             families.add(name, values.get(f"{prefix}{reason}", 0), reason)
 
 
-def _add_genai(families: _Families, histogram: Histogram) -> None:
+def _add_histogram(families: _Families, histogram: Histogram) -> None:
     """OpenTelemetry's names as Prometheus writes them: dots become underscores, the unit stands last."""
     name = "_".join(filter(None, (histogram.name.replace(".", "_"), histogram.unit)))
     for labels, series in list(histogram.series.items()):
@@ -263,25 +264,48 @@ def sink_metrics(status: SinkStatus) -> Source:
     return source
 
 
+def api_metrics(server: ApiServer) -> Source:
+    """What was asked and how it ended, how full it is, and how far it follows keys and alerts."""
+
+    def source() -> Iterable[Metric]:
+        families, calls = _Families("api"), server.calls
+        for labels, count in calls.traffic.counts():
+            families.add("taximeter_api_requests", count, *labels)
+        _add_histogram(families, calls.traffic.durations)
+        limits = calls.settings.limits
+        families.add("taximeter_api_running_calls", calls.running)
+        families.add("taximeter_api_running_calls_max", limits.calls_max)
+        families.add("taximeter_api_open_watches", calls.watching)
+        families.add("taximeter_api_open_watches_max", limits.watches_max)
+        for topic, behind_s in server.behind_s().items():
+            families.add("taximeter_api_behind_seconds", behind_s, topic)
+        return families
+
+    return source
+
+
 def notifier_metrics(notifier: Notifier) -> Source:
-    """How it stands with each endpoint."""
+    """How far it follows the alerts, and how it stands with each endpoint."""
+    from serving.notifier.errors import OUTCOMES
 
     def source() -> Iterable[Metric]:
         families = _Families("notifier")
         families.add("taximeter_notifier_alerts", notifier.taken)
         families.add("taximeter_notifier_dead_letters_dropped", notifier.dropped)
+        families.add("taximeter_notifier_behind_seconds", notifier.behind_s())
         for each in notifier.status():
             values = {
-                "delivered": each.counts["delivered"],
-                "attempts_failed": each.counts["failed"],
-                "gave_up": each.counts["dead"],
+                "gave_up": each.given_up,
                 "waiting": each.waiting,
+                "retrying": each.retrying,
                 "oldest_waiting_seconds": each.oldest_s,
                 "dead_letters": each.dead,
                 "endpoint_gone": each.gone,
             }
             for name, value in values.items():
                 families.add(f"taximeter_notifier_{name}", value, each.name)
+            for outcome in OUTCOMES:
+                families.add("taximeter_notifier_attempts", each.outcomes[outcome], each.name, outcome)
         return families
 
     return source

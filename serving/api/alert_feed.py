@@ -108,6 +108,10 @@ class AlertFeed:
         self._follower.start()
         return self._follower.ready.wait(source.ready_timeout_s)
 
+    def behind_s(self) -> float:
+        """For how long it has not been at the topic's end; 0: it is there, or follows none."""
+        return 0.0 if self._follower is None else self._follower.behind_s()
+
     def close(self) -> None:
         if self._follower is not None:
             self._follower.close()

@@ -29,6 +29,7 @@ from serving.api.errors import ApiError
 from serving.api.fields import check
 from serving.api.paging import PageTokens
 from serving.api.sharing import Shared
+from serving.api.traffic import Traffic
 from serving.commanding import CommandPending, CommandRefused
 from serving.gateway.credentials import SecretHasher
 from sinks.errors import EngineUnavailable, ParameterError, SinkError
@@ -104,6 +105,7 @@ class Calls:
         self.settings = settings
         self.keys = keys
         self.alerts = AlertFeed()
+        self.traffic = Traffic()
         self._handlers, self._watchers = handlers, watchers
         self._tokens = PageTokens(settings.keys.pepper)
         self._hash_secret = SecretHasher(settings.keys.pepper)
@@ -118,6 +120,23 @@ class Calls:
         self._writing = ThreadPoolExecutor(limits.threads, "api-write")
         self._running: Counter[str] = Counter()
         self._watching: Counter[str] = Counter()
+
+    @property
+    def waiting_for(self) -> str:
+        """What it waits for before it is ready; empty: it is."""
+        if not self.keys.ready:
+            return "keys are still being read"
+        return "the first overview is still being made" if self.is_warming else ""
+
+    @property
+    def running(self) -> int:
+        """Calls that run now. May be asked from any thread."""
+        return self._running.total()
+
+    @property
+    def watching(self) -> int:
+        """Watches that are open now. May be asked from any thread."""
+        return self._watching.total()
 
     def close(self) -> None:
         """No call runs any more."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -58,7 +61,9 @@ def _handler(calls: Calls, method: MethodDescriptor) -> Any:
 def _unary(calls: Calls, name: str) -> Callable[[Message, Any], Awaitable[Message]]:
     async def answer(request: Message, context: Any) -> Message:
         try:
-            return await calls.call(name, request, find_secret(context.invocation_metadata() or ()), context.time_remaining())
+            with _counted(calls, name):
+                secret = find_secret(context.invocation_metadata() or ())
+                return await calls.call(name, request, secret, context.time_remaining())
         except ApiError as error:
             return await _abort(context, error)
 
@@ -68,12 +73,31 @@ def _unary(calls: Calls, name: str) -> Callable[[Message, Any], Awaitable[Messag
 def _stream(calls: Calls, name: str) -> Callable[[Message, Any], AsyncIterator[Message]]:
     async def answers(request: Message, context: Any) -> AsyncIterator[Message]:
         try:
-            async for message in calls.watch(name, request, find_secret(context.invocation_metadata() or ())):
-                yield message
+            with _counted(calls, name):
+                async for message in calls.watch(name, request, find_secret(context.invocation_metadata() or ())):
+                    yield message
         except ApiError as error:
             await _abort(context, error)
 
     return answers
+
+
+@contextmanager
+def _counted(calls: Calls, name: str) -> Iterator[None]:
+    """Count the call under the status with which it ends; one that its client or its deadline cut off is CANCELLED."""
+    began_s = time.perf_counter()
+    status = grpc.StatusCode.UNKNOWN
+    try:
+        yield
+        status = grpc.StatusCode.OK
+    except ApiError as error:
+        status = error.status
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        status = grpc.StatusCode.CANCELLED
+        raise
+    finally:
+        calls.traffic.ended("grpc", name, status.name, time.perf_counter() - began_s)
 
 
 async def _abort(context: Any, error: ApiError) -> Message:

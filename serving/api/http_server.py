@@ -11,7 +11,8 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import cache
 from http import HTTPStatus
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
@@ -40,6 +41,7 @@ from serving.api import openapi
 from serving.api.access import POLICIES, SERVICE
 from serving.api.errors import ApiError, Problem
 from serving.api.fields import IDEMPOTENT
+from serving.api.traffic import OTHER
 from serving.dashboard import dashboard_routes
 from serving.gateway.credentials import find_secret
 
@@ -48,12 +50,15 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from serving.api.calls import Calls
+    from serving.api.traffic import Traffic
 
 __all__ = ["make_http_app", "to_json"]
 
 _LOG = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S: Final = 15.0
+# As servers write it of whoever went before the request was there; nobody gets it.
+_CLIENT_GONE: Final = 499
 _HEADERS: Final = {
     "cache-control": "private, no-cache",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
@@ -81,21 +86,23 @@ def make_http_app(calls: Calls, more_routes: Sequence[BaseRoute] = ()) -> Starle
         return JSONResponse({"status": "ok"})
 
     async def ready(_: Request) -> Response:
-        if not calls.keys.ready:
-            return JSONResponse({"status": "keys are still being read"}, 503)
-        if calls.is_warming:
-            return JSONResponse({"status": "the first overview is still being made"}, 503)
-        return JSONResponse({"status": "ok"})
+        waits_for = calls.waiting_for
+        return JSONResponse({"status": waits_for or "ok"}, 503 if waits_for else 200)
 
+    # What is named in full before what has a part that may be anything.
+    methods = sorted(SERVICE.methods, key=lambda method: "{" in POLICIES[method.name].path)
+    endpoints = {method.name: _endpoint(calls, method) for method in methods}
     routes: list[BaseRoute] = [
-        Route(POLICIES[method.name].path, _endpoint(calls, method), methods=[POLICIES[method.name].verb])
-        # What is named in full before what has a part that may be anything.
-        for method in sorted(SERVICE.methods, key=lambda method: "{" in POLICIES[method.name].path)
+        Route(POLICIES[name].path, endpoint, methods=[POLICIES[name].verb]) for name, endpoint in endpoints.items()
     ]
+    names = {endpoint: name for name, endpoint in endpoints.items()}
     routes += [Route("/openapi.json", describe), Route("/healthz", live), Route("/readyz", ready), *dashboard_routes()]
     return Starlette(
         routes=[*routes, *more_routes],
-        middleware=[Middleware(_SecurityHeaders, is_tls=calls.settings.tls is not None)],
+        middleware=[
+            Middleware(_Counting, traffic=calls.traffic, names=names),
+            Middleware(_SecurityHeaders, is_tls=calls.settings.tls is not None),
+        ],
         exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _bug},
     )
 
@@ -282,6 +289,36 @@ async def _bug(request: Request, error: Exception) -> Response:
     _LOG.error("%s", request.url.path, exc_info=error)
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     return _problem(Problem(status.value, status.phrase, "the call failed; the API's log says why"))
+
+
+class _Counting:
+    """Counts each request under its route's method, and the status that the client got."""
+
+    def __init__(self, app: ASGIApp, *, traffic: Traffic, names: Mapping[Any, str]) -> None:
+        self._app, self._traffic, self._names = app, traffic, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_s = time.perf_counter()
+        # Where nothing is answered: what the server makes of an error that nobody expected.
+        status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+
+        async def send_and_see(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_see)
+        except ClientDisconnect:
+            status = _CLIENT_GONE
+            raise
+        finally:
+            method = self._names.get(scope.get("endpoint"), OTHER)
+            self._traffic.ended("http", method, str(int(status)), time.perf_counter() - began_s)
 
 
 class _SecurityHeaders:

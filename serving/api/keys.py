@@ -62,6 +62,10 @@ class Keys:
             )
         self.ready = True
 
+    def behind_s(self) -> float:
+        """For how long it has not been at the topic's end; 0: it is there, or follows none."""
+        return 0.0 if self._follower is None else self._follower.behind_s()
+
     def close(self) -> None:
         self.ready = False
         if self._follower is not None:

@@ -104,6 +104,13 @@ class ApiServer:
         if settings.alerts is not None and not await asyncio.to_thread(self.calls.alerts.follow, settings.alerts):
             _LOG.warning("topic %s is not read to its end yet: watches of alerts wait for it", settings.alerts.topic)
 
+    def behind_s(self) -> dict[str, float]:
+        """Of each topic that is followed, for how long its end has not been reached."""
+        behind_s = {self._settings.keys.topic: self.calls.keys.behind_s()}
+        if self._settings.alerts is not None:
+            behind_s[self._settings.alerts.topic] = self.calls.alerts.behind_s()
+        return behind_s
+
     async def stop(self) -> None:
         """Stop serving."""
         if self._http is not None and self._serving is not None:
@@ -117,10 +124,16 @@ class ApiServer:
 
 
 async def run_api(
-    settings: ApiSettings, *, ready: Callable[[ApiServer], None] | None = None, routes: Sequence[BaseRoute] = ()
+    settings: ApiSettings,
+    *,
+    ready: Callable[[ApiServer], None] | None = None,
+    watch: Callable[[ApiServer], None] | None = None,
+    routes: Sequence[BaseRoute] = (),
 ) -> None:
-    """Serve until cancelled; `ready` is called when keys are known."""
+    """Serve until cancelled; `ready` is called when keys are known, `watch` with the server before it starts."""
     server = ApiServer(settings, routes=routes)
+    if watch is not None:
+        watch(server)
     try:
         await server.start()
         if ready is not None:

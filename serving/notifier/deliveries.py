@@ -22,6 +22,7 @@ from serving.notifier.sending import Sender
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from serving.notifier.errors import Outcome
     from serving.notifier.journal import Delivery, Journal
     from serving.notifier.settings import Endpoint, NotifierLimits
 
@@ -42,8 +43,9 @@ class EndpointQueue:
     def __init__(self, endpoint: Endpoint, journal: Journal, limits: NotifierLimits, *, gone: bool) -> None:
         self.endpoint = endpoint
         self.gone = gone
-        # "delivered", "failed" (attempts), "dead".
-        self.counts: Counter[str] = Counter()
+        # Attempts by what became of them; and deliveries that became dead letters.
+        self.outcomes: Counter[Outcome] = Counter()
+        self.given_up = 0
         self._journal, self._limits = journal, limits
         self._sender = Sender(endpoint, limits)
         self._known: set[int] = set()
@@ -129,7 +131,7 @@ class EndpointQueue:
         except DeliveryFailed as error:
             await self._bury(delivery, f"not taken within {limits.horizon_s:g} s; at last: {error}")
         else:
-            self.counts["delivered"] += 1
+            self.outcomes["taken"] += 1
             await self._journaled(self._journal.delivered, delivery.number)
 
     async def _try(self, delivery: Delivery) -> None:
@@ -139,7 +141,7 @@ class EndpointQueue:
             async with self._attempts:
                 await self._sender.send(delivery.webhook_id, delivery.body)
         except DeliveryFailed as error:
-            self.counts["failed"] += 1
+            self.outcomes[error.outcome] += 1
             _LOG.warning("endpoint %s: %s was not taken: %s", self.endpoint.name, delivery.webhook_id, error)
             await self._journaled(self._journal.failed, delivery.number, str(error))
             if isinstance(error, EndpointGone):
@@ -149,7 +151,7 @@ class EndpointQueue:
             raise
 
     async def _bury(self, delivery: Delivery, reason: str) -> None:
-        self.counts["dead"] += 1
+        self.given_up += 1
         _LOG.error("endpoint %s: %s is a dead letter: %s", self.endpoint.name, delivery.webhook_id, reason)
         await self._journaled(self._journal.bury, delivery.number, reason)
 

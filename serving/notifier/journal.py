@@ -198,6 +198,11 @@ class Journal:
         """By endpoint."""
         return dict(self._rows("SELECT endpoint, count(*) FROM deliveries WHERE dead_ms > 0 GROUP BY endpoint"))
 
+    def retrying_counts(self) -> dict[str, int]:
+        """By endpoint, how many wait for another attempt."""
+        sql = "SELECT endpoint, count(*) FROM deliveries WHERE dead_ms = 0 AND attempts > 0 GROUP BY endpoint"
+        return dict(self._rows(sql))
+
     def oldest_ms(self) -> dict[str, int]:
         """By endpoint, when the oldest that waits was taken."""
         return dict(self._rows("SELECT endpoint, min(taken_ms) FROM deliveries WHERE dead_ms = 0 GROUP BY endpoint"))

@@ -24,6 +24,7 @@ from serving.notifier.payloads import body_of, webhook_id_of
 
 if TYPE_CHECKING:
     from billing.v1.alert_pb2 import Alert
+    from serving.notifier.errors import Outcome
     from serving.notifier.settings import NotifierSettings
 
 __all__ = ["EndpointStatus", "Notifier", "run_notifier"]
@@ -39,10 +40,13 @@ class EndpointStatus:
     name: str
     gone: bool
     waiting: int
+    # Of those, after an attempt that was not taken.
+    retrying: int
     dead: int
     oldest_s: float
-    # "delivered", "failed", "dead".
-    counts: Counter[str]
+    # Attempts of this process by what became of them; and deliveries that it gave up.
+    outcomes: Counter[Outcome]
+    given_up: int
 
 
 class Notifier:
@@ -71,17 +75,24 @@ class Notifier:
         """Dead letters that had to go because there were too many."""
         return self._journal.dropped
 
+    def behind_s(self) -> float:
+        """For how long alerts may be in the topic that are not written down; 0: none is."""
+        return self._follower.behind_s()
+
     def status(self) -> list[EndpointStatus]:
         """Of each endpoint. May be asked from any thread."""
-        dead, oldest, now_ms = self._journal.dead_counts(), self._journal.oldest_ms(), time.time() * 1_000
+        dead, retrying, oldest = self._journal.dead_counts(), self._journal.retrying_counts(), self._journal.oldest_ms()
+        now_ms = time.time() * 1_000
         return [
             EndpointStatus(
                 name=name,
                 gone=queue.gone,
                 waiting=queue.waiting,
+                retrying=retrying.get(name, 0),
                 dead=dead.get(name, 0),
                 oldest_s=max(0.0, now_ms - oldest[name]) / 1_000 if name in oldest else 0.0,
-                counts=queue.counts.copy(),
+                outcomes=queue.outcomes.copy(),
+                given_up=queue.given_up,
             )
             for name, queue in list(self._queues.items())
         ]

@@ -25,6 +25,7 @@ from standardwebhooks import Webhook
 from serving.notifier.errors import DeliveryFailed, EndpointGone
 
 if TYPE_CHECKING:
+    from serving.notifier.errors import Outcome
     from serving.notifier.settings import Endpoint, NotifierLimits
 
 __all__ = ["Sender", "is_public"]
@@ -77,9 +78,10 @@ class Sender:
             async with asyncio.timeout(self._limits.attempt_timeout_s):
                 await self._send(webhook_id, body)
         except TimeoutError:
-            raise DeliveryFailed(f"no answer within {self._limits.attempt_timeout_s:g} s") from None
+            raise DeliveryFailed(f"no answer within {self._limits.attempt_timeout_s:g} s", "timed_out") from None
         except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
-            raise DeliveryFailed(f"{type(error).__name__}: {_printable(str(error))}") from error
+            outcome: Outcome = "timed_out" if isinstance(error, httpx.TimeoutException) else "unreachable"
+            raise DeliveryFailed(f"{type(error).__name__}: {_printable(str(error))}", outcome) from error
 
     async def _send(self, webhook_id: str, body: bytes) -> None:
         headers = self._headers(webhook_id, body) | {"host": self._url.netloc.decode()}
@@ -107,11 +109,12 @@ class Sender:
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._resolver, look_up)
         except OSError as error:
-            raise DeliveryFailed(f"its name has no address ({error.strerror or error})") from error
+            raise DeliveryFailed(f"its name has no address ({error.strerror or error})", "unreachable") from error
         addresses = list(dict.fromkeys(str(place[4][0]) for place in found))
         for address in addresses:
             if not (self._endpoint.allow_private or is_public(address)):
-                raise DeliveryFailed(f"{address} is no public address: set allow_private if the endpoint is meant to be there")
+                problem = f"{address} is no public address: set allow_private if the endpoint is meant to be there"
+                raise DeliveryFailed(problem, "refused")
         return addresses
 
     async def _post(self, url: httpx.URL, headers: dict[str, str], body: bytes) -> None:
@@ -126,7 +129,7 @@ class Sender:
                 raise EndpointGone(reason)
             if answer.is_redirect:
                 reason = f"HTTP {answer.status_code}: redirects are not followed; set the address that it names"
-            raise DeliveryFailed(reason, self._retry_after_s(answer))
+            raise DeliveryFailed(reason, "failed" if answer.is_server_error else "refused", self._retry_after_s(answer))
 
     async def _read(self, answer: httpx.Response) -> str:
         """The answer's beginning, and no more of it than is allowed."""

@@ -130,8 +130,20 @@ def api(
     from serving.api import run_api
 
     start_logging("api", log_level, log_format)
-    settings = compose.api_settings(context.config())
-    asyncio.run(until_told(run_api(settings, ready=lambda _: mark_ready(ready_file))))
+    config = context.config()
+    settings = compose.api_settings(config)
+    with contextlib.ExitStack() as stack:
+
+        def watch(server: Any) -> None:
+            if address := config.api.metrics_address:
+                from taximeter.metrics import api_metrics, serve_metrics
+
+                close = serve_metrics(
+                    "api.metrics_address", address, api_metrics(server), lambda: str(server.calls.waiting_for)
+                )
+                stack.callback(close)
+
+        asyncio.run(until_told(run_api(settings, ready=lambda _: mark_ready(ready_file), watch=watch)))
 
 
 @command

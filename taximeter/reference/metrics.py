@@ -11,8 +11,10 @@ _PARTS = {
     "gateway": "gateway.metrics_address",
     "worker": "ledger.metrics_address",
     "sink": "clickhouse.metrics_address",
+    "api": "api.metrics_address",
     "notifier": "notifier.metrics_address",
 }
+_TITLES = {"api": "Billing API"}
 
 _INTRODUCTION = """\
 A histogram's series end in `_bucket` (with `le`), `_sum` and `_count`. Beside these each part has its process's own
@@ -34,7 +36,7 @@ def metrics_page() -> str:
             if each.part == part
         ]
         sections += [
-            f"## {part.capitalize()}",
+            f"## {_TITLES.get(part, part.capitalize())}",
             f"Answered where `{key}` is set.",
             table(("metric", "kind", "labels", "says"), rows),
         ]

@@ -135,7 +135,7 @@ class Newcomer:
     def _is_well(self, name: str) -> bool:
         test = COMPOSE["services"][name]["healthcheck"]["test"]
         assert test[:3] == ["CMD", "python", "-c"]
-        program = test[3].replace(":9464", f":{self._health[name]}").replace(":8003", f":{self.ports['http']}")
+        program = test[3].replace(":9464", f":{self._health[name]}")
         asked = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
         return asked.returncode == 0
 

@@ -69,6 +69,7 @@ def test_prometheus_asks_the_ports_that_the_parts_answer_at() -> None:
         "gateway": config.gateway.metrics_address,
         "worker": config.ledger.metrics_address,
         "sink": config.clickhouse.metrics_address,
+        "api": config.api.metrics_address,
         "notifier": config.notifier.metrics_address,
     }
     for entry in asked:

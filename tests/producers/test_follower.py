@@ -71,6 +71,31 @@ def test_an_empty_topic_is_ready_and_a_missing_one_when_it_exists(bootstrap: str
     follower.close()
 
 
+def test_it_says_for_how_long_it_has_not_been_at_the_end(bootstrap: str, unique_name: Callable[[str], str]) -> None:
+    topic, handed, go_on = unique_name("accounts"), threading.Event(), threading.Event()
+
+    def take(*_: object) -> None:
+        handed.set()
+        assert go_on.wait(180)
+
+    follower = TopicFollower(bootstrap, topic, take)
+    before_s = follower.behind_s()
+    follower.start()
+    assert follower.behind_s() > before_s >= 0, "no topic, no end of it"
+    create(bootstrap, topic)
+    assert follower.ready.wait(180)
+    assert follower.behind_s() == 0.0
+    publish(bootstrap, topic, {"k1": "x", "k2": "x"})
+    assert handed.wait(180)
+    stuck_s = follower.behind_s()
+    assert follower.behind_s() >= stuck_s > 0, "it grows while a message is in hand"
+    go_on.set()
+    wait_until(lambda: follower.behind_s() == 0.0, "the end")
+    assert follower.metrics()["messages"] == 2
+    follower.close()
+    assert follower.behind_s() > 0, "who does not read does not know"
+
+
 def test_a_message_that_cannot_be_used_does_not_stop_the_next(bootstrap: str, unique_name: Callable[[str], str]) -> None:
     topic, table = unique_name("accounts"), Table()
     create(bootstrap, topic)

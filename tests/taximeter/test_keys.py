@@ -65,13 +65,13 @@ def another_gateway(up: Up) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def addresses() -> dict[str, str]:
     """Where each part's metrics are."""
-    return {section: f"127.0.0.1:{free_port('127.0.0.1')}" for section in ("gateway", "ledger", "clickhouse")}
+    return {section: f"127.0.0.1:{free_port('127.0.0.1')}" for section in ("gateway", "ledger", "clickhouse", "api")}
 
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory, addresses: dict[str, str]) -> Iterator[Up]:
     flags = [f"{section}.metrics_address={address}" for section, address in addresses.items()]
-    with Up(tmp_path_factory.mktemp("up"), *flags, gateway=True) as started:
+    with Up(tmp_path_factory.mktemp("up"), *flags, gateway=True, api=True) as started:
         yield started
 
 
@@ -151,7 +151,7 @@ def test_a_request_s_trace_reaches_the_database_and_each_part_can_be_scraped(up:
     assert value.startswith(f"00-{trace_id}-")
     assert span_id not in value, "the gateway is a span of its own"
 
-    gateway, ledger, sink = (scrape(addresses[section]) for section in ("gateway", "ledger", "clickhouse"))
+    gateway, ledger, sink, api = (scrape(addresses[section]) for section in ("gateway", "ledger", "clickhouse", "api"))
     assert "taximeter_gateway_requests_completed_total" in gateway
     labels = 'gen_ai_operation_name="generate",gen_ai_request_model="trace-unary"'
     assert f'gen_ai_client_token_usage_count{{{labels},gen_ai_token_type="output"}}' in gateway
@@ -161,11 +161,15 @@ def test_a_request_s_trace_reaches_the_database_and_each_part_can_be_scraped(up:
     assert 'taximeter_publisher_log_time_seconds{partition="0"}' in ledger
     assert 'taximeter_ledger_commands_total{action="key_upsert",outcome="applied"}' in ledger
     # Whatever a part says stands in the table, and what the table has the part says.
-    for part, text in (("gateway", gateway), ("worker", ledger), ("sink", sink)):
+    for part, text in (("gateway", gateway), ("worker", ledger), ("sink", sink), ("api", api)):
         said = {family.name for family in text_string_to_metric_families(text) if not family.name.startswith("process_")}
         assert said == {each.name for each in METRICS if each.part == part}
     assert 'taximeter_sink_sequence{partition="0"}' in sink
     assert "taximeter_sink_waiting 0.0" in sink
+    assert "taximeter_api_running_calls 0.0" in api
+    for topic in ("billing.keys", "billing.alerts"):
+        read = f'taximeter_api_behind_seconds{{topic="{topic}"}} 0.0'
+        until(lambda read=read: read in scrape(addresses["api"]), what=f"the end of {topic}")  # type: ignore[misc]
     # What is on its way waits for a moment.
     none_waits = 'taximeter_ledger_lag_messages{partition="0",topic="usage.events"} 0.0'
     until(lambda: none_waits in scrape(addresses["ledger"]), what="an input without a backlog")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import urllib.error
 import urllib.request
@@ -19,8 +20,9 @@ from sinks.writer import Position
 from stream_processors.tally import STEP_BOUNDS_S, Tally
 from taximeter.errors import ConfigError
 from taximeter.metric_names import GATEWAY_NUMBERS, METRICS
-from taximeter.metrics import gateway_metrics, serve_metrics, sink_metrics
+from taximeter.metrics import api_metrics, gateway_metrics, serve_metrics, sink_metrics
 from tests.billing.ledgers import Ledger, batch, tenants_in, usage
+from tests.serving.api.worlds import KeysOnly
 from tests.taximeter.support import ROOT
 
 COUNTED = re.compile(r'metrics\["(\w+)"\]')
@@ -62,12 +64,14 @@ def test_no_label_takes_what_a_client_or_a_tenant_can_choose() -> None:
         "error_type",
         "gen_ai_operation_name",
         "gen_ai_token_type",
+        "method",
         "outcome",
+        "protocol",
         "reason",
         "result",
         "rule",
     }
-    from_the_code |= {"severity"}
+    from_the_code |= {"severity", "status"}
     from_the_configuration = {"endpoint", "gen_ai_request_model", "model", "partition", "topic"}
     assert {label for each in METRICS for label in each.labels} == from_the_code | from_the_configuration
 
@@ -118,6 +122,27 @@ def test_a_sink_says_how_old_what_it_has_is(serve: Callable[..., str]) -> None:
     assert 'taximeter_sink_log_time_seconds{partition="2"} 1.7000000005e+09' in text
     assert "taximeter_sink_stored_records_total 30.0" in text
     assert "taximeter_sink_storing_seconds_total 0.25" in text
+
+
+async def test_an_api_is_scraped_by_method_and_says_how_full_it_is(serve: Callable[..., str]) -> None:
+    only = KeysOnly()
+    server: Any = SimpleNamespace(calls=only.calls, behind_s=lambda: {"billing.keys": 7.5})
+    async with only.client(only.key("", "read")) as client:
+        assert (await client.get("/v1/pipeline")).status_code == 503
+    status, text = await asyncio.to_thread(get, serve(api_metrics(server)), "/metrics")
+    assert status == 200
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["taximeter_api_requests_total", "GetPipeline", "http", "503"] == 1
+    assert samples["taximeter_api_requests_total", "GetBalance", "grpc", "INTERNAL"] == 0
+    assert samples["taximeter_api_request_duration_seconds_count", "GetPipeline", "http"] == 1
+    assert samples["taximeter_api_running_calls_max",] == 64
+    assert samples["taximeter_api_open_watches",] == 0
+    assert samples["taximeter_api_behind_seconds", "billing.keys"] == 7.5
+    only.calls.close()
 
 
 def test_an_address_that_is_taken_is_named(serve: Callable[..., str]) -> None:

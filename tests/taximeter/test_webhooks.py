@@ -121,18 +121,23 @@ async def test_each_endpoint_is_scraped_by_its_name(tmp_path: Path) -> None:
     journal.take("a", [NewDelivery("ops", "a-r1", "a", b"{}", "no room"), NewDelivery("ops", "b-r1", "b", b"{}")])
     [endpoint] = settings.endpoints
     queue = notifier._queues["ops"] = EndpointQueue(endpoint, journal, settings.limits, gone=True)
-    queue.counts["delivered"] = 3
+    queue.outcomes["taken"] = 3
+    [(number, *_)] = journal.waiting()
+    journal.failed(number, "HTTP 503")
     samples = {
-        sample.name: sample.value
+        (sample.name, sample.labels.get("outcome", "")): sample.value
         for family in notifier_metrics(notifier)()
         for sample in family.samples
-        if sample.labels in ({}, {"endpoint": "ops"})
+        if sample.labels.get("endpoint", "ops") == "ops"
     }
-    assert samples["taximeter_notifier_dead_letters"] == 1
-    assert samples["taximeter_notifier_delivered_total"] == 3
-    assert samples["taximeter_notifier_endpoint_gone"] == 1
-    assert samples["taximeter_notifier_oldest_waiting_seconds"] >= 0
-    assert samples["taximeter_notifier_dead_letters_dropped_total"] == 0
+    assert samples["taximeter_notifier_dead_letters", ""] == 1
+    assert samples["taximeter_notifier_attempts_total", "taken"] == 3
+    assert samples["taximeter_notifier_attempts_total", "timed_out"] == 0
+    assert samples["taximeter_notifier_retrying", ""] == 1
+    assert samples["taximeter_notifier_endpoint_gone", ""] == 1
+    assert samples["taximeter_notifier_oldest_waiting_seconds", ""] >= 0
+    assert samples["taximeter_notifier_dead_letters_dropped_total", ""] == 0
+    assert samples["taximeter_notifier_behind_seconds", ""] > 0, "no broker has said where the topic ends"
     await queue.close()
     notifier._journal.close()
     journal.close()

@@ -58,7 +58,7 @@ async def test_states_of_an_alert_arrive_in_order_whatever_fails(journal: Journa
         taken = [name for name in receiver.ids() if name.startswith(alert)]
         assert taken == [f"{alert}-r{revision}" for revision in (1, 2, 3) for _ in range(3)]
     assert journal.waiting() == []
-    assert (queue.counts["delivered"], queue.counts["failed"]) == (6, 12)
+    assert queue.outcomes == {"taken": 6, "failed": 12}
 
 
 async def test_one_alert_that_is_never_taken_holds_no_other(journal: Journal, receiver: Receiver) -> None:
