@@ -14,7 +14,7 @@ from billing.limits import ID_CHARS_MAX, KEY_BYTES_MAX, PLAN_BYTES_MAX, RELEASED
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
 from billing.registrations import register, registration_problem
-from billing.rule_limits import rules_problem
+from billing.rule_limits import completed, rules_problem
 from billing.state import DAY_MS, LedgerState
 from billing.tenant_step import check_key, check_operator_key, close_tenant, upsert_budget, upsert_project
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
@@ -148,9 +148,10 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     currency = upsert.currency or (account.currency if account else state.settings.default_currency)
     if len(currency) > 8:
         raise CommandRefused(f"currency: {currency[:16]!r}; write a code such as USD")
-    if upsert.plan.ByteSize() > PLAN_BYTES_MAX:
-        raise CommandRefused(f"plan: {upsert.plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
-    problem = rules_problem(upsert.plan.rules)
+    plan = completed(upsert.plan, state.settings.default_plan)
+    if plan.ByteSize() > PLAN_BYTES_MAX:
+        raise CommandRefused(f"plan: {plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
+    problem = rules_problem(plan.rules)
     if problem:
         raise CommandRefused(problem)
     if account is None:
@@ -173,7 +174,7 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     if upsert.display_name:
         account.display_name = upsert.display_name[:ID_CHARS_MAX]
     if upsert.HasField("plan"):
-        account.plan = upsert.plan
+        account.plan = plan
     if upsert.status == ACCOUNT_STATUS_CLOSED:
         applied.outcome = close_tenant(state, account, record, expire_credit=upsert.expire_credit)
     _state_account(state, account, record)

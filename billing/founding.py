@@ -13,7 +13,7 @@ from billing.key_ring import Keys
 from billing.limits import SCHEMA_VERSION
 from billing.registrations import EVERYONE
 from billing.release import folded
-from billing.rule_limits import DEFAULT_RULES
+from billing.rule_limits import DEFAULT_RULES, PLAN_RULE_DEFAULTS
 from billing.state import DAY_MS, LedgerState
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan, ProducerRegistration, RuleLimits
 from billing.v1.ledger_pb2 import CorrectedEvent, Founding, InvoiceSeries, LedgerRecord
@@ -40,9 +40,9 @@ class LedgerSettings:
     drift_millionths: int = DRIFT_MILLIONTHS
     default_currency: str = "USD"
     default_prompt_tokens_max: int = 0
-    default_burst_tokens_floor: int = 1_000_000
-    default_burst_factor: int = 10
-    default_duplicate_flood_events: int = 1_000
+    default_burst_tokens_floor: int = PLAN_RULE_DEFAULTS["burst_tokens_floor"]
+    default_burst_factor: int = PLAN_RULE_DEFAULTS["burst_factor"]
+    default_duplicate_flood_events: int = PLAN_RULE_DEFAULTS["duplicate_flood_events"]
     # Usage is taken of registered producers alone, from the first event on; else until a command says so.
     registered_producers_only: bool = False
     default_rules: RuleLimits = field(default_factory=lambda: DEFAULT_RULES)

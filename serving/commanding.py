@@ -90,15 +90,15 @@ class PlanTerms:
     prepaid: bool = True
     prompt_tokens_max: int = 0
     output_tokens_default: int = 0
-    burst_tokens_floor: int = 1_000_000
-    burst_factor: int = 10
-    duplicate_flood_events: int = 1_000
+    # None, and what `rules` does not say: as the ledger was founded.
+    burst_tokens_floor: int | None = None
+    burst_factor: int | None = None
+    duplicate_flood_events: int | None = None
     credit_limit_pico: int = 0
     limits: Limits | None = None
     model_limits: Mapping[str, Limits] = field(default_factory=dict)
     tell_price: bool = False
     shadow: bool = False
-    # None: those that the ledger was founded with.
     rules: RuleLimits | None = None
 
     def to_plan(self) -> Plan:

@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Literal
 from billing import key_ring as key_rings
 from billing.commands import lease_key
 from billing.founding import DEDUPE_KEY_BYTES, LedgerSettings
+from billing.rule_limits import RULE_LIMIT_NAMES, rule_limits
 from billing.step import LedgerKeys
 from producers.meter import MeterSettings
 from producers.publisher import PublisherSettings
 from sinks.settings import SinkSettings
 from stream_processors.settings import KafkaSettings, SnapshotSettings, TopicNames, TopicSettings, WorkerSettings
 from taximeter.config import Config, KafkaConfig, ModelProfileConfig, read_secret
-from taximeter.errors import ConfigError
+from taximeter.errors import ConfigError, MisuseError
+from taximeter.rule_options import parse_actions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from billing.key_ring import Keys
+    from billing.v1.account_pb2 import RuleLimits
     from serving.api import ApiSettings
     from serving.gateway.profiles import ModelProfile
     from serving.gateway.settings import GatewaySettings, LeaseSettings, UpstreamTls
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from sinks.embedded import JsonReader
     from sinks.engine import Engine, Reader
     from stream_processors.topics import ApplySettings
+    from taximeter.config import RulesConfig
 
 __all__ = [
     "api_settings",
@@ -287,13 +291,27 @@ def apply_settings(config: Config, *, embedded: bool, found_again_on: Path | Non
             alert_cooldown_ms=ledger.alert_cooldown_minutes * minute_ms,
             missing_grace_ms=ledger.missing_grace_seconds * 1_000,
             silence_ms=ledger.producer_silence_seconds * 1_000,
+            alert_resolve_ms=ledger.rules.resolve_minutes * minute_ms,
+            drift_millionths=round(ledger.rules.counting_drift_percent * 10_000),
             default_currency=ledger.currency,
+            default_burst_tokens_floor=ledger.rules.burst_tokens_floor,
+            default_burst_factor=ledger.rules.burst_factor,
+            default_duplicate_flood_events=ledger.rules.duplicate_flood_events,
+            default_rules=_founding_rules(ledger.rules),
             registered_producers_only=ledger.registered_producers_only,
         ),
         seal_key=key_ring(config, "seal_key", needed_for="founding a ledger"),
         names=topic_names(config),
         state_folder=ledger.state_dir if embedded else found_again_on,
     )
+
+
+def _founding_rules(rules: RulesConfig) -> RuleLimits:
+    values = {name: getattr(rules, name) for name in RULE_LIMIT_NAMES}
+    try:
+        return rule_limits(values, parse_actions("ledger.rules.actions", rules.actions))
+    except MisuseError as error:
+        raise ConfigError(str(error)) from None
 
 
 def model_profile(name: str, profile: ModelProfileConfig) -> ModelProfile:

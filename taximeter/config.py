@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from billing.v1.alert_pb2 import AlertRule, Severity
+from taximeter.config_section import Section
 from taximeter.errors import ConfigError
 from taximeter.logs import keep_out
+from taximeter.rules_config import RulesConfig
 
 __all__ = [
     "ApiConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "NotifierEndpointConfig",
     "PricesConfig",
     "ProducerConfig",
+    "RulesConfig",
     "is_anything_set",
     "load",
     "read_secret",
@@ -81,11 +84,7 @@ def _is_local(address: str) -> bool:
         return False
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-class KafkaConfig(_Section):
+class KafkaConfig(Section):
     """Where Kafka is, how to speak to it, and how the topics are called."""
 
     bootstrap: str = "127.0.0.1:9092"
@@ -123,7 +122,7 @@ class KafkaConfig(_Section):
         return self
 
 
-class LedgerConfig(_Section):
+class LedgerConfig(Section):
     """The ledger: how many partitions it was founded with, where its local state lies, and the keys that seal it."""
 
     partitions: Annotated[int, Field(ge=1, le=1024)] = 4
@@ -148,6 +147,7 @@ class LedgerConfig(_Section):
     metrics_address: MetricsAddress = ""
     missing_grace_seconds: Annotated[int, Field(ge=1)] = 120
     producer_silence_seconds: Annotated[int, Field(ge=1)] = 300
+    rules: RulesConfig = Field(default_factory=RulesConfig)
     # Where workers put snapshots of their state, so that a new disk need not replay the whole ledger: file:///folder,
     # s3://bucket/prefix, gs://…, az://…; empty: nowhere. Credentials come from the environment, as the cloud's tools take them.
     snapshot_url: Annotated[str, Field(pattern=r"^$|^[a-z0-9]+://[^@]*$")] = ""
@@ -157,7 +157,7 @@ class LedgerConfig(_Section):
     snapshots_kept: Annotated[int, Field(ge=1, le=50)] = 3
 
 
-class ClickHouseConfig(_Section):
+class ClickHouseConfig(Section):
     """Where rows go: chDB, owned by the sink and asked over loopback, or a ClickHouse server over the native
     protocol.
     """
@@ -191,7 +191,7 @@ class ClickHouseConfig(_Section):
         return self
 
 
-class GatewayConfig(_Section):
+class GatewayConfig(Section):
     """The metering gateway: where it listens, what stands behind it, and how it knows a key."""
 
     host: str = "127.0.0.1"
@@ -276,7 +276,7 @@ class GatewayConfig(_Section):
         return self
 
 
-class ApiConfig(_Section):
+class ApiConfig(Section):
     """The billing API: where it listens. `gateway.key_pepper` lets it know keys, `ledger.command_key` change things."""
 
     host: str = "127.0.0.1"
@@ -305,7 +305,7 @@ class ApiConfig(_Section):
         return self
 
 
-class ProducerConfig(_Section):
+class ProducerConfig(Section):
     """What a metering point's journal and publisher may use, and as whom it is registered."""
 
     # How the IDs of its journals begin: by it the ledger finds the registration, `NAME*`.
@@ -320,7 +320,7 @@ class ProducerConfig(_Section):
     durable_timeout_s: Annotated[float, Field(gt=0)] = 30.0
 
 
-class ModelProfileConfig(_Section):
+class ModelProfileConfig(Section):
     """One model behind the gateway: how its back end speaks, and which tokenizer counts when the back end does not. What is not
     set is as it is with this back end; what a back end does not have must not be set.
     """
@@ -372,7 +372,7 @@ class ModelProfileConfig(_Section):
         return self
 
 
-class ModelsConfig(_Section):
+class ModelsConfig(Section):
     """Models by name, and tokenizers by name: the path of a tokenizer.json, a GGUF file, or a folder."""
 
     profiles: dict[str, ModelProfileConfig] = Field(default_factory=dict)
@@ -386,7 +386,7 @@ class ModelsConfig(_Section):
         return self
 
 
-class NotifierEndpointConfig(_Section):
+class NotifierEndpointConfig(Section):
     """One receiver of alerts over HTTP. Filters that are empty let everything through."""
 
     # Where alerts are posted; Alertmanager's is https://HOST/api/v2/alerts.
@@ -438,7 +438,7 @@ class NotifierEndpointConfig(_Section):
         return self
 
 
-class NotifierConfig(_Section):
+class NotifierConfig(Section):
     """The notifier: alerts to endpoints over HTTP."""
 
     # What is to be delivered, and how far the alert topic was followed: on a disk that survives the process.
@@ -457,13 +457,13 @@ class NotifierConfig(_Section):
     ] = Field(default_factory=dict)
 
 
-class PricesConfig(_Section):
+class PricesConfig(Section):
     """The price book that `up` applies when it founds a ledger; none: the one that comes with the package."""
 
     initial_book: Path | None = None
 
 
-class EmbeddedConfig(_Section):
+class EmbeddedConfig(Section):
     """What `up` starts on this machine."""
 
     host: Literal["127.0.0.1"] = "127.0.0.1"

@@ -222,7 +222,9 @@ class Plan(_message.Message):
     """Prompts over this are refused before they are forwarded, and raise an alert."""
     output_tokens_default: _builtins.int
     burst_tokens_floor: _builtins.int
-    """Token burst: tokens in one minute above `burst_factor` times the baseline and above the floor."""
+    """Token burst: tokens in one minute above `burst_factor` times the baseline and above the floor. Absent in a command, here and
+    in `rules`: as the ledger was founded; what the ledger states has all of them.
+    """
     burst_factor: _builtins.int
     duplicate_flood_events: _builtins.int
     """Duplicate flood: duplicates of one tenant in one minute."""
@@ -249,9 +251,9 @@ class Plan(_message.Message):
         billing_mode: Global___BillingMode.ValueType = ...,
         prompt_tokens_max: _builtins.int = ...,
         output_tokens_default: _builtins.int = ...,
-        burst_tokens_floor: _builtins.int = ...,
-        burst_factor: _builtins.int = ...,
-        duplicate_flood_events: _builtins.int = ...,
+        burst_tokens_floor: _builtins.int | None = ...,
+        burst_factor: _builtins.int | None = ...,
+        duplicate_flood_events: _builtins.int | None = ...,
         credit_limit: Global___Amount | None = ...,
         rules: Global___RuleLimits | None = ...,
         limits: Global___Limits | None = ...,
@@ -259,11 +261,22 @@ class Plan(_message.Message):
         tell_price: _builtins.bool = ...,
         shadow: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "limits", b"limits", "rules", b"rules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_burst_factor", b"_burst_factor", "_burst_tokens_floor", b"_burst_tokens_floor", "_duplicate_flood_events", b"_duplicate_flood_events", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "credit_limit", b"credit_limit", "duplicate_flood_events", b"duplicate_flood_events", "limits", b"limits", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing_mode", b"billing_mode", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "credit_limit", b"credit_limit", "duplicate_flood_events", b"duplicate_flood_events", "limits", b"limits", "model_limits", b"model_limits", "output_tokens_default", b"output_tokens_default", "plan_id", b"plan_id", "prompt_tokens_max", b"prompt_tokens_max", "rules", b"rules", "shadow", b"shadow", "tell_price", b"tell_price"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burst_factor", b"_burst_factor", "_burst_tokens_floor", b"_burst_tokens_floor", "_duplicate_flood_events", b"_duplicate_flood_events", "billing_mode", b"billing_mode", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "credit_limit", b"credit_limit", "duplicate_flood_events", b"duplicate_flood_events", "limits", b"limits", "model_limits", b"model_limits", "output_tokens_default", b"output_tokens_default", "plan_id", b"plan_id", "prompt_tokens_max", b"prompt_tokens_max", "rules", b"rules", "shadow", b"shadow", "tell_price", b"tell_price"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__burst_factor: _TypeAlias = _typing.Literal["burst_factor"]  # noqa: Y015
+    _WhichOneofArgType__burst_factor: _TypeAlias = _typing.Literal["_burst_factor", b"_burst_factor"]  # noqa: Y015
+    _WhichOneofReturnType__burst_tokens_floor: _TypeAlias = _typing.Literal["burst_tokens_floor"]  # noqa: Y015
+    _WhichOneofArgType__burst_tokens_floor: _TypeAlias = _typing.Literal["_burst_tokens_floor", b"_burst_tokens_floor"]  # noqa: Y015
+    _WhichOneofReturnType__duplicate_flood_events: _TypeAlias = _typing.Literal["duplicate_flood_events"]  # noqa: Y015
+    _WhichOneofArgType__duplicate_flood_events: _TypeAlias = _typing.Literal["_duplicate_flood_events", b"_duplicate_flood_events"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__burst_factor) -> _WhichOneofReturnType__burst_factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__burst_tokens_floor) -> _WhichOneofReturnType__burst_tokens_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duplicate_flood_events) -> _WhichOneofReturnType__duplicate_flood_events | None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
@@ -303,28 +316,67 @@ class RuleLimits(_message.Message):
     """Refused in one minute."""
     @_builtins.property
     def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RuleAction]:
-        """What gateways do when a rule speaks."""
+        """What gateways do when a rule speaks. Given whole: those that the ledger was founded with hold for plans without `rules`."""
 
     def __init__(
         self,
         *,
-        prompt_outlier_tokens_floor: _builtins.int = ...,
-        prompt_outlier_factor: _builtins.int = ...,
-        burst_requests_floor: _builtins.int = ...,
-        burst_requests_factor: _builtins.int = ...,
-        burn_horizon_minutes: _builtins.int = ...,
-        conflict_flood_events: _builtins.int = ...,
-        key_places_max: _builtins.int = ...,
-        cancelled_requests: _builtins.int = ...,
-        cancelled_percent: _builtins.int = ...,
-        refused_requests: _builtins.int = ...,
+        prompt_outlier_tokens_floor: _builtins.int | None = ...,
+        prompt_outlier_factor: _builtins.int | None = ...,
+        burst_requests_floor: _builtins.int | None = ...,
+        burst_requests_factor: _builtins.int | None = ...,
+        burn_horizon_minutes: _builtins.int | None = ...,
+        conflict_flood_events: _builtins.int | None = ...,
+        key_places_max: _builtins.int | None = ...,
+        cancelled_requests: _builtins.int | None = ...,
+        cancelled_percent: _builtins.int | None = ...,
+        refused_requests: _builtins.int | None = ...,
         actions: _abc.Iterable[Global___RuleAction] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_burn_horizon_minutes", b"_burn_horizon_minutes", "_burst_requests_factor", b"_burst_requests_factor", "_burst_requests_floor", b"_burst_requests_floor", "_cancelled_percent", b"_cancelled_percent", "_cancelled_requests", b"_cancelled_requests", "_conflict_flood_events", b"_conflict_flood_events", "_key_places_max", b"_key_places_max", "_prompt_outlier_factor", b"_prompt_outlier_factor", "_prompt_outlier_tokens_floor", b"_prompt_outlier_tokens_floor", "_refused_requests", b"_refused_requests", "burn_horizon_minutes", b"burn_horizon_minutes", "burst_requests_factor", b"burst_requests_factor", "burst_requests_floor", b"burst_requests_floor", "cancelled_percent", b"cancelled_percent", "cancelled_requests", b"cancelled_requests", "conflict_flood_events", b"conflict_flood_events", "key_places_max", b"key_places_max", "prompt_outlier_factor", b"prompt_outlier_factor", "prompt_outlier_tokens_floor", b"prompt_outlier_tokens_floor", "refused_requests", b"refused_requests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "burn_horizon_minutes", b"burn_horizon_minutes", "burst_requests_factor", b"burst_requests_factor", "burst_requests_floor", b"burst_requests_floor", "cancelled_percent", b"cancelled_percent", "cancelled_requests", b"cancelled_requests", "conflict_flood_events", b"conflict_flood_events", "key_places_max", b"key_places_max", "prompt_outlier_factor", b"prompt_outlier_factor", "prompt_outlier_tokens_floor", b"prompt_outlier_tokens_floor", "refused_requests", b"refused_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burn_horizon_minutes", b"_burn_horizon_minutes", "_burst_requests_factor", b"_burst_requests_factor", "_burst_requests_floor", b"_burst_requests_floor", "_cancelled_percent", b"_cancelled_percent", "_cancelled_requests", b"_cancelled_requests", "_conflict_flood_events", b"_conflict_flood_events", "_key_places_max", b"_key_places_max", "_prompt_outlier_factor", b"_prompt_outlier_factor", "_prompt_outlier_tokens_floor", b"_prompt_outlier_tokens_floor", "_refused_requests", b"_refused_requests", "actions", b"actions", "burn_horizon_minutes", b"burn_horizon_minutes", "burst_requests_factor", b"burst_requests_factor", "burst_requests_floor", b"burst_requests_floor", "cancelled_percent", b"cancelled_percent", "cancelled_requests", b"cancelled_requests", "conflict_flood_events", b"conflict_flood_events", "key_places_max", b"key_places_max", "prompt_outlier_factor", b"prompt_outlier_factor", "prompt_outlier_tokens_floor", b"prompt_outlier_tokens_floor", "refused_requests", b"refused_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__burn_horizon_minutes: _TypeAlias = _typing.Literal["burn_horizon_minutes"]  # noqa: Y015
+    _WhichOneofArgType__burn_horizon_minutes: _TypeAlias = _typing.Literal["_burn_horizon_minutes", b"_burn_horizon_minutes"]  # noqa: Y015
+    _WhichOneofReturnType__burst_requests_factor: _TypeAlias = _typing.Literal["burst_requests_factor"]  # noqa: Y015
+    _WhichOneofArgType__burst_requests_factor: _TypeAlias = _typing.Literal["_burst_requests_factor", b"_burst_requests_factor"]  # noqa: Y015
+    _WhichOneofReturnType__burst_requests_floor: _TypeAlias = _typing.Literal["burst_requests_floor"]  # noqa: Y015
+    _WhichOneofArgType__burst_requests_floor: _TypeAlias = _typing.Literal["_burst_requests_floor", b"_burst_requests_floor"]  # noqa: Y015
+    _WhichOneofReturnType__cancelled_percent: _TypeAlias = _typing.Literal["cancelled_percent"]  # noqa: Y015
+    _WhichOneofArgType__cancelled_percent: _TypeAlias = _typing.Literal["_cancelled_percent", b"_cancelled_percent"]  # noqa: Y015
+    _WhichOneofReturnType__cancelled_requests: _TypeAlias = _typing.Literal["cancelled_requests"]  # noqa: Y015
+    _WhichOneofArgType__cancelled_requests: _TypeAlias = _typing.Literal["_cancelled_requests", b"_cancelled_requests"]  # noqa: Y015
+    _WhichOneofReturnType__conflict_flood_events: _TypeAlias = _typing.Literal["conflict_flood_events"]  # noqa: Y015
+    _WhichOneofArgType__conflict_flood_events: _TypeAlias = _typing.Literal["_conflict_flood_events", b"_conflict_flood_events"]  # noqa: Y015
+    _WhichOneofReturnType__key_places_max: _TypeAlias = _typing.Literal["key_places_max"]  # noqa: Y015
+    _WhichOneofArgType__key_places_max: _TypeAlias = _typing.Literal["_key_places_max", b"_key_places_max"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_outlier_factor: _TypeAlias = _typing.Literal["prompt_outlier_factor"]  # noqa: Y015
+    _WhichOneofArgType__prompt_outlier_factor: _TypeAlias = _typing.Literal["_prompt_outlier_factor", b"_prompt_outlier_factor"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_outlier_tokens_floor: _TypeAlias = _typing.Literal["prompt_outlier_tokens_floor"]  # noqa: Y015
+    _WhichOneofArgType__prompt_outlier_tokens_floor: _TypeAlias = _typing.Literal["_prompt_outlier_tokens_floor", b"_prompt_outlier_tokens_floor"]  # noqa: Y015
+    _WhichOneofReturnType__refused_requests: _TypeAlias = _typing.Literal["refused_requests"]  # noqa: Y015
+    _WhichOneofArgType__refused_requests: _TypeAlias = _typing.Literal["_refused_requests", b"_refused_requests"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__burn_horizon_minutes) -> _WhichOneofReturnType__burn_horizon_minutes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__burst_requests_factor) -> _WhichOneofReturnType__burst_requests_factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__burst_requests_floor) -> _WhichOneofReturnType__burst_requests_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cancelled_percent) -> _WhichOneofReturnType__cancelled_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cancelled_requests) -> _WhichOneofReturnType__cancelled_requests | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__conflict_flood_events) -> _WhichOneofReturnType__conflict_flood_events | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__key_places_max) -> _WhichOneofReturnType__key_places_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_outlier_factor) -> _WhichOneofReturnType__prompt_outlier_factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_outlier_tokens_floor) -> _WhichOneofReturnType__prompt_outlier_tokens_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__refused_requests) -> _WhichOneofReturnType__refused_requests | None: ...
 
 Global___RuleLimits: _TypeAlias = RuleLimits  # noqa: Y015
 

@@ -52,6 +52,7 @@ def create_tenant(
 ) -> None:
     """Create a tenant, or change its plan."""
     check_id("TENANT", tenant)
+    rules = parse_rules("--rule", rule or ())
     terms = PlanTerms(
         prepaid=not postpaid,
         prompt_tokens_max=prompt_tokens_max,
@@ -60,7 +61,8 @@ def create_tenant(
         model_limits=parse_model_limits("--model-limit", model_limit or ()),
         tell_price=tell_price,
         shadow=shadow,
-        rules=parse_rules("--rule", rule or ()),
+        rules=rules.limits,
+        **rules.of_plan,
     )
     try:
         calendar = calendar_of(time_zone, now_ms()) if time_zone else None

@@ -7,13 +7,15 @@ import typer
 from billing.key_ring import as_ring
 from billing.registrations import EVERYONE, producer_key
 from billing.v1.account_pb2 import ProducerRegistration
+from sinks import archived
 from taximeter.commanding import Commander
 from taximeter.commands.accounts import issuer, tell
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import key_ring, open_reader
 from taximeter.errors import MisuseError
+from taximeter.times import show_time
 
-__all__ = ["key", "register", "revoke"]
+__all__ = ["key", "list_", "register", "revoke"]
 
 NameArgument = Annotated[
     str, typer.Argument(help="A producer's ID, or how the IDs of several begin with * behind it: 'gateway-*'.")
@@ -56,9 +58,40 @@ def revoke(context: Context, name: NameArgument, json: JsonOption = False) -> No
 
 
 @command
+def list_(context: Context, json: JsonOption = False) -> None:
+    """Show who is registered, whom they may bill, since when, and when they were last heard of."""
+    with open_reader(context.config()) as reader:
+        rows = [_values(row) for row in archived.registrations(reader)]
+    if json:
+        context.output.json(rows)
+        return
+    names = ("producer", "bills", "state", "signed", "since", "changed", "heard_of", "last_seen")
+    table = [[", ".join(cell) if isinstance(cell := row[name], list) else cell for name in names] for row in rows]
+    empty = "nobody is registered: everybody's usage is taken"
+    columns = [name.replace("_", " ") + (" " if name == "heard_of" else "") for name in names]
+    context.output.table("Producers", columns, table, empty=empty)
+
+
+@command
 def key(context: Context, name: NameArgument, key_number: KeyNumberOption = 0, json: JsonOption = False) -> None:
     """Show the key of a registration again. It is made from the command key, and signs usage alone."""
     tell(context, {"producer": name, "key": _key_of(context, name, key_number)}, json=json)
+
+
+def _values(row: archived.RegistrationRow) -> dict[str, object]:
+    registration = row.registration
+    return {
+        "producer": registration.producer_id,
+        "bills": ["everybody"] if registration.all_tenants else list(registration.tenant_ids),
+        "all_tenants": registration.all_tenants,
+        "state": "revoked" if registration.revoked else "registered",
+        "signed": not registration.unsigned,
+        "key_number": registration.key_number,
+        "since": show_time(row.since_ms),
+        "changed": show_time(row.changed_ms),
+        "heard_of": row.producers,
+        "last_seen": show_time(row.seen_ms),
+    }
 
 
 def _give(context: Context, registration: ProducerRegistration) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from taximeter import config
+from taximeter import config, rules_config
 from taximeter.config import ENVIRONMENT_PREFIX, Config
 from taximeter.reference.markdown import cell, code, table
 
@@ -28,7 +28,7 @@ section.key=value`, each over the one before. A key that nobody knows is an erro
 
 def settings_page() -> str:
     """Each key with its type, default, variable and meaning."""
-    meanings = _comments(inspect.getsource(config))
+    meanings = _comments(inspect.getsource(config)) | _comments(inspect.getsource(rules_config))
     sections = ["# Settings", _INTRODUCTION]
     for name, info in Config.model_fields.items():
         model = info.annotation
@@ -41,11 +41,12 @@ def settings_page() -> str:
 def _section(name: str, model: type[BaseModel], meanings: dict[tuple[str, str], str]) -> list[str]:
     rows, nested = [], []
     for key, info in model.model_fields.items():
-        inner = _model_of(info.annotation)
+        inner, is_named = _model_of(info.annotation)
         if inner is not None:
-            nested.append((f"{name}.{key}.NAME", inner))
-        variable = "" if "NAME" in name or inner is not None else f"{ENVIRONMENT_PREFIX}{name}__{key}".upper()
-        kind = "a section for each" if inner is not None else _type(info)
+            nested.append((f"{name}.{key}.NAME" if is_named else f"{name}.{key}", inner))
+        path = f"{name}.{key}".replace(".", "__")
+        variable = "" if "NAME" in name or inner is not None else f"{ENVIRONMENT_PREFIX}{path}".upper()
+        kind = _type(info) if inner is None else "a section for each" if is_named else "a section"
         rows.append((code(key), kind, code(_default(info)), code(variable), cell(meanings.get((model.__name__, key), ""))))
     head = ("key", "type", "default", "variable", "meaning")
     sections = [f"## [{name}]", cell(inspect.getdoc(model) or ""), table(head, rows)]
@@ -54,11 +55,11 @@ def _section(name: str, model: type[BaseModel], meanings: dict[tuple[str, str], 
     return sections
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """Of a dictionary of sections."""
-    arguments = get_args(annotation)
-    last = arguments[-1] if get_origin(annotation) is dict else None
-    return last if isinstance(last, type) and issubclass(last, BaseModel) else None
+def _model_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """Of a section within a section; and whether it is one of several that have names."""
+    is_named = get_origin(annotation) is dict
+    found = get_args(annotation)[-1] if is_named else annotation
+    return (found if isinstance(found, type) and issubclass(found, BaseModel) else None), is_named
 
 
 def _type(info: FieldInfo) -> str:

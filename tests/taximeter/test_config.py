@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from billing.key_ring import as_ring
-from taximeter.compose import key_ring
-from taximeter.config import Config, load, read_secret
+from billing.rule_limits import PLAN_RULE_DEFAULTS, RULE_LIMIT_NAMES
+from billing.v1.alert_pb2 import ALERT_RULE_KEY_PLACES
+from taximeter.compose import apply_settings, key_ring
+from taximeter.config import Config, RulesConfig, load, read_secret
 from taximeter.config_text import to_json_values, to_toml
 from taximeter.errors import ConfigError
 
@@ -199,3 +201,30 @@ def test_a_ring_of_keys_is_read_and_a_wrong_one_is_told_without_its_secrets(tmp_
     with pytest.raises(ConfigError, match=rf"ledger\.{field} line 1: has 3 words") as caught:
         key_ring(config, field, needed_for="a test")  # type: ignore[arg-type]
     assert CANARY not in str(caught.value)
+
+
+def test_a_new_ledger_is_founded_with_the_rules_that_are_configured(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[ledger]\nseal_key = "s"\n[ledger.rules]\nburst_factor = 4\nrefused_requests = 0\nresolve_minutes = 30\n'
+        'counting_drift_percent = 1.5\nactions = ["key_places:stop=60"]\n',
+    )
+    config = load(path, ("ledger.rules.burst_requests_floor=50",))
+    founding = apply_settings(config, embedded=False).ledger.to_founding(1)
+    plan = founding.default_plan
+    assert (plan.burst_factor, plan.rules.refused_requests, plan.rules.burst_requests_floor) == (4, 0, 50)
+    assert (founding.alert_resolve_ms, founding.drift_millionths) == (1_800_000, 15_000)
+    [action] = plan.rules.actions
+    assert (action.rule, action.duration_ms) == (ALERT_RULE_KEY_PLACES, 3_600_000)
+    # What is not named has the domain's default, and no figure is without a key.
+    assert (plan.burst_tokens_floor, plan.rules.cancelled_percent) == (1_000_000, 50)
+    figures = {*RULE_LIMIT_NAMES, *PLAN_RULE_DEFAULTS, "actions", "counting_drift_percent", "resolve_minutes"}
+    assert set(RulesConfig.model_fields) == figures
+
+
+def test_rules_that_cannot_be_meant_are_refused_by_their_key(tmp_path: Path) -> None:
+    assert "ledger.rules.key_places_max" in refusal(flags=("ledger.rules.key_places_max=99",))
+    assert "the nearest is ledger.rules.burst_factor" in refusal(flags=("ledger.rules.burst_facto=1",))
+    config = load(write(tmp_path, '[ledger]\nseal_key = "s"\n[ledger.rules]\nactions = ["budget:slow=1"]\n'))
+    with pytest.raises(ConfigError, match=r"^ledger\.rules\.actions 'budget:slow=1': write RULE:stop=MINUTES"):
+        apply_settings(config, embedded=False)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from billing.rule_limits import DEFAULT_RULES
 from billing.v1.alert_pb2 import ALERT_RULE_KEY_PLACES, ALERT_RULE_TOKEN_BURST
 from taximeter.errors import MisuseError
-from taximeter.rule_options import parse_rules
+from taximeter.rule_options import GivenRules, parse_rules
 
 
-def test_what_is_named_takes_the_default_s_place_and_what_rules_do_is_read() -> None:
-    rules = parse_rules("--rule", ["key_places_max=3", "key_places:stop=60", "token_burst:throttle=60/30"])
-    assert rules is not None
-    assert (rules.key_places_max, rules.refused_requests) == (3, DEFAULT_RULES.refused_requests)
-    assert [(each.rule, each.requests_per_minute, each.duration_ms) for each in rules.actions] == [
+def test_what_is_named_is_given_and_the_rest_is_left_to_the_ledger() -> None:
+    given = parse_rules("--rule", ["key_places_max=3", "burst_factor=0", "key_places:stop=60", "token_burst:throttle=60/30"])
+    assert given.of_plan == {"burst_factor": 0}
+    assert given.limits is not None
+    assert given.limits.key_places_max == 3
+    assert not given.limits.HasField("refused_requests")
+    assert [(each.rule, each.requests_per_minute, each.duration_ms) for each in given.limits.actions] == [
         (ALERT_RULE_KEY_PLACES, 0, 3_600_000),
         (ALERT_RULE_TOKEN_BURST, 60, 1_800_000),
     ]
-    assert parse_rules("--rule", []) is None
+    assert parse_rules("--rule", []) == GivenRules({}, None)
+    assert parse_rules("--rule", ["burst_tokens_floor=5"]) == GivenRules({"burst_tokens_floor": 5}, None)
 
 
 @pytest.mark.parametrize(

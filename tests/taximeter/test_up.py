@@ -100,7 +100,10 @@ def test_credit_granted_twice_under_one_id_counts_once(up: Up) -> None:
 
 
 def test_a_top_up_is_answered_the_same_and_an_account_explains_what_is_refused(up: Up, tmp_path: Path) -> None:
-    up.json("tenant", "create", "beta", "--time-zone", "America/Los_Angeles")
+    up.json("tenant", "create", "beta", "--time-zone", "America/Los_Angeles", "--rule", "key_places_max=3")
+    rules, founded = up.json("rules", "show", "beta")["figures"], up.json("rules", "show")["figures"]
+    assert (rules["key_places_max"], rules["burst_tokens_floor"]) == (3, founded["burst_tokens_floor"])
+    assert founded["key_places_max"] == 8
     top_up = ("credit", "topup", "beta", "2.50", "--grant-id", "pi_1", "--reference", "receipt 7")
     first = up.json(*top_up)
     assert (first["amount"], first["currency"], first["grant_id"]) == ("2.50", "USD", "pi_1")
@@ -125,6 +128,10 @@ def test_a_top_up_is_answered_the_same_and_an_account_explains_what_is_refused(u
     ]
     [why] = shown["refuses"]
     assert "requests of project search are refused" in why
+    up.json("producer", "register", "reports-*", "--tenant", "beta")
+    [producer] = up.json("producer", "list")
+    assert (producer["producer"], producer["bills"], producer["state"]) == ("reports-*", ["beta"], "registered")
+    assert (producer["since"], producer["last_seen"]) == (producer["changed"], "-")
     up.json("project", "close", "beta", "search")
     assert up.json("tenant", "show", "beta")["projects"] == [{"project_id": "search", "name": "Search", "closed": True}]
     assert up.json("tenant", "suspend", "beta")["status"] == "suspended"
