@@ -12,13 +12,8 @@ import grpc
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from billing.amounts import PICO, to_amount
-from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, AccountUpdate, BudgetState, KeyScope, Project
 from billing.v1.usage_pb2 import (
     COUNT_SOURCE_BACKEND,
     COUNT_SOURCE_ESTIMATE,
@@ -28,36 +23,22 @@ from billing.v1.usage_pb2 import (
     OUTCOME_COMPLETED,
     OUTCOME_DEADLINE_EXCEEDED,
     OUTCOME_REJECTED,
-    REFUSAL_REASON_BALANCE,
-    REFUSAL_REASON_BUDGET,
-    REFUSAL_REASON_MODEL,
     REFUSAL_REASON_PROMPT_TOO_LARGE,
-    REFUSAL_REASON_RATE,
-    REFUSAL_REASON_SUSPENDED,
     UsageEvent,
 )
-from producers.meter import MeterSettings
 from serving.gateway import GatewayServer, LimitSettings, generic
-from serving.gateway.directory import Directory
-from serving.gateway.policy import POLICIES, REFLECTION_SERVICES, Access
 from serving.tokenizers import Framing, load_tokenizer
 from tests.serving.gateway_support import (
     HEADERS,
-    PARTITIONS,
     SECRET,
-    account,
     answers,
-    api_key,
     billed,
     gateway_settings,
     journalled,
-    known_directory,
     model_server_process,
     now_ms,
     production,
     profiles,
-    put_account,
-    put_key,
     running,
     settled,
     sync_answers,
@@ -81,29 +62,6 @@ def production_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def back_end(production_folder: Path) -> Iterator[str]:
     with model_server_process(production_folder, models="smollm2,trace") as address:
         yield address
-
-
-@pytest.fixture
-def directory() -> Directory:
-    return known_directory()
-
-
-@pytest.fixture
-async def server(tmp_path: Path, back_end: str, directory: Directory) -> AsyncIterator[GatewayServer]:
-    async with running(gateway_settings(tmp_path, back_end), directory) as started:
-        yield started
-
-
-@pytest.fixture
-async def client(server: GatewayServer) -> AsyncIterator[Any]:
-    async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as made:
-        yield made
-
-
-@pytest.fixture
-async def direct(back_end: str) -> AsyncIterator[Any]:
-    async with triton_aio.InferenceServerClient(back_end) as made:
-        yield made
 
 
 def generate(prompt: str, *, request_id: str = "", **options: Any) -> dict[str, Any]:
@@ -248,86 +206,7 @@ async def test_models_that_are_not_decoupled_answer_in_order(client: Any) -> Non
     assert [response.id for response, _ in await answers(client, *entries)] == ["0", "1", "2", "3"]
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("headers", [None, {"authorization": "Bearer wrong"}, {"x-api-key": ""}])
-async def test_without_a_valid_key_nothing_goes_through(
-    server: GatewayServer, client: Any, headers: dict[str, str] | None
-) -> None:
-    with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
-        await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=headers)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, 1)}, headers=headers)
-    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert journalled(server.meter) == []
-    assert server.metrics()["refused_key"] == 2
-
-
-async def test_no_balance_or_no_account_is_refused_and_recorded(
-    server: GatewayServer, client: Any, directory: Directory
-) -> None:
-    async def refusal(match: str) -> int:
-        with pytest.raises(InferenceServerException, match=match):
-            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
-        event = journalled(server.meter)[-1]
-        assert event.outcome == OUTCOME_REJECTED
-        return event.refusal_reason
-
-    put_account(directory, account(balance_pico=0, sequence=2))
-    assert await refusal("RESOURCE_EXHAUSTED.*balance") == REFUSAL_REASON_BALANCE
-    put_account(directory, account(status=ACCOUNT_STATUS_SUSPENDED, sequence=3))
-    assert await refusal("PERMISSION_DENIED.*not active") == REFUSAL_REASON_SUSPENDED
-    directory.on_account(b"tenant-a", b"", 0)
-    assert await refusal("PERMISSION_DENIED.*does not exist") == REFUSAL_REASON_SUSPENDED
-    put_account(directory, account(sequence=4))
-    await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
-
-
-async def test_a_budget_that_is_used_up_and_a_closed_project_are_refused_by_name_and_recorded(
-    server: GatewayServer, client: Any, directory: Directory
-) -> None:
-    async def refusal(update: AccountUpdate, match: str) -> int:
-        directory.on_account(b"update", update.SerializeToString(), 0)
-        with pytest.raises(InferenceServerException, match=match):
-            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
-        event = journalled(server.meter)[-1]
-        assert event.outcome == OUTCOME_REJECTED
-        return event.refusal_reason
-
-    budget = BudgetState(tenant_id="tenant-a", project_id="project", amount=to_amount(25 * PICO), used_up=True, hard_stop=True)
-    budget.period_end_ms = 4_102_444_800_000
-    told = "RESOURCE_EXHAUSTED.*budget of project project: 25.00 USD is used up until 2100-01-01T00:00:00Z"
-    assert await refusal(AccountUpdate(budget=budget), told) == REFUSAL_REASON_BUDGET
-    budget.gone = True
-    directory.on_account(b"update", AccountUpdate(budget=budget).SerializeToString(), 0)
-    project = Project(tenant_id="tenant-a", project_id="project", closed=True)
-    assert await refusal(AccountUpdate(project=project), "PERMISSION_DENIED.*project project: is closed") == (
-        REFUSAL_REASON_SUSPENDED
-    )
-    project.closed = False
-    directory.on_account(b"update", AccountUpdate(project=project).SerializeToString(), 0)
-    await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
-
-
-async def test_stale_state_is_unavailable(tmp_path: Path, back_end: str) -> None:
-    directory = Directory(PARTITIONS)
-    put_key(directory, api_key())
-    put_account(directory, account(log_time_ms=now_ms() - 120_000))
-    async with (
-        running(gateway_settings(tmp_path, back_end), directory) as server,
-        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
-    ):
-        with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*older than 60000 ms"):
-            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
-
-
-async def test_an_unknown_model_is_not_found_and_recorded(server: GatewayServer, client: Any) -> None:
-    with pytest.raises(InferenceServerException, match="NOT_FOUND"):
-        await client.infer("no-such-model", trace_inputs(1, 1, stream=False), headers=HEADERS)
-    ((_, error),) = await answers(client, {"model_name": "no-such-model", "inputs": trace_inputs(1, 1)})
-    assert "is not served" in str(error)
-    assert [event.refusal_reason for event in journalled(server.meter)] == [REFUSAL_REASON_MODEL] * 2
+# -- how long the prompt may be -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,42 +233,6 @@ async def test_a_prompt_that_bytes_do_not_settle_is_counted(server: GatewayServe
     # 199 tokens of five bytes each: over the limit by bytes, under it by tokens.
     await client.infer("smollm2-unary", text_inputs(" word" * 199, stream=False, max_tokens=1), headers=HEADERS)
     assert journalled(server.meter)[0].uncached_input_tokens == 199
-
-
-async def test_malformed_tensors_are_invalid_arguments(server: GatewayServer, client: Any) -> None:
-    broken = triton.InferInput("text_input", [2], "BYTES")
-    broken._raw_content = b"\xff\xff\xff\xff"
-    with pytest.raises(InferenceServerException, match=r"INVALID_ARGUMENT.*text_input"):
-        await client.infer("smollm2-unary", [broken], headers=HEADERS)
-    assert server.meter.metrics()["open_requests"] == 0
-
-
-async def test_concurrency_is_bounded_per_tenant(tmp_path: Path, back_end: str) -> None:
-    settings = gateway_settings(tmp_path, back_end, limits=LimitSettings(tenant_requests_max=1))
-    async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
-        slow = {"model_name": "trace", "inputs": trace_inputs(1, 1, chunk_delay_ms=500), "request_id": "slow"}
-        found = await answers(client, slow, {**slow, "request_id": "refused"})
-        (refused,) = [error for _, error in found if error is not None]
-        assert "concurrent requests: 1 of this tenant" in str(refused)
-        reasons = {event.client_request_id: event.refusal_reason for event in await settled(server, 2)}
-        assert reasons == {"slow": 0, "refused": REFUSAL_REASON_RATE}
-        assert told((await answers(client, slow))[-1][0]) is not None
-
-
-async def test_a_full_journal_refuses_before_the_inference(tmp_path: Path, back_end: str, direct: Any) -> None:
-    meter = MeterSettings(tmp_path / "journal.sqlite", PARTITIONS, journal_bytes_max=2_000)
-    before = await direct.get_inference_statistics("trace-unary")
-    async with (
-        running(gateway_settings(tmp_path, back_end, meter=meter)) as server,
-        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
-    ):
-        with pytest.raises(InferenceServerException, match=r"RESOURCE_EXHAUSTED.*usage cannot be recorded"):
-            await infer_until_refused(client)
-        done = len(journalled(server.meter))
-        assert done > 0
-    after = await direct.get_inference_statistics("trace-unary")
-    counts = [statistics.model_stats[0].inference_count for statistics in (before, after)]
-    assert counts[1] - counts[0] == done
 
 
 # -- what ends a request early -----------------------------------------------------------------------------------------
@@ -531,112 +374,6 @@ async def test_a_stop_bills_what_it_cuts_off(tmp_path: Path, back_end: str) -> N
         assert again.recovered == 0
     assert event.uncached_input_tokens == 3
     assert 1 <= event.output_tokens < 1_000
-
-
-# -- the other RPCs ----------------------------------------------------------------------------------------------------
-
-
-def status_of(address: str, service: str, method: str, secret: str | None) -> grpc.StatusCode:
-    """How a call with an empty message ends."""
-    with grpc.insecure_channel(address) as channel:
-        kind = channel.stream_stream if service in REFLECTION_SERVICES else channel.unary_unary
-        open_call: Any = kind(f"/{service}/{method}", None, None)
-        metadata = () if secret is None else (("x-api-key", secret),)
-        try:
-            if service in REFLECTION_SERVICES:
-                list(open_call(iter([b""]), metadata=metadata, timeout=10))
-            else:
-                open_call(b"", metadata=metadata, timeout=10)
-        except grpc.RpcError as error:
-            return error.code()
-        return grpc.StatusCode.OK
-
-
-async def test_every_rpc_follows_its_policy(server: GatewayServer, back_end: str, directory: Directory) -> None:
-    """A key that is missing, unknown, expired, revoked or of the wrong scope goes nowhere; the right one goes to the back
-    end."""
-    scopes = KeyScope.values()
-    for scope in scopes:
-        put_key(directory, api_key(key_id=f"of-{scope}", secret=f"of-{scope}", scopes=[scope]))
-    put_key(directory, api_key(key_id="expired", secret="expired", scopes=scopes, expires_ms=now_ms() - 1))
-    put_key(directory, api_key(key_id="revoked", secret="revoked", scopes=scopes, revoked=True))
-    address = f"127.0.0.1:{server.port}"
-    for (service, method), policy in POLICIES.items():
-        refused = [
-            await asyncio.to_thread(status_of, address, service, method, secret)
-            for secret in (None, "unknown", "expired", "revoked")
-        ]
-        by_scope = {scope: await asyncio.to_thread(status_of, address, service, method, f"of-{scope}") for scope in scopes}
-        if policy.access is Access.OPEN:
-            assert {*refused, *by_scope.values()} == {grpc.StatusCode.OK}, method
-            continue
-        if policy.access is Access.ABSENT:
-            assert {*refused, *by_scope.values()} == {grpc.StatusCode.UNIMPLEMENTED}, method
-            continue
-        assert set(refused) == {grpc.StatusCode.UNAUTHENTICATED}, method
-        if policy.access is Access.METERED:
-            # No model is named: refused for that, and not for the key.
-            there = grpc.StatusCode.OK if method == "ModelStreamInfer" else grpc.StatusCode.NOT_FOUND
-        elif service in REFLECTION_SERVICES:
-            there = grpc.StatusCode.OK
-        else:
-            there = await asyncio.to_thread(status_of, back_end, service, method, None)
-        for scope, status in by_scope.items():
-            expected = there if scope in policy.scopes else grpc.StatusCode.PERMISSION_DENIED
-            assert status is expected, f"{method}: {KeyScope.Name(scope)}"
-
-
-async def test_reflection_describes_what_the_gateway_serves(server: GatewayServer) -> None:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-        (answer,) = [found async for found in stub.ServerReflectionInfo(asked, metadata=(("x-api-key", SECRET),))]
-    assert {service.name for service in answer.list_services_response.service} == {service for service, _ in POLICIES}
-
-
-async def test_metadata_passes_as_it_is_and_control_is_denied_by_name(client: Any, direct: Any) -> None:
-    assert await client.get_server_metadata(headers=HEADERS) == await direct.get_server_metadata()
-    assert await client.get_model_config("smollm2", headers=HEADERS) == await direct.get_model_config("smollm2")
-    assert await client.is_model_ready("smollm2", headers=HEADERS)
-    for work, policy in (
-        (client.load_model("smollm2", headers=HEADERS), "repository-control"),
-        (client.register_system_shared_memory("r", "k", 1, headers=HEADERS), "shared-memory"),
-        (client.update_log_settings({}, headers=HEADERS), "server-settings"),
-    ):
-        with pytest.raises(InferenceServerException, match=f"PERMISSION_DENIED.*denied by policy {policy}"):
-            await work
-
-
-async def test_health(server: GatewayServer) -> None:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest()
-        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
-        server.gateway.ready = False
-        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-async def test_a_key_that_is_revoked_mid_stream_starts_nothing_more(server: GatewayServer, directory: Directory) -> None:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        call = stub.ModelStreamInfer(metadata=(("x-api-key", SECRET),), timeout=180)
-        request = service_pb2.ModelInferRequest(model_name="trace", id="first")
-        for made in trace_inputs(1, 1):
-            request.inputs.append(made._get_tensor())
-            request.raw_input_contents.append(made._get_content())
-        await call.write(request)
-        assert (await call.read()).infer_response.id == "first"
-        directory.on_key(b"key-a", b"", 0)
-        await call.write(request)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.read()
-        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert len(journalled(server.meter)) == 1
-
-
-async def infer_until_refused(client: Any) -> None:
-    for _ in range(100):
-        await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
 
 
 async def one(entry: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

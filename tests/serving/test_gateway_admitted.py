@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ from tests.serving.gateway_support import (
     gateway_settings,
     journalled,
     known_directory,
-    model_server_process,
     profiles,
     put_account,
     put_key,
@@ -61,12 +60,6 @@ from tests.serving.gateway_support import (
 )
 
 MODELS = {name: profile for name, profile in profiles().items() if name.startswith("trace")}
-
-
-@pytest.fixture(scope="module")
-def back_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with model_server_process(tmp_path_factory.mktemp("model-server"), models="trace") as address:
-        yield address
 
 
 def plan(**fields: Any) -> Plan:

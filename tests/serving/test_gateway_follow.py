@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,12 @@ from tests.serving.gateway_support import (
     api_key,
     gateway_settings,
     known_directory,
-    model_server_process,
     profiles,
     put_account,
     put_key,
     running,
     trace_inputs,
 )
-
-
-@pytest.fixture(scope="module")
-def back_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with model_server_process(tmp_path_factory.mktemp("model-server"), models="trace") as address:
-        yield address
 
 
 class Topics:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from tests.serving.gateway_support import (
     answers,
     gateway_settings,
     journalled,
-    model_server_process,
     profiles,
     running,
     trace_inputs,
@@ -163,12 +161,6 @@ async def test_what_cannot_be_clamped_is_refused() -> None:
     assert await spending_of(TOKEN_PICO).set_aside(stated, event_of(), ACCOUNT, vllm("m"), 2_000, 2_000) is None
     assert await spending_of(5 * TOKEN_PICO, NEVER_CLAMPED).set_aside(stated, event_of(), ACCOUNT, vllm("m"), 0, 2_000) is None
     assert read_output_asked(stated, OutputLimit.SAMPLING_PARAMETERS).tokens == 500
-
-
-@pytest.fixture(scope="module")
-def back_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with model_server_process(tmp_path_factory.mktemp("model-server"), models="trace") as address:
-        yield address
 
 
 @pytest.mark.parametrize("chunk_delay_ms", [5, 0], ids=["one chunk at a time", "many chunks at once"])

@@ -1,0 +1,162 @@
+"""Requests that a gateway refuses, by name and on record: key, account, budget, model, concurrency, journal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import tritonclient.grpc as triton
+import tritonclient.grpc.aio as triton_aio
+from tritonclient.utils import InferenceServerException
+
+from billing.amounts import PICO, to_amount
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, AccountUpdate, BudgetState, Project
+from billing.v1.usage_pb2 import (
+    OUTCOME_REJECTED,
+    REFUSAL_REASON_BALANCE,
+    REFUSAL_REASON_BUDGET,
+    REFUSAL_REASON_MODEL,
+    REFUSAL_REASON_RATE,
+    REFUSAL_REASON_SUSPENDED,
+)
+from producers.meter import MeterSettings
+from serving.gateway import GatewayServer, LimitSettings
+from serving.gateway.directory import Directory
+from tests.serving.gateway_support import (
+    HEADERS,
+    PARTITIONS,
+    account,
+    answers,
+    api_key,
+    gateway_settings,
+    journalled,
+    now_ms,
+    put_account,
+    put_key,
+    running,
+    settled,
+    told,
+    trace_inputs,
+)
+
+
+@pytest.mark.parametrize("headers", [None, {"authorization": "Bearer wrong"}, {"x-api-key": ""}])
+async def test_without_a_valid_key_nothing_goes_through(
+    server: GatewayServer, client: Any, headers: dict[str, str] | None
+) -> None:
+    with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+        await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=headers)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, 1)}, headers=headers)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert journalled(server.meter) == []
+    assert server.metrics()["refused_key"] == 2
+
+
+async def test_no_balance_or_no_account_is_refused_and_recorded(
+    server: GatewayServer, client: Any, directory: Directory
+) -> None:
+    async def refusal(match: str) -> int:
+        with pytest.raises(InferenceServerException, match=match):
+            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+        event = journalled(server.meter)[-1]
+        assert event.outcome == OUTCOME_REJECTED
+        return event.refusal_reason
+
+    put_account(directory, account(balance_pico=0, sequence=2))
+    assert await refusal("RESOURCE_EXHAUSTED.*balance") == REFUSAL_REASON_BALANCE
+    put_account(directory, account(status=ACCOUNT_STATUS_SUSPENDED, sequence=3))
+    assert await refusal("PERMISSION_DENIED.*not active") == REFUSAL_REASON_SUSPENDED
+    directory.on_account(b"tenant-a", b"", 0)
+    assert await refusal("PERMISSION_DENIED.*does not exist") == REFUSAL_REASON_SUSPENDED
+    put_account(directory, account(sequence=4))
+    await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+
+
+async def test_a_budget_that_is_used_up_and_a_closed_project_are_refused_by_name_and_recorded(
+    server: GatewayServer, client: Any, directory: Directory
+) -> None:
+    async def refusal(update: AccountUpdate, match: str) -> int:
+        directory.on_account(b"update", update.SerializeToString(), 0)
+        with pytest.raises(InferenceServerException, match=match):
+            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+        event = journalled(server.meter)[-1]
+        assert event.outcome == OUTCOME_REJECTED
+        return event.refusal_reason
+
+    budget = BudgetState(tenant_id="tenant-a", project_id="project", amount=to_amount(25 * PICO), used_up=True, hard_stop=True)
+    budget.period_end_ms = 4_102_444_800_000
+    told = "RESOURCE_EXHAUSTED.*budget of project project: 25.00 USD is used up until 2100-01-01T00:00:00Z"
+    assert await refusal(AccountUpdate(budget=budget), told) == REFUSAL_REASON_BUDGET
+    budget.gone = True
+    directory.on_account(b"update", AccountUpdate(budget=budget).SerializeToString(), 0)
+    project = Project(tenant_id="tenant-a", project_id="project", closed=True)
+    assert await refusal(AccountUpdate(project=project), "PERMISSION_DENIED.*project project: is closed") == (
+        REFUSAL_REASON_SUSPENDED
+    )
+    project.closed = False
+    directory.on_account(b"update", AccountUpdate(project=project).SerializeToString(), 0)
+    await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+
+
+async def test_stale_state_is_unavailable(tmp_path: Path, back_end: str) -> None:
+    directory = Directory(PARTITIONS)
+    put_key(directory, api_key())
+    put_account(directory, account(log_time_ms=now_ms() - 120_000))
+    async with (
+        running(gateway_settings(tmp_path, back_end), directory) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*older than 60000 ms"):
+            await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
+
+
+async def test_an_unknown_model_is_not_found_and_recorded(server: GatewayServer, client: Any) -> None:
+    with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+        await client.infer("no-such-model", trace_inputs(1, 1, stream=False), headers=HEADERS)
+    ((_, error),) = await answers(client, {"model_name": "no-such-model", "inputs": trace_inputs(1, 1)})
+    assert "is not served" in str(error)
+    assert [event.refusal_reason for event in journalled(server.meter)] == [REFUSAL_REASON_MODEL] * 2
+
+
+async def test_malformed_tensors_are_invalid_arguments(server: GatewayServer, client: Any) -> None:
+    broken = triton.InferInput("text_input", [2], "BYTES")
+    broken._raw_content = b"\xff\xff\xff\xff"
+    with pytest.raises(InferenceServerException, match=r"INVALID_ARGUMENT.*text_input"):
+        await client.infer("smollm2-unary", [broken], headers=HEADERS)
+    assert server.meter.metrics()["open_requests"] == 0
+
+
+async def test_concurrency_is_bounded_per_tenant(tmp_path: Path, back_end: str) -> None:
+    settings = gateway_settings(tmp_path, back_end, limits=LimitSettings(tenant_requests_max=1))
+    async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        slow = {"model_name": "trace", "inputs": trace_inputs(1, 1, chunk_delay_ms=500), "request_id": "slow"}
+        found = await answers(client, slow, {**slow, "request_id": "refused"})
+        (refused,) = [error for _, error in found if error is not None]
+        assert "concurrent requests: 1 of this tenant" in str(refused)
+        reasons = {event.client_request_id: event.refusal_reason for event in await settled(server, 2)}
+        assert reasons == {"slow": 0, "refused": REFUSAL_REASON_RATE}
+        assert told((await answers(client, slow))[-1][0]) is not None
+
+
+async def test_a_full_journal_refuses_before_the_inference(tmp_path: Path, back_end: str, direct: Any) -> None:
+    meter = MeterSettings(tmp_path / "journal.sqlite", PARTITIONS, journal_bytes_max=2_000)
+    before = await direct.get_inference_statistics("trace-unary")
+    async with (
+        running(gateway_settings(tmp_path, back_end, meter=meter)) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        with pytest.raises(InferenceServerException, match=r"RESOURCE_EXHAUSTED.*usage cannot be recorded"):
+            await infer_until_refused(client)
+        done = len(journalled(server.meter))
+        assert done > 0
+    after = await direct.get_inference_statistics("trace-unary")
+    counts = [statistics.model_stats[0].inference_count for statistics in (before, after)]
+    assert counts[1] - counts[0] == done
+
+
+async def infer_until_refused(client: Any) -> None:
+    for _ in range(100):
+        await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=HEADERS)
