@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from rich.console import Console
 
 __all__ = ["Advance", "Output"]
 
@@ -31,18 +28,21 @@ class Advance(Protocol):
     def __call__(self, steps: int = 1) -> None: ...
 
 
-@dataclass(slots=True)
 class Output:
-    """Where a command's words go."""
+    """Where a command's words go. What draws them is loaded with the first to a person: a part of an installation says none."""
 
-    console: Console
-    notes: Console
+    @cached_property
+    def console(self) -> Console:
+        from rich.console import Console
 
-    @classmethod
-    def standard(cls) -> Output:
         # A pipe has no width: tables then get one that holds them, instead of a terminal's eighty columns.
-        piped = None if sys.stdout.isatty() else _PIPED_COLUMNS
-        return cls(Console(highlight=False, width=piped), Console(stderr=True, highlight=False))
+        return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_COLUMNS)
+
+    @cached_property
+    def notes(self) -> Console:
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False)
 
     def json(self, value: Any) -> None:
         """One JSON document."""
@@ -56,6 +56,9 @@ class Output:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
         """A table; a column whose name ends in a space is for figures and stands to the right."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
         if not rows and empty:
             self.console.print(empty)
             return
@@ -82,6 +85,8 @@ class Output:
     @contextmanager
     def progress(self, description: str, total: int | None) -> Iterator[Advance]:
         """A progress bar on standard error; silent where that is no terminal."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from taximeter import compose
-from taximeter.commands.common import Context, command
+from taximeter.commands.common import Context, all_is_imported, command
 from taximeter.config import read_secret
 from taximeter.errors import TaximeterError
 from taximeter.logs import LogFormat, LogLevel, start_logging
@@ -25,12 +26,16 @@ LogFormatOption = Annotated[
     LogFormat, typer.Option("--log-format", envvar="TAXIMETER_LOG_FORMAT", help="For people, or a JSON document a line.")
 ]
 
+# What it is made of is loaded by itself alone.
+_part = partial(command, imports_more=True)
 
-@command
+
+@_part
 def gateway(context: Context, log_level: LogLevelOption = "info", log_format: LogFormatOption = "text") -> None:
     """Run the metering gateway: KServe v2 in front of a model server."""
     from serving.gateway import new_event_loop, run_gateway
 
+    all_is_imported()
     start_logging("gateway", log_level, log_format)
     config = context.config()
     settings = compose.gateway_settings(config)
@@ -46,7 +51,7 @@ def gateway(context: Context, log_level: LogLevelOption = "info", log_format: Lo
         runner.run(until_told(run_gateway(settings, watch=watch)))
 
 
-@command
+@_part
 def worker(
     context: Context,
     ready_file: Annotated[Path | None, typer.Option(help="Made when the worker has joined its group.")] = None,
@@ -56,6 +61,7 @@ def worker(
     """Run a ledger worker: usage and commands in, ledger records out; start as many as there are partitions."""
     from stream_processors.worker import run_worker
 
+    all_is_imported()
     start_logging("worker", log_level, log_format)
     config = context.config()
     settings = compose.worker_settings(config)
@@ -77,7 +83,7 @@ def worker(
         asyncio.run(run_worker(settings, ready=ready, watch=watch))
 
 
-@command
+@_part
 def sink(
     context: Context,
     migrate: Annotated[
@@ -94,6 +100,7 @@ def sink(
     from sinks.migrate import pending
     from sinks.status import SinkStatus
 
+    all_is_imported()
     start_logging("sink", log_level, log_format)
     config = context.config()
     settings, status = compose.sink_settings(config), SinkStatus()
@@ -119,7 +126,7 @@ def sink(
         run_sink(settings, engine, status=status)
 
 
-@command
+@_part
 def api(
     context: Context,
     ready_file: Annotated[Path | None, typer.Option(help="Made when the API answers.")] = None,
@@ -129,6 +136,7 @@ def api(
     """Run the billing API: gRPC and HTTP/JSON for operators and tenants."""
     from serving.api import run_api
 
+    all_is_imported()
     start_logging("api", log_level, log_format)
     config = context.config()
     settings = compose.api_settings(config)
@@ -146,7 +154,7 @@ def api(
         asyncio.run(until_told(run_api(settings, ready=lambda _: mark_ready(ready_file), watch=watch)))
 
 
-@command
+@_part
 def notifier(
     context: Context,
     ready_file: Annotated[Path | None, typer.Option(help="Made when the alert topic has been read.")] = None,
@@ -156,6 +164,7 @@ def notifier(
     """Run the notifier: alerts to the endpoints that the configuration names, as webhooks or to Alertmanager."""
     from serving.notifier.notifier import run_notifier
 
+    all_is_imported()
     start_logging("notifier", log_level, log_format)
     config = context.config()
     settings = compose.notifier_settings(config)
@@ -171,11 +180,12 @@ def notifier(
         asyncio.run(until_told(run_notifier(settings, ready=lambda: mark_ready(ready_file), watch=watch)))
 
 
-@command
+@_part
 def model_server(context: Context, log_level: LogLevelOption = "info") -> None:
     """Run the small KServe v2 server with SmolLM2 on the CPU, for laptops."""
     from serving.model_server import serve
 
+    all_is_imported()
     start_logging("model-server", log_level)
     asyncio.run(until_told(serve(compose.model_server_settings(context.config()))))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from confluent_kafka import Producer
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Producer, TopicPartition
 
 from billing import replay
 from billing.chain import Chain
@@ -28,7 +28,7 @@ from billing.v1.usage_pb2 import (
     UsageBatch,
     UsageEvent,
 )
-from stream_processors.kafka_ports import MESSAGE_BYTES_MAX, KafkaLogReader
+from stream_processors.kafka_ports import MESSAGE_BYTES_MAX
 from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings
 from stream_processors.topics import ApplySettings, Change, apply
 from taximeter.embedded.process import Child
@@ -36,6 +36,16 @@ from tests.stream_processors.worker_main import SEAL_KEY
 
 ROOT = Path(__file__).parents[2]
 DEDUPE_KEY = b"dedupe!!" * 4
+READ_TIMEOUT_S = 60.0
+# Garbage is collected when all is imported, as in `taximeter worker`.
+WORKER = """
+import gc, json, sys
+gc.disable()
+from tests.stream_processors.worker_main import main
+gc.freeze()
+gc.enable()
+sys.exit(main(**json.loads(sys.argv[1])))
+"""
 
 
 def event(tenant_id: str, request_id: str = "", *, input_tokens: int = 100, output_tokens: int = 10) -> UsageEvent:
@@ -78,6 +88,7 @@ class Ledger:
     sent: dict[str, UsageEvent] = field(default_factory=dict)
     workers: list[Child] = field(default_factory=list)
     producers: dict[str, Producer] = field(default_factory=dict)
+    consumers: dict[str, Consumer] = field(default_factory=dict)
 
     @property
     def names(self) -> TopicNames:
@@ -107,7 +118,7 @@ class Ledger:
         }
         child = Child(
             f"worker {name}",
-            [sys.executable, "-m", "tests.stream_processors.worker_main", json.dumps(arguments)],
+            [sys.executable, "-c", WORKER, json.dumps(arguments)],
             log_path=self.folder / f"{name}.log",
             cwd=ROOT,
         )
@@ -118,6 +129,9 @@ class Ledger:
     def stop(self) -> None:
         for child in self.workers:
             child.kill9()
+        for consumer in self.consumers.values():
+            consumer.close()
+        self.consumers.clear()
 
     def send(self, events: Sequence[UsageEvent], *, partition: int | None = None) -> None:
         """One batch for each partition that these events' tenants live in, or all into the partition given."""
@@ -148,13 +162,42 @@ class Ledger:
 
     def read(self, topic: str, partition: int) -> list[bytes]:
         """Every value in one partition of a topic."""
-
-        async def all_values() -> list[bytes]:
-            reader = KafkaLogReader(KafkaSettings(self.bootstrap))
-            first, end = await reader.bounds(topic, partition)
-            return [value async for chunk in reader.read(topic, partition, first, end) for _, value in chunk]
-
-        return asyncio.run(all_values())
+        # One for all: tests look many times a second, and a consumer of its own for each look costs more than what is read.
+        consumer = self.consumers.get(self.bootstrap)
+        if consumer is None:
+            consumer = self.consumers[self.bootstrap] = Consumer(
+                {
+                    "bootstrap.servers": self.bootstrap,
+                    "group.id": "test-reader",
+                    "enable.auto.commit": False,
+                    "enable.partition.eof": True,
+                    "auto.offset.reset": "error",
+                    "fetch.wait.max.ms": 10,
+                    "fetch.queue.backoff.ms": 5,
+                    "fetch.message.max.bytes": MESSAGE_BYTES_MAX,
+                    # Some tests start the broker again.
+                    "reconnect.backoff.max.ms": 200,
+                }
+            )
+        # Assigned before it knows the leader, librdkafka starts to fetch half a second later.
+        consumer.list_topics(topic, READ_TIMEOUT_S)
+        consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
+        values: list[bytes] = []
+        problem: KafkaError | None = None
+        deadline = time.monotonic() + READ_TIMEOUT_S
+        try:
+            while time.monotonic() < deadline:
+                for message in consumer.consume(1, 0.2) + consumer.consume(1000, 0):
+                    error = message.error()
+                    if error is None:
+                        values.append(bytes(message.value() or b""))
+                    elif error.code() == KafkaError._PARTITION_EOF:
+                        return values
+                    else:
+                        problem = error
+        finally:
+            consumer.unassign()
+        raise AssertionError(f"{topic}[{partition}]: its end was not found in {READ_TIMEOUT_S:g} s ({problem})")
 
     def log(self, partition: int) -> PartitionLog:
         chain = Chain(partition, SEAL_KEY)

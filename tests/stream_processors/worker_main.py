@@ -1,16 +1,11 @@
-"""A worker process for tests: `run_worker`, killed by itself at a named point, after that point was passed some times.
-
-Run as: python -m tests.stream_processors.worker_main '<JSON of the arguments of main>'
-"""
+"""A worker process for tests: `run_worker`, killed by itself at a named point, after that point was passed some times."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,7 +123,3 @@ def main(
         print(f"{type(error).__name__}: {error}", flush=True)
         return REFUSED
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(**json.loads(sys.argv[1])))

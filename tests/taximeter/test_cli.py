@@ -4,6 +4,7 @@ own.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from taximeter.cli import application
+from taximeter.commands import parts
+from taximeter.errors import TaximeterError
 from tests.taximeter.support import ROOT
 
 if TYPE_CHECKING:
@@ -54,6 +57,28 @@ def test_where_nothing_runs_every_reading_command_says_so_in_json_too(arguments:
     assert "start `taximeter up`" in json.loads(result.stdout)["error"]
     assert "Traceback" not in result.output
     assert result.stderr.startswith("error: nothing runs in data directory")
+
+
+@pytest.mark.parametrize("name", ["balance", "gateway", "worker", "sink", "api", "notifier", "model-server"])
+def test_whatever_runs_collects_garbage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` begins without, and each command does from where all that it needs is imported."""
+    collects = []
+
+    def started(*_: object) -> None:
+        collects.append(gc.isenabled())
+        raise TaximeterError("far enough")
+
+    monkeypatch.setattr(parts, "start_logging", started)
+    # What this process imported is none of the command's.
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    gc.disable()
+    try:
+        result = CliRunner().invoke(application(name), [name])
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+    assert result.exit_code == 1, result.output
+    assert collects == ([] if name == "balance" else [True])
 
 
 def test_misuse_is_2() -> None:
