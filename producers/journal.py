@@ -1,16 +1,13 @@
 """The journal: usage on this machine's disk until the ledger has it.
 
-Promise: what `append`, `open`, `update` and `close_request` hand back a receipt for is on disk when the receipt says so, it
-keeps its place in the numbering of its partition over every restart, and it leaves the disk only by `free`. What does not fit
-is refused with `JournalFull` before anything of it is kept.
+Promise: what `append`, `update` and `close_request` hand back a receipt for is on disk when the receipt says so, it keeps its
+place in the numbering of its partition over every restart, and it leaves the disk only by `free`. What `open` takes is there
+for the next process, however this one ends; only a machine that loses its power may lose it, where it says of no usage (see
+`producers.openings`). What does not fit is refused with `JournalFull` before anything of it is kept.
 
 The callers only put bytes into the pending group. One thread swaps that group for an empty one, numbers its events, commits
 it, settles its receipt, and takes the next: while the disk works on one group, the next one gathers. Numbers are given at the
 commit, so a group that failed leaves no gap.
-
-While many requests are open, a commit waits a little for more of them to join (as PostgreSQL's commit_delay with its
-commit_siblings): a commit costs the processor about the same for one request as for ten, and time that the writer takes is
-taken from those who serve. With few open requests nobody waits for anybody.
 
 A journal belongs to one process: it holds a lock on the file beside it, which the kernel lets go when the process ends,
 however it ends.
@@ -24,9 +21,9 @@ import os
 import secrets
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, ID_CHARS_MAX
@@ -39,10 +36,12 @@ from producers.errors import (
     JournalMismatch,
     JournalWriteFailed,
 )
+from producers.journal_group import Group, gather_s
 from producers.journal_store import EVENT_ENVELOPE_BYTES, JournalStore, OpenRow, Page, SegmentRow
-from producers.receipt import Receipt
+from producers.openings import Openings
+from producers.receipt import SETTLED, Receipt
 
-__all__ = ["EVENT_BYTES_MAX", "Journal", "JournalSettings", "Page", "gather_s"]
+__all__ = ["EVENT_BYTES_MAX", "Journal", "JournalSettings", "Page"]
 
 # A batch's own fields: producer ID, sequences, version.
 BATCH_ENVELOPE_BYTES = 4 * ID_CHARS_MAX + 64
@@ -51,11 +50,6 @@ EVENT_BYTES_MAX = BATCH_BYTES_MAX - BATCH_ENVELOPE_BYTES - EVENT_ENVELOPE_BYTES
 # What an open request counts for in journal_bytes: room for the event that it becomes, so that closing it is never refused.
 OPEN_REQUEST_BYTES = 1_024
 _FREE_RETRY_S = 1.0
-# Open requests that may still join a commit, from which on it waits for them: so many times as long as the last commit took of
-# the processor, since that began, and no longer than the bound.
-_SIBLINGS_MIN = 8
-_GATHER_FACTOR = 16
-_GATHER_MAX_S = 0.016
 
 
 @dataclass(frozen=True)
@@ -79,34 +73,6 @@ class JournalSettings:
             raise ValueError(f"producer_id: {len(self.producer_id)} characters; set at most {ID_CHARS_MAX}")
 
 
-class _Group:
-    """What is committed together. Only its last state of an open request counts, so many updates are one write."""
-
-    __slots__ = ("closed", "count", "event_bytes", "events", "opened", "receipt", "started", "woken")
-
-    def __init__(self) -> None:
-        self.events: defaultdict[int, list[bytes]] = defaultdict(list)
-        self.opened: dict[int, tuple[int, bytes]] = {}
-        self.started: list[int] = []
-        self.closed: list[int] = []
-        self.count = 0
-        self.event_bytes = 0
-        self.receipt = Receipt()
-        self.woken = False
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.count or self.opened or self.closed)
-
-
-def gather_s(siblings: int, busy_s: float, passed_s: float) -> float:
-    """How long a commit waits for others to join: `siblings` may, the last commit took `busy_s` of the processor, and began
-    `passed_s` ago."""
-    if siblings < _SIBLINGS_MIN:
-        return 0.0
-    return min(max(0.0, _GATHER_FACTOR * busy_s - passed_s), _GATHER_MAX_S)
-
-
 class Journal:
     """One open journal. Every method may be called from any thread."""
 
@@ -119,15 +85,20 @@ class Journal:
         try:
             self._store = JournalStore(path)
             try:
-                self.producer_id = self._identify()
+                highest = self._store.highest_sequences()
+                self._openings = self._map_openings()
+                rows = self._store.open_rows()
+                self._rows = {row.slot for row in rows}
+                # Of a request that is in both, the row is what came later.
+                latest = {row.slot: row for row in chain(self._openings.left(highest), rows)}
+                self._left_open = sorted(latest.values())
+                self.producer_id = self._identify(numbered=bool(highest or self._left_open))
                 # Who holds something under this producer's ID holds it under its start: see `billing.leases`.
                 self.starts = int(self._store.mark("starts") or 0) + 1
                 self._store.set_mark("starts", str(self.starts))
-                highest = self._store.highest_sequences()
                 self._highest = [highest.get(partition, 0) for partition in range(settings.partitions)]
                 freed = self._store.freed_sequences()
                 self._freed = [freed.get(partition, 0) for partition in range(settings.partitions)]
-                self._left_open = self._store.open_rows()
                 self._event_bytes = self._store.event_bytes()
             except BaseException:
                 self._store.close()
@@ -139,7 +110,7 @@ class Journal:
         self._next_slot = max(self._open, default=0) + 1
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._group = _Group()
+        self._group = Group()
         self._pending_bytes = 0
         self._to_free: dict[int, int] = {}
         self._free_not_before = 0.0
@@ -164,10 +135,11 @@ class Journal:
             self._wake(group)
         return group.receipt
 
-    def open(self, partition: int, event: bytes) -> tuple[int, Receipt]:
+    def open(self, partition: int, event: bytes, *, has_usage: bool = True) -> tuple[int, Receipt]:
         """Take a request that begins: `event` is what it becomes if this process dies. Returns its slot.
 
-        Raises `JournalFull` also where the disk has no reserve with which the request could be closed.
+        Without usage it need not outlive the machine: it is there at once, where there is a place for it. Raises `JournalFull`
+        also where the disk has no reserve with which the request could be closed.
         """
         with self._lock:
             self._admit(OPEN_REQUEST_BYTES)
@@ -177,12 +149,14 @@ class Journal:
                     f"journal_path={self.path}: the disk is full, or nearly: there is no room to close another request with; "
                     f"free space on it"
                 )
-            group = self._group
             slot = self._next_slot
             self._next_slot += 1
             self._open.add(slot)
+            if not has_usage and self._openings.put(slot, partition, event):
+                return slot, SETTLED
+            group = self._group
             group.opened[slot] = (partition, event)
-            group.started.append(slot)
+            group.started.add(slot)
             self._wake(group)
         return slot, group.receipt
 
@@ -201,7 +175,7 @@ class Journal:
             self._refuse_if_closed()
             group = self._group
             group.opened.pop(slot, None)
-            group.closed.append(slot)
+            group.closed[slot] = (partition, len(group.events[partition]))
             self._add_event(group, partition, event)
             self._wake(group)
         return group.receipt
@@ -295,7 +269,7 @@ class Journal:
                 f"under {self.path}; record more slowly, or use a faster disk"
             )
 
-    def _add_event(self, group: _Group, partition: int, event: bytes) -> None:
+    def _add_event(self, group: Group, partition: int, event: bytes) -> None:
         size = len(event) + EVENT_ENVELOPE_BYTES
         group.events[partition].append(event)
         group.count += 1
@@ -304,15 +278,21 @@ class Journal:
         self._pending_bytes += size
         self._recorded += 1
 
-    def _wake(self, group: _Group) -> None:
+    def _wake(self, group: Group) -> None:
         if not group.woken:
             group.woken = True
             self._work.notify()
 
-    def _identify(self) -> str:
+    def _map_openings(self) -> Openings:
+        noted = self._store.mark("openings")
+        openings = Openings(self.path.with_name(self.path.name + ".open"), noted)
+        if openings.token is not None and openings.token != noted:
+            self._store.set_mark("openings", openings.token)
+        return openings
+
+    def _identify(self, *, numbered: bool) -> str:
         """Check the journal against the settings, or note them in a new one; returns the producer ID."""
         store, settings = self._store, self.settings
-        numbered = bool(store.highest_sequences() or store.open_rows())
         noted_partitions = store.mark("partitions")
         if numbered and noted_partitions != str(settings.partitions):
             raise JournalMismatch(
@@ -335,13 +315,13 @@ class Journal:
     # The writer's thread.
 
     def _write(self) -> None:
-        group = _Group()
+        group = Group()
         try:
             while (taken := self._take()) is not None:
                 group = taken
                 if not group.is_empty:
                     self._commit(group)
-                    group = _Group()
+                    group = Group()
                 self._free_some()
                 if not self._store.has_reserve:
                     self._store.set_aside()
@@ -349,16 +329,17 @@ class Journal:
             # A fault of ours, not of the disk: whoever waits must hear of it, and nobody may record into the void.
             with self._lock:
                 self._writer_error = error
-                pending, self._group = self._group, _Group()
+                pending, self._group = self._group, Group()
             for lost in (group, pending):
                 if not lost.is_empty:
                     lost.receipt.settle(JournalWriteFailed(f"journal_path={self.path}: its writer ended on {error!r}"))
             raise
         finally:
             self._store.close()
+            self._openings.close()
             os.close(self._lock_descriptor)
 
-    def _take(self) -> _Group | None:
+    def _take(self) -> Group | None:
         """Wait for work; None when the journal is closing and nothing is left."""
         with self._lock:
             while self._group.is_empty and not self._closing:
@@ -379,16 +360,19 @@ class Journal:
                 pause_s = gather_s(siblings, self._commit_busy_s, time.monotonic() - self._committed_at)
                 if pause_s:
                     self._work.wait(pause_s)
-            group, self._group = self._group, _Group()
+            group, self._group = self._group, Group()
             return group
 
-    def _commit(self, group: _Group) -> None:
+    def _commit(self, group: Group) -> None:
         self._committed_at, began_s = time.monotonic(), time.thread_time()
         highest, segments = self._number(group)
         opened = [OpenRow(slot, partition, event) for slot, (partition, event) in group.opened.items()]
-        # A request that began and ended within this group never had a row.
-        closed = list(set(group.closed).difference(group.started))
-        owed = bool(closed) or any(slot not in group.started for slot in group.opened)
+        # Many a request ends without ever having had a row.
+        closed = [slot for slot in group.closed if slot in self._rows or slot in group.opened]
+        owed = not (group.started.issuperset(group.closed) and group.started.issuperset(group.opened))
+        with self._lock:
+            for slot, (partition, place) in group.closed.items():
+                self._openings.note_end(slot, partition, self._highest[partition] + 1 + place)
         error: JournalError | None = None
         try:
             self._store.commit(segments, opened, closed, owed=owed)
@@ -401,19 +385,25 @@ class Journal:
                 self._durable += group.count
                 self._event_bytes += sum(len(segment.events) for segment in segments) - group.event_bytes
                 self._open.difference_update(group.closed)
+                self._rows.update(group.opened)
+                self._rows.difference_update(closed)
+                for slot in chain(group.opened, group.closed):
+                    self._openings.clear(slot)
                 for partition, sequence in highest.items():
                     self._highest[partition] = sequence
             else:
                 self._failed += group.count
                 self._event_bytes -= group.event_bytes
                 self._open.difference_update(group.started)
+                for slot, (partition, _) in group.closed.items():
+                    self._openings.note_end(slot, partition, 0)
         group.receipt.settle(error)
         self._commit_busy_s = time.thread_time() - began_s
         if error is None:
             for event in self._subscribers:
                 event.set()
 
-    def _number(self, group: _Group) -> tuple[dict[int, int], list[SegmentRow]]:
+    def _number(self, group: Group) -> tuple[dict[int, int], list[SegmentRow]]:
         """The group's events as segments, none larger than a batch may be, numbered on from the last that is durable."""
         committed_ms = time.time_ns() // 1_000_000
         highest: dict[int, int] = {}

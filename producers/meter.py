@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from billing.identity import partition_of
+from billing.rating import token_quantities
 from billing.v1.usage_pb2 import OUTCOME_INTERRUPTED, UsageEvent
 from billing.validation import event_problem
 from producers.errors import InvalidEvent, RequestClosed
@@ -59,9 +60,11 @@ class UsageMeter:
         return self.journal.append(self._partition(event), _serialized(event))
 
     def open(self, event: UsageEvent) -> OpenRequest:
-        """Take a request before its work begins: wait for its receipt, then forward. `event` says what it has used so far."""
+        """Take a request before its work begins: wait for its receipt, then forward. `event` says what it has used so far:
+        nothing, as a rule, and then a machine that loses its power may lose the opening."""
         partition = self._partition(event)
-        slot, receipt = self.journal.open(partition, _interrupted(event))
+        has_usage = bool(event.units) or any(token_quantities(event))
+        slot, receipt = self.journal.open(partition, _interrupted(event), has_usage=has_usage)
         return OpenRequest(self.journal, slot, partition, event, receipt)
 
     def recover(self, timeout_s: float = 30.0) -> int:

@@ -11,7 +11,7 @@ import threading
 
 from producers.errors import JournalError, NotDurableInTime
 
-__all__ = ["Receipt"]
+__all__ = ["SETTLED", "Receipt"]
 
 
 class _Waiters:
@@ -121,6 +121,16 @@ class Receipt:
         if self._error is not None:
             # A new one for each caller: a shared exception would collect the tracebacks of all.
             raise type(self._error)(*self._error.args) from self._error.__cause__
+
+
+def _settled() -> Receipt:
+    receipt = Receipt()
+    receipt.settle(None)
+    return receipt
+
+
+# Of what waits for nothing.
+SETTLED = _settled()
 
 
 def _late(timeout_s: float) -> NotDurableInTime:

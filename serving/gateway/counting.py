@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     _Places = Mapping[str, Place]
 
-__all__ = ["AnswerCounter", "Counted", "PreparedRequest", "prepare", "reserved_units"]
+__all__ = ["AnswerCounter", "Counted", "DataPlan", "PreparedRequest", "prepare", "reserved_units"]
 
-_FOUR_BYTES = frozenset({"INT32", "UINT32"})
+# What back ends send counts as, and the most that each can say.
+_FOUR_BYTES = {"INT32": 2**31 - 1, "UINT32": 2**32 - 1}
 
 
 class PreparedRequest(NamedTuple):
@@ -220,12 +221,27 @@ class Counted(NamedTuple):
     """Of the profile's units, in its order: what the request says and what came."""
 
 
+class DataPlan(NamedTuple):
+    """Where the data that is counted stands in responses that differ in nothing but data."""
+
+    outputs: tuple[str, ...]
+    """All, in their order."""
+    text: int | None
+    """The place of the one text that is kept; None: none is."""
+    input: tuple[int, int] | None
+    """The place of the prompt's count, and the most that it can be."""
+    output: tuple[int, int] | None
+    sequences: int
+    """How many prompts are in the output's count."""
+
+
 class AnswerCounter:
     """Adds up a request's responses."""
 
     __slots__ = (
         "_characters",
         "_counts",
+        "_counts_output",
         "_hidden",
         "_ids",
         "_ids_output",
@@ -245,6 +261,7 @@ class AnswerCounter:
         self._profile = profile
         self._prepared = prepared
         self._counts = profile.counts
+        self._counts_output = profile.counts_output
         self._ids = profile.ids
         self._text_output = profile.text_output if profile.tokenizer is not None else None
         self._hidden = prepared.hidden_outputs
@@ -278,6 +295,61 @@ class AnswerCounter:
             self._units[place] += sum(count_characters(element) for element in elements)
         if self._hidden:
             _strip(response, names, self._hidden)
+
+    def plan(self, response: ModelInferResponse) -> DataPlan | None:
+        """How to read on without looking at more than data, by a response as it came; None: it must all be looked at."""
+        tensors = list(response.outputs)
+        names = tuple([tensor.name for tensor in tensors])
+        if self._ids is not None or self._characters or len(set(names)) != len(names):
+            return None
+        if len(response.raw_output_contents) != len(names):
+            return None
+        text = self._text_output
+        place = None if text is None or text not in names else names.index(text)
+        if place is not None and (tensors[place].datatype != "BYTES" or math.prod(tensors[place].shape) != 1):
+            return None
+        counts, sequences = self._counts, 0
+        if counts is not None and counts.prompt_in_output_count and self._prepared.prompt_echoed:
+            echoed = self._profile.text_output
+            sequences = math.prod(tensors[names.index(echoed)].shape) if echoed in names else 1
+        found: list[tuple[int, int] | None] = [None, None]
+        if counts is not None:
+            for number, (flag, name) in enumerate(
+                ((counts.input_flag, counts.input_count), (counts.output_flag, counts.output_count))
+            ):
+                if flag and name in names:
+                    position = names.index(name)
+                    most = _FOUR_BYTES.get(tensors[position].datatype)
+                    if most is None:
+                        return None
+                    found[number] = position, most
+        return DataPlan(names, place, found[0], found[1], sequences)
+
+    def take_data(self, plan: DataPlan, raws: Sequence[bytes]) -> bool:
+        """As `take`, of a response that is like the plan's but for its data. False: it must be read in full; nothing of it has
+        been counted."""
+        text = raws[plan.text] if plan.text is not None else None
+        if text is not None and int.from_bytes(text[:4], "little") != len(text) - 4:
+            return False
+        input_tokens = output_tokens = -1
+        if plan.input is not None:
+            input_tokens = int.from_bytes(raw := raws[plan.input[0]], "little")
+            if len(raw) != 4 or input_tokens > plan.input[1]:
+                return False
+        if plan.output is not None:
+            output_tokens = int.from_bytes(raw := raws[plan.output[0]], "little")
+            if len(raw) != 4 or output_tokens > plan.output[1]:
+                return False
+        self.responses += 1
+        if text is not None:
+            self._parts.append([text[4:]])
+        if input_tokens >= 0 and (self._input is None or input_tokens > self._input):
+            self._input = input_tokens
+        if output_tokens >= 0:
+            assert self._counts is not None, "who plans for counts has them"
+            self._output = output_tokens + (self._output or 0) if self._counts.deltas else output_tokens
+            self._sequences += plan.sequences
+        return True
 
     def _take_counts(
         self, counts: CountFlags, response: ModelInferResponse, tensors: Sequence[Any], names: Sequence[str]
@@ -313,7 +385,7 @@ class AnswerCounter:
 
     def counted(self) -> Counted:
         """All so far."""
-        prepared, profile = self._prepared, self._profile
+        prepared = self._prepared
         # The back end's count is that of one prompt.
         input_tokens = prepared.input_tokens if self._input is None or prepared.rows > 1 else self._input
         output_tokens, sequences = self._output, self._sequences
@@ -321,11 +393,12 @@ class AnswerCounter:
             # Padding is in the back end's count and not in the lengths.
             output_tokens = self._ids_output
             sequences = self._ids_sequences if self._ids.prompt_in_output and prepared.prompt_echoed else 0
-        elif not profile.counts_output:
+        elif not self._counts_output:
             output_tokens = 0
-        if output_tokens and input_tokens and sequences:
+        if sequences and output_tokens and input_tokens:
             output_tokens = max(0, output_tokens - input_tokens * sequences // prepared.rows)
-        return Counted(input_tokens, output_tokens, len(self._parts), tuple(self._units))
+        units = tuple(self._units) if self._characters else prepared.units
+        return Counted(input_tokens, output_tokens, len(self._parts), units)
 
     def texts(self, first_part: int = 0, end_part: int | None = None) -> list[str]:
         """What the model wrote, each of its texts in one piece. A character may be split over two responses, so bytes are

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -23,7 +23,6 @@ from billing.v1.usage_pb2 import (
     OUTCOME_CANCELLED,
     OUTCOME_DEADLINE_EXCEEDED,
     OUTCOME_INTERRUPTED,
-    OUTCOME_REJECTED,
 )
 from producers.errors import JournalFull, ProducerError
 from serving.gateway import admission
@@ -34,9 +33,10 @@ from serving.gateway.credentials import CREDENTIAL_METADATA, SecretHasher, find_
 from serving.gateway.directory import scopes_of
 from serving.gateway.errors import CallError
 from serving.gateway.limits import UNLIMITED, Breach, RateLimits, Scope
-from serving.gateway.metering import MeterParts, Price, RequestMeter, log_request, new_event, now_ms
+from serving.gateway.metering import MeterParts, Price, RequestMeter, new_event, now_ms
 from serving.gateway.output_limits import read_output_asked
 from serving.gateway.policy import Access
+from serving.gateway.refusing import Refusals
 from serving.gateway.scoping import RunningRequests, SequenceScope
 from serving.gateway.tokens import TextCount
 from serving.gateway.tracing import TRACEPARENT, own_span, with_span
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from billing.v1.usage_pb2 import UsageEvent
-    from producers.meter import Receipt
     from serving.gateway.admission import Refusal
     from serving.gateway.directory import AccountView, Directory, KeyView
     from serving.gateway.limits import RequestSlot
@@ -101,6 +100,7 @@ class Gateway:
         self._sequences = SequenceScope(settings.directory.pepper)
         self._named = RunningRequests()
         self._parts = parts
+        self._refusals = Refusals(parts, self.metrics)
         self._running = 0
         self._tenant_running: Counter[str] = Counter()
         self._rates = RateLimits(settings.limits.replicas)
@@ -135,11 +135,11 @@ class Gateway:
         refusal = admission.key_refusal(key, policy.scopes, now_ms())
         if refusal is not None:
             if key is None or policy.access is not Access.METERED:
-                self._count_refusal(refusal)
+                self._refusals.count(refusal)
             else:
                 model, client_id = ("-", "") if request is None else (request.model_name or "-", request.id)
                 # Not waited for: whoever guesses shall not queue for the disk.
-                self._record(refusal, new_event(self._parts, key, secrets.token_hex(16), model, 0, client_id))
+                self._refusals.record(refusal, new_event(self._parts, key, secrets.token_hex(16), model, 0, client_id))
             if policy.message and refusal.status is grpc.StatusCode.PERMISSION_DENIED:
                 raise CallError(refusal.status, f"denied by policy {policy.name}: {policy.message} ({refusal.message})")
             raise CallError.refused(refusal)
@@ -155,7 +155,9 @@ class Gateway:
         refusal = self._slot_refusal(tenant_id)
         if refusal is not None:
             # Not waited for: whoever is refused for sending too much shall not queue for the disk as well.
-            self._record(refusal, new_event(self._parts, key, secrets.token_hex(16), request.model_name or "-", 0, request.id))
+            self._refusals.record(
+                refusal, new_event(self._parts, key, secrets.token_hex(16), request.model_name or "-", 0, request.id)
+            )
             raise CallError.refused(refusal)
         self._running += 1
         self._tenant_running[tenant_id] += 1
@@ -219,13 +221,13 @@ class Gateway:
         if refusal is None:
             refusal = self._stopped(key, account)
         if refusal is not None:
-            await self._enforce(refusal, event, account)
+            await self._refusals.enforce(refusal, event, account)
         if profile is None:
-            await self._refuse(admission.model_refusal(model), event)
+            await self._refusals.refuse(admission.model_refusal(model), event)
         scopes = scopes_of(key, account, model, now_ms())
         slot = self._rates.admit(scopes, time.monotonic()) if scopes else UNLIMITED
         if isinstance(slot, Breach):
-            await self._enforce(admission.rate_refusal(slot), event, account)
+            await self._refusals.enforce(admission.rate_refusal(slot), event, account)
             slot = UNLIMITED
         try:
             return await self._open(request, key, account, event, profile, scopes, slot, stream=stream)
@@ -330,12 +332,12 @@ class Gateway:
         stated, texts = asked
         limit = admission.prompt_limit(0, 0, 0, *(scope.limits.output_tokens_max for scope in scopes))
         if stated is not None and 0 < limit < stated:
-            await self._enforce(admission.output_refusal(stated, limit), event, account)
+            await self._refusals.enforce(admission.output_refusal(stated, limit), event, account)
         longest = stated or (0 if account is None else account.output_tokens_default)
         tokens = self._prompt_tokens(profile, prepared, prompt_count) + longest * texts
         breach = slot.reserve(tokens, time.monotonic())
         if breach is not None:
-            await self._enforce(admission.rate_refusal(breach), event, account)
+            await self._refusals.enforce(admission.rate_refusal(breach), event, account)
         is_watched = account is not None and account.shadow
         return asked, 0 if is_watched else limit * texts
 
@@ -345,16 +347,6 @@ class Gateway:
             return prompt_count.tokens
         bound = self._parts.tokens.bound_all(profile.tokenizer, prepared.prompts, prepared.framing)
         return _size_bytes(prepared.prompts) if bound is None else bound
-
-    async def _enforce(self, refusal: Refusal, event: UsageEvent, account: AccountView | None) -> None:
-        """Refuse, unless the tenant is only watched."""
-        if account is None or not account.shadow or not admission.is_shadowed(refusal):
-            await self._refuse(refusal, event)
-        self.metrics[f"shadow_{admission.reason_name(refusal)}"] += 1
-        names = {"tenant_id": event.tenant_id, "request_id": event.request_id}
-        _LOG.info(
-            "tenant %s is in shadow mode; a request would have been refused: %s", event.tenant_id, refusal.message, extra=names
-        )
 
     def _stopped(self, key: KeyView, account: AccountView | None) -> Refusal | None:
         if self._directory.is_closed(key.tenant_id, key.project_id):
@@ -399,7 +391,7 @@ class Gateway:
             if rules.fail_open and admission.is_stale(self._directory.log_time_ms(account.tenant_id), now_ms(), rules):
                 self.metrics["admitted_without_money"] += 1
                 return None
-            await self._refuse(admission.money_refusal(account), event)
+            await self._refusals.refuse(admission.money_refusal(account), event)
         if money.clamped_tokens:
             self.metrics["answers_clamped"] += 1
         return money
@@ -429,41 +421,8 @@ class Gateway:
             event.count_source = COUNT_SOURCE_BACKEND
         elif exact and profile.tokenizer is not None:
             event.tokenizer = tokens.fingerprint(profile.tokenizer)
-        await self._enforce(admission.prompt_refusal(bound, limit, exact=exact), event, account)
+        await self._refusals.enforce(admission.prompt_refusal(bound, limit, exact=exact), event, account)
         return count
-
-    async def _refuse(self, refusal: Refusal, event: UsageEvent) -> NoReturn:
-        """Put the refusal on record where it has to be, then raise it."""
-        receipt = self._record(refusal, event)
-        if receipt is not None:
-            try:
-                await receipt.wait(self._parts.durable_timeout_s)
-            except ProducerError:
-                self._lost_refusal(event)
-        raise CallError.refused(refusal)
-
-    def _record(self, refusal: Refusal, event: UsageEvent) -> Receipt | None:
-        self._count_refusal(refusal)
-        if not refusal.recorded:
-            return None
-        event.outcome = OUTCOME_REJECTED
-        event.refusal_reason = refusal.reason  # type: ignore[assignment]
-        event.ended_ms = max(now_ms(), event.started_ms)
-        log_request(event)
-        try:
-            return self._parts.meter.record(event)
-        except ProducerError:
-            self._lost_refusal(event)
-            return None
-
-    def _lost_refusal(self, event: UsageEvent) -> None:
-        # It costs nothing and is refused all the same; the metric says that the record lacks it.
-        self.metrics["refusals_unrecorded"] += 1
-        names = {"tenant_id": event.tenant_id, "request_id": event.request_id}
-        _LOG.warning("a refusal of tenant %s could not be recorded", event.tenant_id, exc_info=True, extra=names)
-
-    def _count_refusal(self, refusal: Refusal) -> None:
-        self.metrics[f"refused_{admission.reason_name(refusal)}"] += 1
 
     # -- how it ends ---------------------------------------------------------------------------------------------------
 

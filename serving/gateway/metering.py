@@ -1,6 +1,6 @@
 """One request's usage, from before it is forwarded until after its last response: what stands in the journal, and when.
 
-1. `open`: the request is durable in the journal before it is forwarded.
+1. `open`: the request is in the journal before it is forwarded, for whoever comes after this process.
 2. `progress`: what a chunk adds is durable before the chunk leaves. The last one is what a crash would bill.
 3. `close`: the final event is durable before the last response leaves. It happens exactly once, whatever ends the request.
 
@@ -183,7 +183,7 @@ class RequestMeter:
         self._settled_tokens = 0
 
     async def open(self) -> None:
-        """Make the request durable in the journal. Raises the producer's errors; then nothing may be forwarded."""
+        """Put the request into the journal. Raises the producer's errors; then nothing may be forwarded."""
         self._event.outcome = OUTCOME_INTERRUPTED
         self._open = self._parts.meter.open(self._event)
         await self._open.receipt.wait(self._parts.durable_timeout_s)

@@ -23,7 +23,7 @@ from producers.errors import JournalFull
 from producers.follower import TopicFollower
 from producers.meter import UsageMeter
 from producers.publisher import Publisher
-from serving.gateway import streams, unary
+from serving.gateway import chunks, streams, unary
 from serving.gateway.directory import Directory
 from serving.gateway.errors import CallError
 from serving.gateway.gateway import Gateway
@@ -131,7 +131,7 @@ def _method_handlers(gateway: Gateway) -> dict[str, dict[str, Any]]:
             handler = grpc.stream_stream_rpc_method_handler(
                 streams.make_model_stream_infer(gateway, policy),
                 request_deserializer=service_pb2.ModelInferRequest.FromString,
-                response_serializer=service_pb2.ModelStreamInferResponse.SerializeToString,
+                response_serializer=chunks.serialize,
             )
         elif policy.access is Access.ABSENT:
             handler = grpc.unary_unary_rpc_method_handler(_make_absent(policy))

@@ -25,6 +25,7 @@ from billing.v1.usage_pb2 import (
 )
 from producers.errors import ProducerError
 from serving import kserve
+from serving.gateway.chunks import Arrivals, StreamResponse, learn_form, read_response
 from serving.gateway.errors import CallError
 from serving.gateway.metering import tell_usage
 from serving.gateway.stopping import await_end, can_stop
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from serving.gateway.calls import Admitted, Caller
+    from serving.gateway.chunks import ChunkForm
     from serving.gateway.counting import Counted
     from serving.gateway.gateway import Gateway
     from serving.gateway.policy import Policy
@@ -47,7 +49,10 @@ METHOD = (SERVICE_NAME, "ModelStreamInfer")
 _MONEY_ENDED = "balance: is used up: the answer ends here, and is billed up to here: add credit"
 _TOO_LONG = "max_tokens: at most {limit} are allowed: the answer ends here, and is billed up to here: ask for a shorter one"
 
-StreamResponse = Any  # inference.ModelStreamInferResponse, which has no types
+# Chunks of one answer that are read in full to find what they have in common: some answers have a form of their own for each.
+_FORMS_MAX = 16
+
+_Leaving = StreamResponse | bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class _RequestFlow:
         gateway: Gateway,
         caller: Caller,
         admitted: Admitted,
-        write: Callable[[Sequence[StreamResponse]], Awaitable[None]],
+        write: Callable[[Sequence[_Leaving]], Awaitable[None]],
     ) -> None:
         self._gateway = gateway
         self._caller = caller
@@ -80,9 +85,12 @@ class _RequestFlow:
         self._meter = admitted.meter
         self._prepared = admitted.prepared
         self._write = write
-        self._arrived: asyncio.Queue[StreamResponse | _End] = asyncio.Queue(gateway.settings.limits.request_chunks_max)
+        self._arrived: Arrivals[bytes | _End] = Arrivals(gateway.settings.limits.request_chunks_max)
+        # What the newest chunk that was read in full has in common with those that follow.
+        self._form: ChunkForm | None = None
+        self._forms_left = _FORMS_MAX
         # The newest chunk while it may be the last that the client sees.
-        self._held: StreamResponse | None = None
+        self._held: _Leaving | None = None
         self._counted = self._meter.counter.counted()
         self._delivered_any = False
         self._call: Any = None
@@ -136,11 +144,12 @@ class _RequestFlow:
     async def _count_to_the_end(self) -> None:
         with suppress(TensorError):
             while True:
-                for item in await self._next_batch():
-                    if isinstance(item, _End) or item.error_message:
+                for item in await self._arrived.take():
+                    response = None if isinstance(item, _End) else read_response(item)
+                    if response is None or response.error_message:
                         return
-                    self._meter.counter.take(item.infer_response)
-                    if kserve.get_parameter(item.infer_response, FINAL_PARAMETER) is True:
+                    self._meter.counter.take(response.infer_response)
+                    if kserve.get_parameter(response.infer_response, FINAL_PARAMETER) is True:
                         return
 
     async def _read(self) -> None:
@@ -162,7 +171,7 @@ class _RequestFlow:
             self._gateway.metrics["upstream_retries"] += 1
             await asyncio.sleep(RETRY_DELAY_S)
         if not self._is_cut:
-            await self._arrived.put(end)
+            self._arrived.put(end)
 
     async def _read_once(self) -> _End:
         """One stream of the back end, to its end; a full queue holds the back end up."""
@@ -175,12 +184,11 @@ class _RequestFlow:
             self._in_read = True
             while (response := await call.read()) is not EOF and not self._is_cut:
                 self._read_any = True
-                if self._arrived.full():
+                self._arrived.put(response)
+                if self._arrived.is_full:
                     self._in_read = False
-                    await self._arrived.put(response)
+                    await self._arrived.room()
                     self._in_read = True
-                else:
-                    self._arrived.put_nowait(response)
         except grpc.aio.AioRpcError as error:
             return _End(error.code(), error.details() or "the back end gave no reason")
         except asyncio.InvalidStateError:
@@ -190,60 +198,73 @@ class _RequestFlow:
             self._in_read = False
         return _End(None, "")
 
-    async def _next_batch(self) -> list[StreamResponse | _End]:
-        batch = [await self._arrived.get()]
-        while not self._arrived.empty():
-            batch.append(self._arrived.get_nowait())
-        return batch
-
     def _count_arrived(self) -> None:
-        while not self._arrived.empty():
-            item = self._arrived.get_nowait()
-            if isinstance(item, _End) or item.error_message:
-                return
-            try:
-                self._meter.counter.take(item.infer_response)
-            except TensorError:
-                return
+        with suppress(TensorError):
+            for item in self._arrived.take_now():
+                response = None if isinstance(item, _End) else read_response(item)
+                if response is None or response.error_message:
+                    return
+                self._meter.counter.take(response.infer_response)
 
     async def _deliver(self) -> None:
+        counter, meter = self._meter.counter, self._meter
         while True:
             # Each with what had come when it had.
-            ready: list[tuple[StreamResponse, Counted]] = []
-            for item in await self._next_batch():
+            ready: list[tuple[_Leaving, Counted]] = []
+            for item in await self._arrived.take():
                 if isinstance(item, _End):
                     await self._finish(ready, None, item)
                     return
-                if item.error_message:
-                    # In band it has no status; the request ends with it.
-                    await self._finish(ready, None, _End(None, item.error_message, item))
-                    return
-                before = self._counted
-                try:
-                    self._meter.counter.take(item.infer_response)
-                except TensorError as error:
-                    message = f"the back end's answer cannot be metered: {error}"
-                    await self._finish(ready, None, _End(grpc.StatusCode.INTERNAL, message))
-                    return
-                self._counted = self._meter.counter.counted()
-                self._meter.saw_response()
-                final = kserve.get_parameter(item.infer_response, FINAL_PARAMETER)
-                item.infer_response.id = self._prepared.client_id
+                before, form = self._counted, self._form
+                found = None if form is None else form.read(item)
+                if found is not None and form is not None and counter.take_data(form.plan, found[0]):
+                    leaving: _Leaving = found[1]
+                    final = form.is_final
+                else:
+                    try:
+                        leaving = self._read_in_full(item)
+                    except TensorError as error:
+                        message = f"the back end's answer cannot be metered: {error}"
+                        await self._finish(ready, None, _End(grpc.StatusCode.INTERNAL, message))
+                        return
+                    if leaving.error_message:
+                        # In band it has no status; the request ends with it.
+                        await self._finish(ready, None, _End(None, leaving.error_message, leaving))
+                        return
+                    final = kserve.get_parameter(leaving.infer_response, FINAL_PARAMETER)
+                self._counted = counter.counted()
+                meter.saw_response()
                 if final is True:
-                    await self._finish(ready, item, _End(None, ""))
+                    await self._finish(ready, leaving, _End(None, ""))
                     return
                 if self._held is not None:
                     ready.append((self._held, before))
                     self._held = None
                 if self._may_be_last(final):
-                    self._held = item
+                    self._held = leaving
                 else:
-                    ready.append((item, self._counted))
+                    ready.append((leaving, self._counted))
             if ready:
-                if not await self._meter.progress(ready[-1][1]):
+                if not await meter.progress(ready[-1][1]):
                     await self._end_early(ready)
                 self._delivered_any = True
                 await self._write([response for response, _ in ready])
+
+    def _read_in_full(self, chunk: bytes) -> StreamResponse:
+        """Count a chunk, and what the client gets of it. Those that follow may be like it. Raises TensorError."""
+        response = read_response(chunk)
+        if response.error_message:
+            return response
+        infer = response.infer_response
+        plan = None
+        if self._forms_left:
+            self._forms_left -= 1
+            plan = self._meter.counter.plan(infer)
+        self._meter.counter.take(infer)
+        infer.id = self._prepared.client_id
+        if plan is not None:
+            self._form = learn_form(chunk, response, plan)
+        return response
 
     def _may_be_last(self, final: object) -> bool:
         """Whether the client may get nothing after this chunk: it has not asked for an empty final response, or the back
@@ -252,7 +273,7 @@ class _RequestFlow:
             return False
         return not self._prepared.empty_final_asked or final is None
 
-    async def _end_early(self, ready: Sequence[tuple[StreamResponse, Counted]]) -> NoReturn:
+    async def _end_early(self, ready: Sequence[tuple[_Leaving, Counted]]) -> NoReturn:
         """The money is used up, or the answer longer than it may be: deliver what is within both of what is ready, and bill
         that. The rest stays here, and the back end need not go on."""
         self._ended = True
@@ -272,7 +293,7 @@ class _RequestFlow:
             await self._write([response for response, _ in ready[:within]])
         raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, self._prepared.in_clients_words(message))
 
-    async def _finish(self, ready: list[tuple[StreamResponse, Counted]], last: StreamResponse | None, end: _End) -> None:
+    async def _finish(self, ready: list[tuple[_Leaving, Counted]], last: StreamResponse | None, end: _End) -> None:
         """Bill the request, then let go of what is left of the answer, the usage on the last response that is visible."""
         self._ended = True
         if self._held is not None:
@@ -286,8 +307,11 @@ class _RequestFlow:
             await self._end_early(ready)
         self._gateway.metrics[counted_as] += 1
         if ready:
-            tell_usage(ready[-1][0].infer_response, usage)
-            await self._write([response for response, _ in ready])
+            *others, visible = [response for response, _ in ready]
+            if isinstance(visible, bytes):
+                visible = read_response(visible)
+            tell_usage(visible.infer_response, usage)
+            await self._write([*others, visible])
         if end.message:
             message = self._prepared.in_clients_words(end.message)
             if end.answer is not None:
@@ -359,7 +383,7 @@ class _ClientStream:
     ) -> None:
         client_id = request.id
 
-        async def write(responses: Sequence[StreamResponse]) -> None:
+        async def write(responses: Sequence[_Leaving]) -> None:
             if before is not None:
                 await asyncio.shield(before)
             # One message at a time may be on its way in a gRPC stream.
@@ -382,7 +406,7 @@ class _ClientStream:
             if done is not None and not done.done():
                 done.set_result(None)
 
-    async def _answer(self, request: ModelInferRequest, write: Callable[[Sequence[StreamResponse]], Awaitable[None]]) -> None:
+    async def _answer(self, request: ModelInferRequest, write: Callable[[Sequence[_Leaving]], Awaitable[None]]) -> None:
         gateway = self._gateway
         admitted = await gateway.begin(request, self._caller, self._policy, stream=True)
         try:
@@ -392,9 +416,7 @@ class _ClientStream:
         finally:
             gateway.end(admitted, self._caller)
 
-    async def _tell(
-        self, error: CallError, client_id: str, write: Callable[[Sequence[StreamResponse]], Awaitable[None]]
-    ) -> None:
+    async def _tell(self, error: CallError, client_id: str, write: Callable[[Sequence[_Leaving]], Awaitable[None]]) -> None:
         """In band, with the client's ID, where other requests share the stream or the error is this request's own; else, and
         where the client asked for it, the stream ends with the status."""
         alone = len(self._tasks) == 1 and error.status in _ENDS_STREAM

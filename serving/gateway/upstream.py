@@ -1,4 +1,5 @@
-"""The back end, as the gateway calls it: one channel, messages parsed where they are metered and left as bytes elsewhere."""
+"""The back end, as the gateway calls it: one channel. A unary answer is parsed; what comes in streams, and what is not metered,
+is handed over as bytes."""
 
 from __future__ import annotations
 
@@ -50,7 +51,6 @@ class Upstream:
         self.stream_infer = self._channel.stream_stream(
             f"/{SERVICE_NAME}/ModelStreamInfer",
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
 
     def raw(self, service: str, method: str) -> Any:

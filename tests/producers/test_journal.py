@@ -22,7 +22,8 @@ from producers.errors import (
     JournalUnreadable,
     NotDurableInTime,
 )
-from producers.journal import Journal, JournalSettings, gather_s
+from producers.journal import Journal, JournalSettings
+from producers.journal_group import gather_s
 from producers.publisher import Publisher
 from producers.receipt import Receipt
 from tests.producers.support import PARTITIONS, LedgerStandIn, Topics, journaled, open_meter, usage_event, wait_until

@@ -22,6 +22,7 @@ from producers.receipt import Receipt
 from tests.producers.support import journaled, usage_event, wait_until
 
 PARTITIONS = 2
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
 partitions = st.integers(0, PARTITIONS - 1)
 
 
@@ -35,6 +36,8 @@ class JournalMachine(RuleBasedStateMachine):
         self.freed = dict.fromkeys(range(PARTITIONS), 0)
         # Slot of this life: partition and what it becomes.
         self.open: dict[int, tuple[int, str]] = {}
+        # Of them, those of which nothing but an opening without usage was told.
+        self.unsynced: set[int] = set()
         self.journal = self.begin()
 
     def begin(self) -> Journal:
@@ -56,12 +59,14 @@ class JournalMachine(RuleBasedStateMachine):
             receipt.durable()
         self.durable[partition] += names
 
-    @rule(partition=partitions)
-    def open_request(self, partition: int) -> None:
+    @rule(partition=partitions, has_usage=st.booleans())
+    def open_request(self, partition: int, has_usage: bool) -> None:
         name, event = self.event()
-        slot, receipt = self.journal.open(partition, event)
+        slot, receipt = self.journal.open(partition, event, has_usage=has_usage)
         receipt.durable()
         self.open[slot] = (partition, name)
+        if not has_usage:
+            self.unsynced.add(slot)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data(), times=st.integers(1, 5))
@@ -72,20 +77,22 @@ class JournalMachine(RuleBasedStateMachine):
         for receipt in [self.journal.update(slot, partition, event) for _, event in events]:
             receipt.durable()
         self.open[slot] = (partition, events[-1][0])
+        self.unsynced.discard(slot)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def close_request(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.open)))
         partition, _ = self.open.pop(slot)
+        self.unsynced.discard(slot)
         name, event = self.event()
         self.journal.close_request(slot, partition, event).durable()
         self.durable[partition].append(name)
 
-    @rule(partition=partitions)
-    def open_and_close_at_once(self, partition: int) -> None:
+    @rule(partition=partitions, has_usage=st.booleans())
+    def open_and_close_at_once(self, partition: int, has_usage: bool) -> None:
         name, event = self.event()
-        slot, _ = self.journal.open(partition, event)
+        slot, _ = self.journal.open(partition, event, has_usage=has_usage)
         self.journal.update(slot, partition, event)
         self.journal.close_request(slot, partition, event).durable()
         self.durable[partition].append(name)
@@ -121,20 +128,39 @@ class JournalMachine(RuleBasedStateMachine):
             self.durable[partition].append(name)
         assert slot not in self.open
 
+    @rule(partition=partitions)
+    def the_disk_refuses_an_end(self, partition: int) -> None:
+        surgeon = sqlite3.connect(self.folder / "journal", isolation_level=None, timeout=10)
+        surgeon.execute("ALTER TABLE segments RENAME TO away")
+        name, event = self.event()
+        slot, opened = self.journal.open(partition, event, has_usage=False)
+        opened.durable()
+        assert _is_refused(self.journal.close_request(slot, partition, self.event()[1]))
+        surgeon.execute("ALTER TABLE away RENAME TO segments")
+        surgeon.close()
+        self.open[slot] = (partition, name)
+        self.unsynced.add(slot)
+
     @rule()
     def restart(self) -> None:
         self.journal.close()
         self.recover()
 
-    @rule()
-    def crash(self) -> None:
-        """The files as kill -9 leaves them: the log not moved into the file, the lock gone with its process."""
+    @rule(lost_power=st.booleans())
+    def crash(self, lost_power: bool) -> None:
+        """The files as kill -9 leaves them: the log not moved into the file, the lock gone with its process. Or in another boot
+        of the machine, for which whatever stands in unsynced memory does not count."""
         self.lives += 1
         copy = self.folder.with_name(f"{self.folder.name}-{self.lives}")
         shutil.copytree(self.folder, copy)
         self.journal.close()
         shutil.rmtree(self.folder)
         self.folder = copy
+        if lost_power:
+            openings = self.folder / "journal.open"
+            openings.write_bytes(openings.read_bytes().replace(BOOT_ID, BOOT_ID[::-1], 1))
+            for slot in self.unsynced:
+                del self.open[slot]
         self.recover()
 
     def recover(self) -> None:
@@ -146,6 +172,7 @@ class JournalMachine(RuleBasedStateMachine):
             self.journal.close_request(row.slot, row.partition, row.event).durable()
             self.durable[partition].append(name)
         assert not self.journal.left_open()
+        self.unsynced.clear()
 
     @invariant()
     def holds_what_was_confirmed_under_its_number(self) -> None:
