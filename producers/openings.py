@@ -17,7 +17,6 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -33,7 +32,7 @@ __all__ = ["CELLS", "CELL_BYTES", "Openings"]
 CELL_BYTES: Final = 1_024
 CELLS: Final = 1_024
 _FILE_BYTES: Final = CELL_BYTES * (1 + CELLS)
-# What must stay free of the disk for the journal itself before it gets this file.
+# With less than this left of the disk, openings go the way on which a full disk shows: this file has had its room.
 _FREE_BYTES_MIN: Final = 16 << 20
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 # Of what follows its checksum: length of the event, slot, partition.
@@ -53,6 +52,7 @@ class Openings:
         """`token`: what the journal has noted of its file; another file than that one is begun anew, and `token` with it."""
         self._cells: dict[int, int] = {}
         self._map: mmap.mmap | None = None
+        self._folder = path.parent
         self.token = token
         boot_id = _boot_id()
         if boot_id is None:
@@ -95,8 +95,8 @@ class Openings:
         return OpenRow(slot, partition, event)
 
     def put(self, slot: int, partition: int, event: bytes) -> bool:
-        """Take it; False: there is no room, or it is too large."""
-        if not self._free or len(event) > CELL_BYTES - _EVENT_AT:
+        """Take it; False: there is no place, or it is too large, or the disk is nearly full."""
+        if not self._free or len(event) > CELL_BYTES - _EVENT_AT or not _has_room(self._folder):
             return False
         assert self._map is not None, "cells are a file's"
         cell = self._free.pop()
@@ -161,9 +161,14 @@ def _map(path: Path) -> mmap.mmap | None:
         os.close(descriptor)
 
 
+def _has_room(folder: Path) -> bool:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize >= _FREE_BYTES_MIN
+
+
 def _fill(path: Path, descriptor: int) -> bool:
     """Write all of it once, so that no page can want for room later; whether there is room."""
-    if shutil.disk_usage(path.parent).free < _FREE_BYTES_MIN:
+    if not _has_room(path.parent):
         return False
     try:
         os.ftruncate(descriptor, 0)

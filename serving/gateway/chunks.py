@@ -45,18 +45,22 @@ def read_response(data: bytes) -> StreamResponse:
 
 def serialize(response: StreamResponse | bytes) -> bytes:
     """What leaves: bytes as they are, a message as bytes."""
-    return response if type(response) is bytes else response.SerializeToString()  # type: ignore[union-attr, no-any-return]
+    if isinstance(response, bytes):
+        return response
+    data: bytes = response.SerializeToString()
+    return data
 
 
 class ChunkForm:
     """What chunks with one front have in common."""
 
-    __slots__ = ("_front", "_front_out", "_outputs", "_seen", "is_final", "plan")
+    __slots__ = ("_front", "_front_bytes", "_front_out", "_outputs", "_seen", "is_final", "plan")
 
     def __init__(self, front: bytes, front_out: bytes, outputs: int, seen: int, plan: DataPlan, is_final: object) -> None:
         self._front = front
+        self._front_bytes = len(front)
         self._front_out = front_out
-        self._outputs = outputs
+        self._outputs = range(outputs)
         # The client sees so many of them: the first.
         self._seen = seen
         self.plan = plan
@@ -72,11 +76,11 @@ class ChunkForm:
             end = len(chunk)
             if at + length != end or chunk[0] != _RESPONSE_TAG or not chunk.startswith(self._front, at):
                 return None
-            begin = at = at + len(self._front)
-            seen_end = end
+            begin = at = at + self._front_bytes
+            seen, seen_end = self._seen, end
             raws: list[bytes] = []
-            while at < end:
-                if len(raws) == self._seen:
+            for number in self._outputs:
+                if number == seen:
                     seen_end = at
                 if chunk[at] != _DATA_TAG:
                     return None
@@ -84,11 +88,12 @@ class ChunkForm:
                 at += 2
                 if length >= 0x80:
                     length, at = _varint(chunk, at - 1)
-                raws.append(chunk[at : at + length])
-                at += length
+                data_end = at + length
+                raws.append(chunk[at:data_end])
+                at = data_end
         except IndexError:
             return None
-        if at != end or len(raws) != self._outputs:
+        if at != end:
             return None
         front_out = self._front_out
         return raws, b"".join((_head(len(front_out) + seen_end - begin), front_out, chunk[begin:seen_end]))
@@ -173,20 +178,18 @@ class Arrivals(Generic[_Item]):
         self._taker: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._items) >= self._items_max
-
-    def put(self, item: _Item) -> None:
-        """Whether or not it is full."""
-        self._items.append(item)
+    def put(self, item: _Item) -> bool:
+        """Put it in, full or not; whether there is room for more."""
+        items = self._items
+        items.append(item)
         if self._taker is not None:
             _wake(self._taker)
             self._taker = None
+        return len(items) < self._items_max
 
     async def room(self) -> None:
         """Return when there is room."""
-        while self.is_full:
+        while len(self._items) >= self._items_max:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 

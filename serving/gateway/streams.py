@@ -184,8 +184,7 @@ class _RequestFlow:
             self._in_read = True
             while (response := await call.read()) is not EOF and not self._is_cut:
                 self._read_any = True
-                self._arrived.put(response)
-                if self._arrived.is_full:
+                if not self._arrived.put(response):
                     self._in_read = False
                     await self._arrived.room()
                     self._in_read = True

@@ -170,9 +170,8 @@ async def test_arrivals_are_taken_together_and_hold_up_whoever_puts_too_many() -
     arrivals: Arrivals[int] = Arrivals(2)
     taking = asyncio.ensure_future(arrivals.take())
     await asyncio.sleep(0)
-    arrivals.put(1)
-    arrivals.put(2)
-    assert arrivals.is_full
+    assert arrivals.put(1)
+    assert not arrivals.put(2)
     waiting = asyncio.ensure_future(arrivals.room())
     await asyncio.sleep(0)
     assert await taking == [1, 2]
