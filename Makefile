@@ -116,7 +116,7 @@ lock: ## Resolve the locks anew (needs the virtual environment's uv)
 	$(call compile,pyproject.toml,$(call role,producer),producer)
 	$(call compile,pyproject.toml,$(call role,worker),worker)
 	$(call compile,pyproject.toml,$(call role,sink),sink)
-	$(call compile,pyproject.toml,$(call role,gateway),gateway)
+	$(call compile,pyproject.toml,$(call role,gateway) --extra otlp,gateway)
 	$(call compile,pyproject.toml,$(call role,api),api)
 	$(call compile,pyproject.toml,$(call role,notifier),notifier)
 

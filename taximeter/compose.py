@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import secrets
 from contextlib import contextmanager
@@ -364,6 +365,13 @@ def gateway_settings(config: Config) -> GatewaySettings:
             _read("gateway.tls_key_file", gateway.tls_key_file),
             _read_if_set("gateway.tls_client_ca_file", gateway.tls_client_ca_file),
         )
+    if gateway.otlp_endpoint:
+        try:
+            importlib.import_module("serving.gateway.otlp")
+        except ImportError as error:
+            raise ConfigError(
+                f"gateway.otlp_endpoint is set and {error.name} is not installed: install taximeter[otlp], or unset it"
+            ) from None
     return GatewaySettings(
         meter=meter_settings(config, gateway.journal_path),
         publisher=publisher_settings(config),
@@ -386,6 +394,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
         region=gateway.region,
         trace=gateway.trace,
         observe=bool(gateway.metrics_address),
+        otlp_endpoint=gateway.otlp_endpoint,
         audit=AuditSettings(one_in=gateway.audit_one_in, drift_max=gateway.audit_drift_max),
         admission=AdmissionSettings(state_age_max_ms=int(gateway.accounts_age_max_s * 1_000), fail_open=gateway.fail_open),
         leases=_lease_settings(config) if gateway.leases else None,

@@ -220,6 +220,9 @@ class GatewayConfig(Section):
     metrics_address: MetricsAddress = ""
     # A trace begins for requests that bring none; one that a client brings is always taken up.
     trace: bool = False
+    # http://HOST:PORT, or https://, of an OpenTelemetry collector that is told spans and metrics over OTLP/gRPC; empty: none.
+    # The rest is said by OpenTelemetry's own variables, such as OTEL_EXPORTER_OTLP_HEADERS.
+    otlp_endpoint: Annotated[str, Field(pattern=r"^$|^https?://[^\s/@]+:[0-9]{1,5}$")] = ""
     # One in so many answers is counted again by the tokenizer, to see that the back end's counts are right; 0: none.
     audit_one_in: Annotated[int, Field(ge=0)] = 100
     audit_drift_max: Annotated[float, Field(gt=0, le=1)] = 0.02
@@ -271,6 +274,11 @@ class GatewayConfig(Section):
         if not _is_local(self.upstream) and self.upstream_ca_file is None:
             raise ValueError(
                 f"upstream {self.upstream} is on another machine and there is no TLS: set upstream_ca_file, or "
+                "allow_plaintext = true where the network is trusted"
+            )
+        if self.otlp_endpoint.startswith("http://") and not _is_local(self.otlp_endpoint):
+            raise ValueError(
+                f"otlp_endpoint {self.otlp_endpoint} is on another machine and there is no TLS: write https://, or set "
                 "allow_plaintext = true where the network is trusted"
             )
         return self

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from serving.gateway.tracing import another_span, with_span
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -34,6 +36,14 @@ class Caller(NamedTuple):
     """`triton_grpc_error: true`: errors of a stream are to end it with their status."""
     span: str = ""
     """The gateway's own in the client's trace; empty: it is not traced."""
+
+    def for_one_request(self) -> Caller:
+        """The same for one request of a stream, which is a span of its own."""
+        if not self.span:
+            return self
+        span = another_span(self.span)
+        # It stands last, where it was put.
+        return self._replace(span=span, metadata=with_span(self.metadata[:-1], span))
 
     def time_left_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())

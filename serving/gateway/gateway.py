@@ -139,7 +139,9 @@ class Gateway:
             else:
                 model, client_id = ("-", "") if request is None else (request.model_name or "-", request.id)
                 # Not waited for: whoever guesses shall not queue for the disk.
-                self._refusals.record(refusal, new_event(self._parts, key, secrets.token_hex(16), model, 0, client_id))
+                self._refusals.record(
+                    refusal, new_event(self._parts, key, secrets.token_hex(16), model, 0, client_id, caller.span)
+                )
             if policy.message and refusal.status is grpc.StatusCode.PERMISSION_DENIED:
                 raise CallError(refusal.status, f"denied by policy {policy.name}: {policy.message} ({refusal.message})")
             raise CallError.refused(refusal)
@@ -155,9 +157,9 @@ class Gateway:
         refusal = self._slot_refusal(tenant_id)
         if refusal is not None:
             # Not waited for: whoever is refused for sending too much shall not queue for the disk as well.
-            self._refusals.record(
-                refusal, new_event(self._parts, key, secrets.token_hex(16), request.model_name or "-", 0, request.id)
-            )
+            model = request.model_name or "-"
+            event = new_event(self._parts, key, secrets.token_hex(16), model, 0, request.id, caller.span)
+            self._refusals.record(refusal, event)
             raise CallError.refused(refusal)
         self._running += 1
         self._tenant_running[tenant_id] += 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from billing.v1.usage_pb2 import UsageEvent
 
-__all__ = ["GenAiMetrics", "Histogram"]
+__all__ = ["GenAiMetrics", "Histogram", "operation_name", "outcome_name"]
 
 _TOKEN_BUCKETS: Final = tuple(float(4**power) for power in range(14))
 _DURATION_BUCKETS_S: Final = tuple(0.01 * 2**power for power in range(14))
@@ -27,9 +27,19 @@ _FIRST_TOKEN_BUCKETS_S: Final = (
     *(0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
 )
 _OUTPUT_TOKEN_BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-_OPERATIONS: Final = {number: name.removeprefix("OPERATION_").lower() for name, number in Operation.items()}
-_OUTCOMES: Final = {number: name.removeprefix("OUTCOME_").lower() for name, number in Outcome.items()}
+_OPERATIONS: Final[dict[int, str]] = {number: name.removeprefix("OPERATION_").lower() for name, number in Operation.items()}
+_OUTCOMES: Final[dict[int, str]] = {number: name.removeprefix("OUTCOME_").lower() for name, number in Outcome.items()}
 Labels = tuple[str, ...]
+
+
+def operation_name(operation: int) -> str:
+    """As metrics and spans call it."""
+    return _OPERATIONS.get(operation, "unspecified")
+
+
+def outcome_name(outcome: int) -> str:
+    """As metrics and spans call it, where it is an error."""
+    return _OUTCOMES.get(outcome, "unspecified")
 
 
 @dataclass(slots=True)
@@ -94,12 +104,12 @@ class GenAiMetrics:
         """A request that was forwarded has its bill."""
         if event.outcome == OUTCOME_REJECTED:
             return
-        labels = _OPERATIONS.get(event.operation, "unspecified"), event.model
+        labels = operation_name(event.operation), event.model
         # As the conventions have it, the classes of a prompt are one type.
         input_tokens = event.uncached_input_tokens + event.cache_read_tokens + event.cache_write_tokens
         self._tokens.observe(input_tokens, *labels, "input")
         self._tokens.observe(event.output_tokens + event.reasoning_tokens, *labels, "output")
-        error = "" if event.outcome == OUTCOME_COMPLETED else _OUTCOMES.get(event.outcome, "unspecified")
+        error = "" if event.outcome == OUTCOME_COMPLETED else outcome_name(event.outcome)
         self._duration.observe(event.latency_ms / 1_000, *labels, error)
         if event.time_to_first_token_ms:
             self._first_token.observe(event.time_to_first_token_ms / 1_000, *labels)

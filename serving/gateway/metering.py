@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from serving.gateway.tokens import TokenCounts
     from serving.kserve import ModelInferResponse
 
-__all__ = ["MeterParts", "Price", "RequestMeter", "Usage", "log_request", "new_event", "now_ms", "tell_usage"]
+__all__ = ["MeterParts", "Price", "RequestMeter", "Usage", "new_event", "now_ms", "tell_end", "tell_usage"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class MeterParts:
     durable_timeout_s: float
     genai: GenAiMetrics | None = None
     """Where anybody asks for metrics."""
+    on_end: Callable[[UsageEvent], None] | None = None
+    """Hears of each request that has its bill, or whose refusal is on record."""
 
 
 class Usage(NamedTuple):
@@ -366,7 +368,7 @@ class RequestMeter:
             self._money.settle(event)
         if self._parts.genai is not None:
             self._parts.genai.observe(event)
-        log_request(event)
+        tell_end(self._parts, event)
 
     def _usage(self) -> Usage:
         event = self._event
@@ -375,8 +377,11 @@ class RequestMeter:
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told, price)
 
 
-def log_request(event: UsageEvent) -> None:
-    """A request has ended, or was refused: for whoever looks for one. Off by default, as there are thousands a second."""
+def tell_end(parts: MeterParts, event: UsageEvent) -> None:
+    """A request has ended, or was refused: for whoever looks for one. Lines of a log only at its most talkative, as there are
+    thousands a second."""
+    if parts.on_end is not None:
+        parts.on_end(event)
     if _LOG.isEnabledFor(logging.DEBUG):
         outcome = Outcome.Name(event.outcome).removeprefix("OUTCOME_").lower()
         names = {"request_id": event.request_id, "tenant_id": event.tenant_id, "model": event.model, "outcome": outcome}

@@ -9,7 +9,7 @@ from billing.v1.usage_pb2 import OUTCOME_REJECTED
 from producers.errors import ProducerError
 from serving.gateway import admission
 from serving.gateway.errors import CallError
-from serving.gateway.metering import log_request, now_ms
+from serving.gateway.metering import now_ms, tell_end
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -60,7 +60,7 @@ class Refusals:
         event.outcome = OUTCOME_REJECTED
         event.refusal_reason = refusal.reason  # type: ignore[assignment]
         event.ended_ms = max(now_ms(), event.started_ms)
-        log_request(event)
+        tell_end(self._parts, event)
         try:
             return self._parts.meter.record(event)
         except ProducerError:

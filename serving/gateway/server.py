@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from billing.v1.account_pb2 import Lease
     from serving.gateway.directory import AccountView
+    from serving.gateway.otlp import OtlpExport
     from serving.gateway.settings import GatewaySettings, LeaseSettings
 
 __all__ = ["GatewayServer", "new_event_loop", "run_gateway"]
@@ -50,6 +51,8 @@ _LOG = logging.getLogger(__name__)
 _CONTROL_CALLS_MAX = 256
 _READY_POLL_S = 0.1
 _RECOVER_RETRY_S = 1.0
+# What a stop waits for a collector.
+_OTLP_CLOSE_S = 3.0
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -160,7 +163,8 @@ class GatewayServer:
         self._followers: list[TopicFollower] = []
         self._publisher: Publisher | None = None
         self._worth = Worth()
-        self.genai = GenAiMetrics() if settings.observe else None
+        self.genai = GenAiMetrics() if settings.observe or settings.otlp_endpoint else None
+        self._otlp: OtlpExport | None = None
         self._lease_sender: LeaseSender | None = None
         self._server: Any = None
         self._meter: UsageMeter | None = None
@@ -174,7 +178,11 @@ class GatewayServer:
         settings = self._settings
         limits = settings.limits
         self._meter = meter = await asyncio.to_thread(UsageMeter, settings.meter)
-        parts = MeterParts(meter, self.tokens, settings.server_id, settings.region, limits.durable_timeout_s, self.genai)
+        self._otlp = self._export()
+        on_end = None if self._otlp is None else self._otlp.ended
+        parts = MeterParts(
+            meter, self.tokens, settings.server_id, settings.region, limits.durable_timeout_s, self.genai, on_end
+        )
         self._upstream = Upstream(settings)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
         if settings.publisher is not None:
@@ -210,6 +218,15 @@ class GatewayServer:
         if self._follows:
             self._follow()
         await self._await_ready()
+
+    def _export(self) -> OtlpExport | None:
+        settings = self._settings
+        if not settings.otlp_endpoint or self.genai is None:
+            return None
+        # Of an extra that a gateway without a collector does without.
+        from serving.gateway.otlp import OtlpExport
+
+        return OtlpExport(settings.otlp_endpoint, settings.server_id, self.genai)
 
     def _keep_leases(self, leases: LeaseSettings, meter: UsageMeter) -> None:
         """After the recovery: what an earlier start owed is numbered, and everything from here on is this start's."""
@@ -325,6 +342,8 @@ class GatewayServer:
             await asyncio.to_thread(self._publisher.close, limits.durable_timeout_s)
         if self._meter is not None:
             await asyncio.to_thread(self._meter.close, limits.durable_timeout_s)
+        if self._otlp is not None:
+            await asyncio.to_thread(self._otlp.close, _OTLP_CLOSE_S)
         self.tokens.close()
 
 

@@ -194,6 +194,8 @@ class GatewaySettings:
     """Begin a trace for requests that bring none; one that a client brings is always taken up."""
     observe: bool = False
     """Keep histograms of requests, for whoever asks for metrics."""
+    otlp_endpoint: str = ""
+    """`http://HOST:PORT` or `https://` of an OpenTelemetry collector, which is told spans and histograms; empty: none."""
     audit: AuditSettings = field(default_factory=AuditSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)

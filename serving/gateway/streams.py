@@ -406,14 +406,14 @@ class _ClientStream:
                 done.set_result(None)
 
     async def _answer(self, request: ModelInferRequest, write: Callable[[Sequence[_Leaving]], Awaitable[None]]) -> None:
-        gateway = self._gateway
-        admitted = await gateway.begin(request, self._caller, self._policy, stream=True)
+        gateway, caller = self._gateway, self._caller.for_one_request()
+        admitted = await gateway.begin(request, caller, self._policy, stream=True)
         try:
-            await _RequestFlow(gateway, self._caller, admitted, write).run()
+            await _RequestFlow(gateway, caller, admitted, write).run()
         except ProducerError as error:
             raise gateway.unrecorded(error) from error
         finally:
-            gateway.end(admitted, self._caller)
+            gateway.end(admitted, caller)
 
     async def _tell(self, error: CallError, client_id: str, write: Callable[[Sequence[_Leaving]], Awaitable[None]]) -> None:
         """In band, with the client's ID, where other requests share the stream or the error is this request's own; else, and
