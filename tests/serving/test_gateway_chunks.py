@@ -77,6 +77,12 @@ def agrees(first: bytes, second: bytes) -> bool:
 FIRST = chunk().SerializeToString()
 
 
+def message_of(response: bytes) -> bytes:
+    """The message that has this response."""
+    length = len(response)
+    return bytes((0x12, length & 0x7F | 0x80, length >> 7)) + response
+
+
 @given(st.binary(max_size=20_000), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_of_chunks_with_one_front_only_the_data_is_read(text: bytes, inputs: int, outputs: int) -> None:
@@ -86,7 +92,10 @@ def test_of_chunks_with_one_front_only_the_data_is_read(text: bytes, inputs: int
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_whatever_bytes_come_they_say_what_the_message_says_or_are_read_in_full(data: st.DataObject) -> None:
-    second = bytearray(chunk(b"some other text", outputs=7).SerializeToString())
+    whole = chunk(b"some other text", outputs=7)
+    # Else what is put in or taken out nearly always shows in the length that stands in front.
+    keeps_length = data.draw(st.booleans())
+    second = bytearray(whole.infer_response.SerializeToString() if keeps_length else whole.SerializeToString())
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(second)))
         kind = data.draw(st.sampled_from(["change", "insert", "delete", "end"]))
@@ -99,7 +108,7 @@ def test_whatever_bytes_come_they_say_what_the_message_says_or_are_read_in_full(
         elif place < len(second):
             second[place] = data.draw(st.integers(0, 255))
     try:
-        agrees(FIRST, bytes(second))
+        agrees(FIRST, message_of(bytes(second)) if keeps_length else bytes(second))
     except TensorError as error:
         raise AssertionError("taken as data, where the message cannot be read") from error
 
@@ -135,10 +144,14 @@ def test_outputs_that_the_client_sees_behind_hidden_ones_are_read_in_full() -> N
 def test_an_output_beside_its_data_is_no_form_for_others() -> None:
     extra = service_pb2.ModelStreamInferResponse()
     extra.infer_response.outputs.add(name="more", datatype="BOOL", shape=[1])
-    inner = chunk().infer_response.SerializeToString() + extra.infer_response.SerializeToString() + b"\x32\x01\x00"
-    head = bytes((0x12, len(inner) & 0x7F | 0x80, len(inner) >> 7))
-    assert [tensor.name for tensor in read_response(head + inner).infer_response.outputs][-1] == "more"
-    assert learnt(head + inner, counter()) is None
+    data = message_of(chunk().infer_response.SerializeToString() + extra.infer_response.SerializeToString() + b"\x32\x01\x00")
+    assert [tensor.name for tensor in read_response(data).infer_response.outputs][-1] == "more"
+    assert learnt(data, counter()) is None
+
+
+@pytest.mark.parametrize("behind", [b"\x32\x01\x00", b"\x1a\x02id"], ids=["data", "an id"])
+def test_a_chunk_with_more_behind_its_data_is_read_in_full(behind: bytes) -> None:
+    assert not agrees(FIRST, message_of(chunk().infer_response.SerializeToString() + behind))
 
 
 def test_counts_that_cannot_be_and_texts_that_do_not_fit_are_left_to_the_full_way() -> None:
