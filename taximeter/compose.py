@@ -18,9 +18,11 @@ from producers.meter import MeterSettings
 from producers.publisher import PublisherSettings
 from sinks.settings import SinkSettings
 from stream_processors.settings import KafkaSettings, SnapshotSettings, TopicNames, TopicSettings, WorkerSettings
-from taximeter.config import Config, KafkaConfig, ModelProfileConfig, read_secret
+from taximeter.config import Config, read_secret
 from taximeter.errors import ConfigError, MisuseError
+from taximeter.platform_config import KafkaConfig
 from taximeter.rule_options import parse_actions
+from taximeter.serving_config import ModelProfileConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from sinks.embedded import JsonReader
     from sinks.engine import Engine, Reader
     from stream_processors.topics import ApplySettings
-    from taximeter.config import RulesConfig
+    from taximeter.rules_config import RulesConfig
 
 __all__ = [
     "api_settings",

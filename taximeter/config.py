@@ -11,43 +11,29 @@ a file named by `…_file`, or in the environment; it is masked in every repr, e
 
 from __future__ import annotations
 
-import difflib
-import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
+from typing import Any, Final
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from billing.v1.alert_pb2 import AlertRule, Severity
-from taximeter.config_section import Section
+from taximeter.config_section import nearest_name
 from taximeter.errors import ConfigError
 from taximeter.logs import keep_out
-from taximeter.rules_config import RulesConfig
+from taximeter.platform_config import (
+    ClickHouseConfig,
+    EmbeddedConfig,
+    KafkaConfig,
+    LedgerConfig,
+    PricesConfig,
+    ProducerConfig,
+)
+from taximeter.serving_config import ApiConfig, GatewayConfig, ModelsConfig, NotifierConfig
 
-__all__ = [
-    "ApiConfig",
-    "ClickHouseConfig",
-    "Config",
-    "EmbeddedConfig",
-    "GatewayConfig",
-    "KafkaConfig",
-    "LedgerConfig",
-    "ModelProfileConfig",
-    "ModelsConfig",
-    "NotifierConfig",
-    "NotifierEndpointConfig",
-    "PricesConfig",
-    "ProducerConfig",
-    "RulesConfig",
-    "is_anything_set",
-    "load",
-    "read_secret",
-]
+__all__ = ["ENVIRONMENT_PREFIX", "Config", "is_anything_set", "load", "read_secret"]
 
 ENVIRONMENT_PREFIX: Final = "TAXIMETER_"
 # Variables of the command line itself, which are no keys of the configuration.
@@ -56,439 +42,6 @@ _COMMAND_LINE_VARIABLES: Final = frozenset(
 )
 DEFAULT_FILE: Final = Path("taximeter.toml")
 _FILE_BYTES_MAX: Final = 1_000_000
-_ENDPOINTS_MAX: Final = 32
-
-Port = Annotated[int, Field(ge=1, le=65_535)]
-# 0: none; the embedded set-up chooses a free one.
-PortOrNone = Annotated[int, Field(ge=0, le=65_535)]
-
-
-_COUNTLESS_BACKENDS: Final = frozenset({"generic", "embeddings", "classification", "speech_to_text", "text_to_image"})
-
-
-MetricsAddress = Annotated[str, Field(pattern=r"^$|^[^\s/]+:[0-9]{1,5}$")]
-
-
-def _is_local(address: str) -> bool:
-    """Whether an address, with its port or without, is of this machine."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition("/")[2]
-    if host.count(":") == 1 or host.startswith("["):
-        host = host.rpartition(":")[0].strip("[]") if not host.endswith("]") else host.strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class KafkaConfig(Section):
-    """Where Kafka is, how to speak to it, and how the topics are called."""
-
-    bootstrap: str = "127.0.0.1:9092"
-    topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)] = ""
-    # 0: the broker's default.
-    replication_factor: Annotated[int, Field(ge=0, le=9)] = 0
-    # Days that usage.ledger keeps records; at least the dedupe horizon, and some to replay behind it.
-    ledger_retention_days: Annotated[int, Field(ge=1)] = 400
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
-    sasl_username: str = ""
-    sasl_password: SecretStr | None = None
-    sasl_password_file: Path | None = None
-    ssl_ca_file: Path | None = None
-    ssl_certificate_file: Path | None = None
-    ssl_key_file: Path | None = None
-    # Speak to other machines without TLS: who listens on the way reads usage and passwords, and may change them.
-    allow_plaintext: bool = False
-    request_timeout_s: Annotated[float, Field(gt=0, le=300)] = 15.0
-
-    @model_validator(mode="after")
-    def _sasl_is_whole(self) -> KafkaConfig:
-        if self.security_protocol.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
-            raise ValueError(f"security_protocol {self.security_protocol} needs sasl_mechanism and sasl_username: set them")
-        return self
-
-    @model_validator(mode="after")
-    def _is_encrypted(self) -> KafkaConfig:
-        far = [address for address in self.bootstrap.split(",") if not _is_local(address.strip())]
-        if far and not self.security_protocol.endswith("SSL") and not self.allow_plaintext:
-            raise ValueError(
-                f"bootstrap {far[0].strip()} is on another machine and security_protocol {self.security_protocol} is not "
-                "encrypted: set SSL or SASL_SSL, or allow_plaintext = true where the network is trusted"
-            )
-        return self
-
-
-class LedgerConfig(Section):
-    """The ledger: how many partitions it was founded with, where its local state lies, and the keys that seal it."""
-
-    partitions: Annotated[int, Field(ge=1, le=1024)] = 4
-    state_dir: Path = Path(".taximeter/ledger")
-    consumer_group: Annotated[str, Field(min_length=1, max_length=100)] = "taximeter-ledger"
-    session_timeout_s: Annotated[float, Field(ge=4, le=300)] = 10.0
-    # What a tenant is billed in that nobody has created.
-    currency: Annotated[str, Field(min_length=1, max_length=8)] = "USD"
-    seal_key: SecretStr | None = None
-    seal_key_file: Path | None = None
-    # Where the sink writes each day's chain heads, and `audit` reads them: away from Kafka and ClickHouse; none: nowhere.
-    anchor_file: Path | None = None
-    command_key: SecretStr | None = None
-    command_key_file: Path | None = None
-    dedupe_horizon_days: Annotated[int, Field(ge=1, le=400)] = 35
-    # A ledger is founded closed: usage of producers that are not registered is refused, and stays in their journals.
-    registered_producers_only: bool = False
-    window_lateness_minutes: Annotated[int, Field(ge=1, le=10_080)] = 10
-    future_alert_minutes: Annotated[int, Field(ge=1)] = 5
-    future_reject_minutes: Annotated[int, Field(ge=1)] = 1_440
-    alert_cooldown_minutes: Annotated[int, Field(ge=0)] = 10
-    metrics_address: MetricsAddress = ""
-    missing_grace_seconds: Annotated[int, Field(ge=1)] = 120
-    producer_silence_seconds: Annotated[int, Field(ge=1)] = 300
-    rules: RulesConfig = Field(default_factory=RulesConfig)
-    # Where workers put snapshots of their state, so that a new disk need not replay the whole ledger: file:///folder,
-    # s3://bucket/prefix, gs://…, az://…; empty: nowhere. Credentials come from the environment, as the cloud's tools take them.
-    snapshot_url: Annotated[str, Field(pattern=r"^$|^[a-z0-9]+://[^@]*$")] = ""
-    # One is taken when either is reached: what was written since is what a new disk must replay.
-    snapshot_interval_minutes: Annotated[float, Field(gt=0, le=10_080)] = 15.0
-    snapshot_log_bytes: Annotated[int, Field(ge=1_000_000)] = 1_000_000_000
-    snapshots_kept: Annotated[int, Field(ge=1, le=50)] = 3
-
-
-class ClickHouseConfig(Section):
-    """Where rows go: chDB, owned by the sink and asked over loopback, or a ClickHouse server over the native
-    protocol.
-    """
-
-    engine: Literal["chdb", "server"] = "chdb"
-    database: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)] = "taximeter"
-    chdb_path: Path = Path(".taximeter/chdb")
-    loopback_port: PortOrNone = 8124
-    loopback_token: SecretStr | None = None
-    loopback_token_file: Path | None = None
-    host: str = "127.0.0.1"
-    port: Port = 9000
-    user: str = "default"
-    password: SecretStr | None = None
-    password_file: Path | None = None
-    tls: bool = False
-    ca_file: Path | None = None
-    # As in [kafka].
-    allow_plaintext: bool = False
-    sink_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)] = "clickhouse"
-    query_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
-    metrics_address: MetricsAddress = ""
-
-    @model_validator(mode="after")
-    def _is_encrypted(self) -> ClickHouseConfig:
-        if self.engine == "server" and not (self.tls or _is_local(self.host) or self.allow_plaintext):
-            raise ValueError(
-                f"host {self.host} is on another machine and tls is off: set tls = true (and ca_file), or allow_plaintext "
-                "= true where the network is trusted"
-            )
-        return self
-
-
-class GatewayConfig(Section):
-    """The metering gateway: where it listens, what stands behind it, and how it knows a key."""
-
-    host: str = "127.0.0.1"
-    port: Port = 8001
-    upstream: str = "127.0.0.1:8101"
-    # Set: TLS to the back end, verified against these certificates.
-    upstream_ca_file: Path | None = None
-    tls_certificate_file: Path | None = None
-    tls_key_file: Path | None = None
-    # Set: clients show a certificate that one of these has signed, beside their key.
-    tls_client_ca_file: Path | None = None
-    # Shown to a back end that asks for one.
-    upstream_certificate_file: Path | None = None
-    upstream_key_file: Path | None = None
-    # As in [kafka]: for clients and for the back end. A proxy in front that ends TLS is a reason.
-    allow_plaintext: bool = False
-    journal_path: Path = Path(".taximeter/gateway/journal.sqlite")
-    server_id: str = ""
-    region: str = ""
-    key_pepper: SecretStr | None = None
-    key_pepper_file: Path | None = None
-    requests_max: Annotated[int, Field(ge=1)] = 1_000
-    tenant_requests_max: Annotated[int, Field(ge=1)] = 250
-    # HOST:PORT where Prometheus asks; empty: nowhere. So in [ledger] for a worker, in [clickhouse] for the sink, in [api] and
-    # [notifier] for these.
-    metrics_address: MetricsAddress = ""
-    # A trace begins for requests that bring none; one that a client brings is always taken up.
-    trace: bool = False
-    # http://HOST:PORT, or https://, of an OpenTelemetry collector that is told spans and metrics over OTLP/gRPC; empty: none.
-    # The rest is said by OpenTelemetry's own variables, such as OTEL_EXPORTER_OTLP_HEADERS.
-    otlp_endpoint: Annotated[str, Field(pattern=r"^$|^https?://[^\s/@]+:[0-9]{1,5}$")] = ""
-    # One in so many answers is counted again by the tokenizer, to see that the back end's counts are right; 0: none.
-    audit_one_in: Annotated[int, Field(ge=0)] = 100
-    audit_drift_max: Annotated[float, Field(gt=0, le=1)] = 0.02
-    # Gateways that share the limits of keys, tenants and models: each lets its part through.
-    replicas: Annotated[int, Field(ge=1)] = 1
-    # For models and plans that state none; 0: no limit.
-    prompt_tokens_max: Annotated[int, Field(ge=0)] = 0
-    # Of one request or response, on both sides; gRPC carries no more than the default.
-    message_bytes_max: Annotated[int, Field(ge=1_024, le=2**31 - 1)] = 2**31 - 1
-    # How often a request is sent where the back end is not there, or is gone before its first response.
-    upstream_attempts: Annotated[int, Field(ge=1, le=10)] = 2
-    # What is known of accounts is stale when their partition of the ledger has been silent for so long.
-    accounts_age_max_s: Annotated[float, Field(gt=0)] = 60.0
-    fail_open: bool = False
-    # Requests are paid from leases on the tenants' balances, so that no balance is passed however many gateways there are.
-    leases: bool = True
-    # `taximeter lease key` shows it: what lease requests are signed with. Not needed where ledger.command_key is at hand.
-    lease_key: SecretStr | None = None
-    lease_key_file: Path | None = None
-    # How long a request waits for the ledger where what the gateway holds does not suffice, before it is refused.
-    lease_wait_ms: Annotated[int, Field(ge=0)] = 1_000
-    lease_seconds: Annotated[int, Field(ge=5, le=3_600)] = 30
-    # Set aside for requests that state no maximum of output, where the plan has none either.
-    output_tokens_default: Annotated[int, Field(ge=1)] = 4_096
-    # Answers are clamped to what is left, where a request's worst case costs more; else the request is refused.
-    clamp_output: bool = True
-
-    @model_validator(mode="after")
-    def _tls_is_whole(self) -> GatewayConfig:
-        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
-            raise ValueError("tls_certificate_file and tls_key_file belong together: set both, or neither")
-        if (self.upstream_certificate_file is None) != (self.upstream_key_file is None):
-            raise ValueError("upstream_certificate_file and upstream_key_file belong together: set both, or neither")
-        if self.tls_client_ca_file is not None and self.tls_key_file is None:
-            raise ValueError("tls_client_ca_file asks for clients' certificates, which needs TLS: set tls_certificate_file too")
-        if self.upstream_certificate_file is not None and self.upstream_ca_file is None:
-            raise ValueError("upstream_certificate_file is shown over TLS: set upstream_ca_file too")
-        return self
-
-    @model_validator(mode="after")
-    def _is_encrypted(self) -> GatewayConfig:
-        if self.allow_plaintext:
-            return self
-        if not _is_local(self.host) and self.tls_key_file is None:
-            raise ValueError(
-                f"host {self.host} takes keys from other machines and there is no TLS: set tls_certificate_file and "
-                "tls_key_file, or allow_plaintext = true where the network is trusted"
-            )
-        if not _is_local(self.upstream) and self.upstream_ca_file is None:
-            raise ValueError(
-                f"upstream {self.upstream} is on another machine and there is no TLS: set upstream_ca_file, or "
-                "allow_plaintext = true where the network is trusted"
-            )
-        if self.otlp_endpoint.startswith("http://") and not _is_local(self.otlp_endpoint):
-            raise ValueError(
-                f"otlp_endpoint {self.otlp_endpoint} is on another machine and there is no TLS: write https://, or set "
-                "allow_plaintext = true where the network is trusted"
-            )
-        return self
-
-
-class ApiConfig(Section):
-    """The billing API: where it listens. `gateway.key_pepper` lets it know keys, `ledger.command_key` change things."""
-
-    host: str = "127.0.0.1"
-    http_port: Port = 8003
-    grpc_port: Port = 8004
-    tls_certificate_file: Path | None = None
-    tls_key_file: Path | None = None
-    # As in [kafka]. A proxy in front that ends TLS is a reason.
-    allow_plaintext: bool = False
-    # Of one call and all that it asks of the database.
-    call_timeout_s: Annotated[float, Field(gt=0, le=300)] = 30.0
-    # At the same time, in all and of one tenant; who comes too much is told to come again.
-    calls_max: Annotated[int, Field(ge=1, le=10_000)] = 64
-    tenant_calls_max: Annotated[int, Field(ge=1, le=10_000)] = 16
-    metrics_address: MetricsAddress = ""
-
-    @model_validator(mode="after")
-    def _tls_is_whole(self) -> ApiConfig:
-        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
-            raise ValueError("tls_certificate_file and tls_key_file belong together: set both, or neither")
-        if not (_is_local(self.host) or self.tls_key_file or self.allow_plaintext):
-            raise ValueError(
-                f"host {self.host} takes keys from other machines and there is no TLS: set tls_certificate_file and "
-                "tls_key_file, or allow_plaintext = true where the network is trusted"
-            )
-        return self
-
-
-class ProducerConfig(Section):
-    """What a metering point's journal and publisher may use, and as whom it is registered."""
-
-    # How the IDs of its journals begin: by it the ledger finds the registration, `NAME*`.
-    id_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)] = ""
-    # `taximeter producer register` shows it; without it, batches are not signed.
-    key: SecretStr | None = None
-    key_file: Path | None = None
-    journal_bytes_max: Annotated[int, Field(ge=1_000_000)] = 2_000_000_000
-    linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 20
-    batch_events: Annotated[int, Field(ge=1, le=1_000)] = 500
-    batch_bytes: Annotated[int, Field(ge=1_000, le=1_000_000)] = 900_000
-    durable_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-
-
-class ModelProfileConfig(Section):
-    """One model behind the gateway: how its back end speaks, and which tokenizer counts when the back end does not. What is not
-    set is as it is with this back end; what a back end does not have must not be set.
-    """
-
-    backend: Literal[
-        "vllm",
-        "vllm_embeddings",
-        "tensorrt_llm",
-        "tensorrt_llm_ids",
-        "token_ids",
-        "generic",
-        "embeddings",
-        "classification",
-        "ocr",
-        "speech_to_text",
-        "text_to_image",
-    ] = "vllm"
-    # By its name in [models.tokenizers]; empty: the back end alone counts.
-    tokenizer: str = ""
-    decoupled: bool | None = None
-    # For plans that state none; 0: the gateway's.
-    prompt_tokens_max: Annotated[int, Field(ge=0)] | None = None
-    # Names of tensors.
-    text_inputs: Annotated[list[str], Field(min_length=1, max_length=8)] | None = None
-    text_output: str | None = None
-    ids_input: str | None = None
-    lengths_input: str | None = None
-    ids_output: str | None = None
-    lengths_output: str | None = None
-    audio_input: str | None = None
-    audio_lengths_input: str | None = None
-    steps_input: str | None = None
-    images_input: str | None = None
-    # What a request says that is none, but stops the one that has its ID.
-    stop_input: Annotated[str, Field(min_length=1)] | None = None
-    # TensorRT-LLM's parameter `exclude_input_in_output`, for requests that do not say.
-    exclude_input_default: bool | None = None
-    sample_rate_hz: Annotated[int, Field(ge=1)] | None = None
-    # What the model does where a request states none.
-    steps_default: Annotated[int, Field(ge=1)] | None = None
-    images_default: Annotated[int, Field(ge=1)] | None = None
-    # Set aside of a balance for an answer that is billed by the character.
-    characters_reserved: Annotated[int, Field(ge=0)] | None = None
-
-    @model_validator(mode="after")
-    def _can_count(self) -> ModelProfileConfig:
-        if self.backend in _COUNTLESS_BACKENDS and not self.tokenizer:
-            raise ValueError(f"backend {self.backend} reports no counts: name a tokenizer from [models.tokenizers]")
-        return self
-
-
-class ModelsConfig(Section):
-    """Models by name, and tokenizers by name: the path of a tokenizer.json, a GGUF file, or a folder."""
-
-    profiles: dict[str, ModelProfileConfig] = Field(default_factory=dict)
-    tokenizers: dict[str, Path] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _tokenizers_are_there(self) -> ModelsConfig:
-        for name, profile in self.profiles.items():
-            if profile.tokenizer and profile.tokenizer not in self.tokenizers:
-                raise ValueError(f"profiles.{name} counts with tokenizer {profile.tokenizer!r}: add it to [models.tokenizers]")
-        return self
-
-
-class NotifierEndpointConfig(Section):
-    """One receiver of alerts over HTTP. Filters that are empty let everything through."""
-
-    # Where alerts are posted; Alertmanager's is https://HOST/api/v2/alerts.
-    url: Annotated[str, Field(min_length=1, max_length=2_000)]
-    # Standard Webhooks, or Alertmanager's API v2.
-    format: Literal["standard", "alertmanager"] = "standard"
-    # A secret a line, `whsec_…` or base64 of 24 to 64 bytes; two while they are changed: both sign.
-    secret_file: Path | None = None
-    # Sent as `Authorization: Bearer`, where a proxy in front of the receiver asks for it.
-    bearer_file: Path | None = None
-    # Names of rules, such as token_burst.
-    rules: list[str] = Field(default_factory=list)
-    # info, warning, critical.
-    severities: list[str] = Field(default_factory=list)
-    tenants: list[str] = Field(default_factory=list)
-    # As in [kafka]: http:// instead of https://.
-    allow_plaintext: bool = False
-    # The address may be of this machine, of a private network or of a cloud's metadata service.
-    allow_private: bool = False
-    # Whose certificates the receiver may show, instead of the public authorities'.
-    ca_file: Path | None = None
-
-    @model_validator(mode="after")
-    def _can_be_asked(self) -> NotifierEndpointConfig:
-        malformed = ValueError("url is not https://HOST[:PORT]/PATH without a user and a fragment: correct it")
-        try:
-            parts = urlsplit(self.url)
-            is_whole = bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            raise malformed from None
-        if not is_whole or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.fragment:
-            raise malformed
-        if parts.scheme == "http" and not self.allow_plaintext:
-            raise ValueError("url is not encrypted: write https://, or set allow_plaintext = true where the network is trusted")
-        if self.format == "standard" and self.secret_file is None:
-            raise ValueError("format standard is signed: set secret_file (a line of it: `openssl rand -base64 32`)")
-        return self
-
-    @model_validator(mode="after")
-    def _filters_are_known(self) -> NotifierEndpointConfig:
-        known = {
-            "rules": [name.removeprefix("ALERT_RULE_").lower() for name in AlertRule.keys()[1:]],
-            "severities": [name.removeprefix("SEVERITY_").lower() for name in Severity.keys()[1:]],
-        }
-        for key, names in known.items():
-            for name in getattr(self, key):
-                if name not in names:
-                    raise ValueError(f"{key} has {name[:40]!r}, which is none: the nearest is {_nearest(name, names)}")
-        return self
-
-
-class NotifierConfig(Section):
-    """The notifier: alerts to endpoints over HTTP."""
-
-    # What is to be delivered, and how far the alert topic was followed: on a disk that survives the process.
-    journal_path: Path = Path(".taximeter/notifier/journal.sqlite")
-    metrics_address: MetricsAddress = ""
-    # Of one attempt.
-    timeout_s: Annotated[float, Field(gt=0, le=60)] = 10.0
-    # From a delivery's first attempt to the dead-letter list.
-    retry_hours: Annotated[float, Field(gt=0, le=720)] = 24.0
-    # Of each endpoint: deliveries that wait (more are dead letters at once), and dead letters that are kept (the newest).
-    queue_max: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
-    dead_max: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
-    endpoints: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)], NotifierEndpointConfig],
-        Field(max_length=_ENDPOINTS_MAX),
-    ] = Field(default_factory=dict)
-
-
-class PricesConfig(Section):
-    """The price book that `up` applies when it founds a ledger; none: the one that comes with the package."""
-
-    initial_book: Path | None = None
-
-
-class EmbeddedConfig(Section):
-    """What `up` starts on this machine."""
-
-    host: Literal["127.0.0.1"] = "127.0.0.1"
-    broker_port: PortOrNone = 0
-    gateway_port: PortOrNone = 0
-    model_server_port: PortOrNone = 0
-    loopback_port: PortOrNone = 0
-    api_http_port: PortOrNone = 0
-    api_grpc_port: PortOrNone = 0
-    model_server: bool = True
-    # What the model server serves: a real small language model, and one that reports the counts that it is told.
-    models: Literal["smollm2,trace", "smollm2", "trace"] = "smollm2,trace"
-    gateway: bool = True
-    api: bool = True
-    workers: Annotated[int, Field(ge=1, le=16)] = 1
-    ready_timeout_s: Annotated[float, Field(gt=0, le=600)] = 120.0
-    stop_timeout_s: Annotated[float, Field(gt=0, le=600)] = 20.0
 
 
 class _FileSource(PydanticBaseSettingsSource):
@@ -635,14 +188,9 @@ def _check_environment() -> None:
             continue
         section, separator, _ = variable[len(ENVIRONMENT_PREFIX) :].lower().partition("__")
         if section not in Config.model_fields or not separator:
-            nearest = _nearest(section, list(Config.model_fields))
+            nearest = nearest_name(section, list(Config.model_fields))
             mend = f"{ENVIRONMENT_PREFIX}{nearest.upper()}__KEY"
             raise ConfigError(f"environment variable {variable} names no key: write {mend}, or unset it")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return close[0] if close else ""
 
 
 def _model_at(location: Sequence[str | int]) -> type[BaseModel] | None:
@@ -669,7 +217,7 @@ def _explain(error: ValidationError, file_values: Mapping[str, Any], flags: Mapp
             model = _model_at(location[:-1])
             known = [] if model is None else list(model.model_fields)
             prefix = ".".join(str(part) for part in location[:-1])
-            nearest = ".".join(part for part in (prefix, _nearest(str(location[-1]), known)) if part)
+            nearest = ".".join(part for part in (prefix, nearest_name(str(location[-1]), known)) if part)
             lines.append(f"{key} ({source}) is no key: the nearest is {nearest}")
         else:
             message = problem["msg"].removeprefix("Value error, ")

@@ -13,7 +13,7 @@ from taximeter.logs import keep_out
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from taximeter.config import NotifierEndpointConfig
+    from taximeter.serving_config import NotifierEndpointConfig
 
 __all__ = ["endpoint_of"]
 

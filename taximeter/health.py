@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from taximeter.config import Config, GatewayConfig
+    from taximeter.config import Config
+    from taximeter.serving_config import GatewayConfig
 
 __all__ = ["Check", "State", "examine"]
 

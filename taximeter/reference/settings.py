@@ -1,4 +1,4 @@
-"""The page of settings, from the models of `taximeter.config`; what a key means is the comment above it."""
+"""The page of settings, from the models of its sections; what a key means is the comment above it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from taximeter import config, rules_config
+from taximeter import platform_config, rules_config, serving_config
 from taximeter.config import ENVIRONMENT_PREFIX, Config
 from taximeter.reference.markdown import cell, code, table
 
@@ -28,7 +28,9 @@ section.key=value`, each over the one before. A key that nobody knows is an erro
 
 def settings_page() -> str:
     """Each key with its type, default, variable and meaning."""
-    meanings = _comments(inspect.getsource(config)) | _comments(inspect.getsource(rules_config))
+    meanings: dict[tuple[str, str], str] = {}
+    for module in (platform_config, rules_config, serving_config):
+        meanings |= _comments(inspect.getsource(module))
     sections = ["# Settings", _INTRODUCTION]
     for name, info in Config.model_fields.items():
         model = info.annotation

@@ -10,9 +10,10 @@ from billing.key_ring import as_ring
 from billing.rule_limits import PLAN_RULE_DEFAULTS, RULE_LIMIT_NAMES
 from billing.v1.alert_pb2 import ALERT_RULE_KEY_PLACES
 from taximeter.compose import apply_settings, key_ring
-from taximeter.config import Config, RulesConfig, load, read_secret
+from taximeter.config import Config, load, read_secret
 from taximeter.config_text import to_json_values, to_toml
 from taximeter.errors import ConfigError
+from taximeter.rules_config import RulesConfig
 
 if TYPE_CHECKING:
     from pathlib import Path

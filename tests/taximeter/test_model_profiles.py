@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from serving.gateway.profiles import KINDS, ModelProfile, ocr, vllm
 from serving.gateway.units import AudioMilliseconds
 from taximeter.compose import model_profile
-from taximeter.config import ModelProfileConfig
 from taximeter.errors import ConfigError
+from taximeter.serving_config import ModelProfileConfig
 
 
 def profile(**fields: Any) -> ModelProfile:
