@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import tritonclient.grpc.aio as triton_aio
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from billing.v1.usage_pb2 import (
     COUNT_SOURCE_ESTIMATE,
@@ -205,6 +205,19 @@ async def test_whose_a_request_is_its_key_says_and_nothing_else(tmp_path: Path) 
         _, (event,), _ = await play(gateway_settings(tmp_path, address), forged, headers=headers)
     assert (event.tenant_id, event.api_key_id, event.project_id, event.user_id) == ("tenant-a", "key-a", "project", "user")
     assert "tenant-b" not in str(event)
+
+
+async def test_more_metadata_than_has_room_is_refused(tmp_path: Path) -> None:
+    settings = gateway_settings(tmp_path, "127.0.0.1:1", tokenizers={}, models={})
+    async with running(settings) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ServerLive(service_pb2.ServerLiveRequest(), metadata=(("x-large", "x" * 64_000),), timeout=60)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        # The connection goes on.
+        with pytest.raises(grpc.aio.AioRpcError) as answered:
+            await stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=60)
+        assert answered.value.code() is grpc.StatusCode.UNAVAILABLE, "there is no back end"
 
 
 async def test_progress_says_what_has_left_and_a_held_chunk_has_not(tmp_path: Path) -> None:
