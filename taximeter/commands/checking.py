@@ -53,7 +53,7 @@ def audit(
     counts: dict[str, object] = {
         "partitions": report.partitions,
         "ledger records": report.records,
-        "of them redacted": report.redacted,
+        "redacted records": report.redacted,
         "events": report.events,
         "windows": report.windows,
         "accounts": report.accounts,

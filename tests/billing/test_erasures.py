@@ -116,6 +116,7 @@ def test_a_user_of_another_name_tenant_or_seal_key_is_left_alone(ledger: Ledger,
     others = Erasures(b"another" * 5)
     others.add(ONE, user_digests(SEAL_KEY, ONE, USER)[0], PSEUDONYM, [])
     assert others.pseudonym_of(ONE, USER) is None
+    assert user_digests(SEAL_KEY, ONE, USER) != user_digests(SEAL_KEY, TWO, USER)
     # The tenant's length stands before its name: no other pair has the same digest.
     assert user_digests(SEAL_KEY, "a", "bc") != user_digests(SEAL_KEY, "ab", "c")
 

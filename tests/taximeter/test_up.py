@@ -338,7 +338,7 @@ def test_a_user_is_erased_after_the_rows_were_shown_and_comes_back_as_nobody(up:
     again = up.json(*arguments, "--apply")
     assert (again["pseudonym"], set(again["rows"].values())) == (erased["pseudonym"], {0})
     audited = up.json("audit")
-    assert (audited["findings"], audited["of_them_redacted"] > 0) == ([], True)
+    assert (audited["findings"], audited["redacted_records"] > 0) == ([], True)
 
 
 def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: Path) -> None:
