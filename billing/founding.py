@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from billing.alerts import RESOLVE_MS
@@ -16,7 +16,7 @@ from billing.release import folded
 from billing.rule_limits import DEFAULT_RULES, PLAN_RULE_DEFAULTS
 from billing.state import DAY_MS, LedgerState
 from billing.v1.account_pb2 import BILLING_MODE_PREPAID, LedgerPosition, Plan, ProducerRegistration, RuleLimits
-from billing.v1.ledger_pb2 import CorrectedEvent, Founding, InvoiceSeries, LedgerRecord
+from billing.v1.ledger_pb2 import CorrectedEvent, Founding, InputPosition, InvoiceSeries, LedgerRecord
 
 GENERATION_BYTES = 16
 DEDUPE_KEY_BYTES = 32
@@ -99,9 +99,11 @@ def found(
 
 
 def found_again(
-    state: LedgerState, generation: bytes, founded_ms: int, seal_key: Keys, writer: str
+    state: LedgerState, generation: bytes, founded_ms: int, seal_key: Keys, writer: str, *, inputs_kept: bool = False
 ) -> tuple[LedgerRecord, bytes]:
     """A founding record that carries on `state`, whose log is gone: the same settings, and the state stated in full.
+
+    `inputs_kept`: the input logs are those that the state has read, and are read on from there; else from their beginnings.
 
     The accounts, keys, producer marks and price books of the state stand in the record, so that a reader that knows only the
     new log has them; windows are let go into their periods' lines, dedupe keys stay in the local store that carries on.
@@ -122,6 +124,7 @@ def found_again(
         writer,
         carried=state,
         registrations=state.registrations.all(),
+        inputs=state.inputs if inputs_kept else {},
     )
 
 
@@ -135,6 +138,7 @@ def _founding_record(
     *,
     carried: LedgerState | None = None,
     registrations: Iterable[ProducerRegistration] = (),
+    inputs: Mapping[str, int] | None = None,
 ) -> tuple[LedgerRecord, bytes]:
     if len(generation) != GENERATION_BYTES:
         raise ValueError(f"generation: {len(generation)} bytes; give {GENERATION_BYTES} random ones")
@@ -148,6 +152,7 @@ def _founding_record(
         writer=writer,
         founding=founding,
         registrations=registrations,
+        inputs=[InputPosition(topic=topic, offset=offset) for topic, offset in sorted((inputs or {}).items())],
     )
     if carried is not None:
         record.accounts.extend(

@@ -162,9 +162,11 @@ class Recomputed:
         expected: list[ExpectedEvent] = []
         # What it must state of credit.
         stated = LedgerRecord(log_time_ms=record.log_time_ms, generation=record.generation, sequence=record.sequence)
-        if self._credits.next_ms <= record.log_time_ms:
+        # A ledger that is founded again states what there was; time goes on with the record behind it.
+        goes_on = not record.HasField("founding")
+        if goes_on and self._credits.next_ms <= record.log_time_ms:
             self._credits.advance(self.accounts, stated)
-        if self._budgets.next_ms <= record.log_time_ms:
+        if goes_on and self._budgets.next_ms <= record.log_time_ms:
             self._budgets.advance(self.accounts, stated)
         opened = {key_of(total.key) for total in record.totals if total.key.opened_sequence == record.sequence}
         followed = {key: self.open.pop(key) for key in opened & self.open.keys()}

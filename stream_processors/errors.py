@@ -5,12 +5,13 @@ WorkerError
 ├── HostStopped        this process may no longer write; a new one starts over from the log
 ├── LocalStoreError    the local store cannot be used; it can always be rebuilt from the log
 ├── SnapshotRefused    a snapshot is damaged, forged or another one than the log announces; there is an older one, or the log
-└── BucketError        the place where snapshots lie does not answer, or refuses
+├── BucketError        the place where snapshots lie does not answer, or refuses
+└── BackupError        a backup is damaged, or is not of this ledger; nothing is made of it
 """
 
 from __future__ import annotations
 
-__all__ = ["BucketError", "HostStopped", "LocalStoreError", "RefusedToStart", "SnapshotRefused", "WorkerError"]
+__all__ = ["BackupError", "BucketError", "HostStopped", "LocalStoreError", "RefusedToStart", "SnapshotRefused", "WorkerError"]
 
 
 class WorkerError(RuntimeError):
@@ -35,3 +36,7 @@ class SnapshotRefused(WorkerError):
 
 class BucketError(WorkerError):
     """Snapshots can be neither written nor read just now."""
+
+
+class BackupError(WorkerError):
+    """A backup cannot be added to, or nothing can be made of it."""

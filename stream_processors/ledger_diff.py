@@ -22,10 +22,11 @@ from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput,
 from billing.v1.command_pb2 import SignedCommand
 from billing.v1.ledger_pb2 import LedgerRecord
 from stream_processors.errors import RefusedToStart
+from stream_processors.known_fields import unknown_bytes
 from stream_processors.ledger_host import LogReader
 from stream_processors.settings import TopicNames
 
-__all__ = ["Difference", "LedgerDiff", "compare"]
+__all__ = ["Difference", "LedgerDiff", "compare", "input_of"]
 
 _SHOWN_CHARS_MAX = 120
 # They follow from the others.
@@ -105,7 +106,7 @@ class _Again:
 
     def take(self, record: LedgerRecord, stored: bytes, found: LedgerDiff) -> None:
         found.records += 1
-        source = None if record.HasField("founding") else _input_of(record, self._names)
+        source = None if record.HasField("founding") else input_of(record, self._names)
         replay.apply(self._stated, record, stored)
         if source is None:
             found.skipped += not record.HasField("founding")
@@ -123,7 +124,7 @@ class _Again:
         self._taken.record_hash = self._stated.record_hash
 
 
-def _input_of(record: LedgerRecord, names: TopicNames) -> Input | None:
+def input_of(record: LedgerRecord, names: TopicNames) -> Input | None:
     """What the record was made from; None: not all of it was kept."""
     offsets = {position.topic: position.offset for position in record.inputs}
     match record.WhichOneof("source"):
@@ -164,15 +165,8 @@ def _differences(stored: Message, made: Message, path: str) -> Iterator[tuple[st
             yield name, f"{len(one)}: {_shown(one)}", f"{len(other)}: {_shown(other)}"
         else:
             yield name, _shown(one), _shown(other)
-    if not path and (kept := _unknown_bytes(stored)) != (now := _unknown_bytes(made)):
+    if not path and (kept := unknown_bytes(stored)) != (now := unknown_bytes(made)):
         yield "fields that this version does not know", f"{kept} bytes", f"{now} bytes"
-
-
-def _unknown_bytes(record: Message) -> int:
-    known = type(record)()
-    known.CopyFrom(record)
-    known.DiscardUnknownFields()
-    return record.ByteSize() - known.ByteSize()
 
 
 def _shown(value: Any) -> str:

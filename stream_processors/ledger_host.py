@@ -32,6 +32,7 @@ from billing.state import LedgerState
 from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
 from billing.v1.ledger_pb2 import LedgerRecord, RefusedRecord, SnapshotTaken
 from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefused
+from stream_processors.known_fields import is_known
 from stream_processors.local_store import Acknowledged, LocalStore
 from stream_processors.log_place import Standing, find_place
 from stream_processors.tally import Tally
@@ -242,6 +243,17 @@ class LedgerHost:
                     if follow.refusal:
                         self._refuse(offset, stored, follow.refusal)
                     continue
+                if not is_known(record, stored):
+                    raise RefusedToStart(
+                        f"{self.where}, offset {offset}: a newer version wrote sequence {record.sequence}, with fields that "
+                        "this one does not know: it would lose a part of the state. Start that version, or a newer one, here"
+                    )
+                if record.founding.HasField("predecessor") and not self.state.founded and not pending:
+                    raise RefusedToStart(
+                        f"{self.where} begins by carrying on a state that is not in it: what was charged before is known only "
+                        f"to the local store that it was founded on. Put that in the place of {self.store.folder}, or give "
+                        "this worker snapshots that were taken since (ledger.snapshot_url)"
+                    )
                 if record.tick.refused:
                     self._untold.leave_told(record.tick.refused)
                 self._compare_announced(record.tick.snapshot)

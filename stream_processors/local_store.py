@@ -15,8 +15,8 @@ Keys, by their first byte: m place, h head (times, inputs, expiry), f founding r
 windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, t their registrations, c
 command IDs, l leases, q quantities of periods, i periods' lines that no invoice has, j series of invoices, g credit grants, e
 what else there is to a tenant's credit, d budgets, r projects, o active alerts, y places of keys, x corrected events, s runs of
-the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence). `store_names` makes
-those of what a record states.
+the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence), z the fields that
+whoever wrote here knew. `store_names` makes those of what a record states.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ from billing.v1.ledger_pb2 import (
 )
 from billing.windows import Window, key_of
 from stream_processors.errors import LocalStoreError
+from stream_processors.known_fields import known_fields, packed_fields, unpack_fields
 from stream_processors.seen_store import SeenStore
 from stream_processors.store_effect import TOUCHED, Effect
 from stream_processors.store_names import states_of, window_name
@@ -125,6 +126,17 @@ class LocalStore:
         elif known != _FORMAT:
             self._db.close()
             raise LocalStoreError(f"local store {folder} has format {known!r}, this version writes {_FORMAT!r}; delete it")
+        with self._readable():
+            fields = self._get(b"z")
+            unknown = unpack_fields(fields) - known_fields() if fields else frozenset()
+        if unknown:
+            self._db.close()
+            raise LocalStoreError(
+                f"local store {folder}: a newer version wrote it, this one does not know {min(unknown)} and would lose a part "
+                "of the state. Start that version, or a newer one, here; or delete it: it is rebuilt from the log, where that "
+                "holds nothing that this version does not know"
+            )
+        self._states_fields = fields == packed_fields()
         # Of a process that was killed while it took a snapshot.
         shutil.rmtree(folder / _CAPTURED, ignore_errors=True)
         self.place = Progress(partition=partition)
@@ -283,9 +295,12 @@ class LocalStore:
             inputs=last.record.inputs,
             tick=Tick(expired_through_day=self._expired_through_day),
         )
+        if not self._states_fields:
+            batch.put(b"z", packed_fields())
         batch.put(b"m", place.SerializeToString())
         batch.put(b"h", head.SerializeToString())
         self._db.write(batch)
+        self._states_fields = True
         self.place = place
         for sequence, entries in effect.remembered:
             self.seen.acknowledged(sequence, entries, self._expired_through_day)

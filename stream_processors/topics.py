@@ -43,7 +43,7 @@ from stream_processors.kafka_ports import MESSAGE_BYTES_MAX, KafkaLogReader, Kaf
 from stream_processors.local_store import Acknowledged, LocalStore
 from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings
 
-__all__ = ["ApplySettings", "Change", "apply", "check_partitions", "plan"]
+__all__ = ["ApplySettings", "Change", "apply", "check_partitions", "existing_topics", "make_ledger_topic", "plan"]
 
 _LEADER_PAUSE_S = 0.02
 _LEADER_TIMEOUT_S = 2.0
@@ -120,6 +120,21 @@ async def apply(settings: ApplySettings) -> list[Change]:
 
 
 # --- topics ---
+
+
+def existing_topics(settings: ApplySettings) -> dict[str, int]:
+    """Every topic of the cluster, and how many partitions it has."""
+    return _existing(AdminClient(settings.kafka.client()), settings.kafka)
+
+
+def make_ledger_topic(settings: ApplySettings) -> list[Change]:
+    """The ledger's topic alone, made right, for who puts a ledger there that was; what was done."""
+    changes = []
+    for change, act in _topic_changes(AdminClient(settings.kafka.client()), settings):
+        if change.name == settings.names.ledger:
+            act()
+            changes.append(change)
+    return changes
 
 
 def _wanted(names: TopicNames, topics: TopicSettings) -> dict[str, dict[str, str]]:

@@ -1,8 +1,9 @@
 """What an operator does once in a while: topics, schema, and, inside `up`, both and the founding of the ledger."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +15,10 @@ from taximeter.commands.parts import LogLevelOption
 from taximeter.errors import EXIT_WRONG, MisuseError
 from taximeter.logs import start_logging
 
-__all__ = ["apply_topics", "diff_ledger", "migrate", "prepare"]
+if TYPE_CHECKING:
+    from stream_processors import topics
+
+__all__ = ["DryRunOption", "apply_topics", "diff_ledger", "migrate", "prepare", "print_changes"]
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")]
 
@@ -49,7 +53,12 @@ def apply_topics(
             )
     settings = compose.apply_settings(config, embedded=False, found_again_on=found_again_on)
     changes = asyncio.run(topics.plan(settings) if dry_run else topics.apply(settings))
-    if json:
+    print_changes(context, changes, dry_run=dry_run, as_json=json)
+
+
+def print_changes(context: Context, changes: Sequence["topics.Change"], *, dry_run: bool, as_json: bool) -> None:
+    """What would be done, or was, to topics and what is in them."""
+    if as_json:
         values = [{"kind": change.kind, "name": change.name, "detail": change.detail} for change in changes]
         context.output.json({"dry_run": dry_run, "changes": values})
         return

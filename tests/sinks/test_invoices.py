@@ -8,8 +8,9 @@ from unittest import mock
 
 import pytest
 
-from billing import invoice_step
+from billing import invoice_step, replay
 from billing.amounts import PICO, to_amount
+from billing.founding import found_again
 from billing.v1.command_pb2 import (
     SCHEDULE_MODE_VOLUME,
     CreditGrant,
@@ -127,3 +128,18 @@ def test_an_invoice_that_does_not_follow_from_its_lines_is_named() -> None:
         recomputed.take(record)
     # Two drafts and two finals, and a third that names the hash of a changed one.
     assert [finding.kind for finding in recomputed.findings] == ["invoice_differs"] * 5
+
+
+def test_a_ledger_that_was_founded_again_in_another_month_is_right() -> None:
+    """Its founding record states what there was; the month ends with the record behind it."""
+    ledger = invoiced_ledger()
+    months_later = ledger.state.log_time_ms + 100 * DAY_MS
+    record, stored = found_again(ledger.state, b"h" * 16, months_later, KEYS.seal_key, "test")
+    replay.apply(ledger.state, record, stored)
+    ledger.stored.append(stored)
+    ledger.tick(months_later + 1)
+    assert ledger.records()[-1].credits
+    recomputed = Recomputed(1)
+    for each in ledger.records():
+        recomputed.take(each)
+    assert recomputed.findings == []

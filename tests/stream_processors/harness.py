@@ -107,7 +107,8 @@ class Ledger:
     def found(self, state_folder: Path | None = None) -> list[Change]:
         return asyncio.run(apply(self.apply_settings(state_folder)))
 
-    def worker(self, name: str = "one", *, folder: Path | None = None, **more: object) -> Child:
+    def worker(self, name: str = "one", *, folder: Path | None = None, tree: Path = ROOT, **more: object) -> Child:
+        """`tree`: where its code is."""
         arguments = {
             # Tansu answers a join after half the session; Apache Kafka takes no session under 6 s.
             **({"session_timeout_s": 3.0, "heartbeat_interval_s": 0.5, "drain_timeout_s": 2.0} if self.quick_sessions else {}),
@@ -120,7 +121,7 @@ class Ledger:
             f"worker {name}",
             [sys.executable, "-c", WORKER, json.dumps(arguments)],
             log_path=self.folder / f"{name}.log",
-            cwd=ROOT,
+            cwd=tree,
         )
         child.start()
         self.workers.append(child)
@@ -229,7 +230,12 @@ class Ledger:
         tokens: Counter[tuple[str, str]] = Counter()
         for log in logs:
             charged += log.charged
-            windows = {total.key.SerializeToString(deterministic=True): total for r in log.records for total in r.totals}
+            # A ledger that was founded again has let its windows go, and opens others of the same minute.
+            windows = {
+                (r.generation, total.key.SerializeToString(deterministic=True)): total
+                for r in log.records
+                for total in r.totals
+            }
             for total in windows.values():
                 tokens[total.key.tenant_id, "input"] += total.uncached_input_tokens
                 tokens[total.key.tenant_id, "output"] += total.output_tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from billing.chain import record_hash, seal
-from billing.founding import LedgerSettings, found
+from billing.founding import LedgerSettings, found, found_again
 from billing.identity import partition_of
 from billing.limits import REFUSED_RECORDS_NAMED
 from billing.step import LedgerKeys, UsageInput
@@ -182,6 +182,44 @@ async def test_a_worker_with_another_seal_key_refuses_to_start(tmp_path: Path) -
     for name, says in (("a", "our own place is sealed with another key"), ("fresh", "are sealed with another key")):
         with pytest.raises(RefusedToStart, match=says):
             await bench.host(name, keys=other)
+
+
+async def test_a_record_of_a_newer_version_stops_a_worker_that_would_lose_a_part_of_it(tmp_path: Path) -> None:
+    """At whatever depth it is; one that only knows more fields than the record has is no reason."""
+    for name, newer in (("top", b"\xd2\x05\x03new"), ("below", b"")):
+        bench = Bench(tmp_path)
+        host = await bench.host(name)
+        await host.handle(usage(0), lambda: None)
+        await bench.logs.deliver()
+        host.store.close()
+        log = bench.logs.log("ledger", 0)
+        record = LedgerRecord.FromString(log[-1])
+        record.ClearField("seal")
+        if not newer:
+            # Field 90 of its account, which no version has yet.
+            record.accounts[0].MergeFromString(b"\xd2\x05\x03new")
+        log[-1] = seal(LedgerRecord.FromString(record.SerializeToString() + newer), KEYS.seal_key)
+        with pytest.raises(RefusedToStart, match="offset 1: a newer version wrote sequence 1, with fields that this one"):
+            await bench.host(f"other disk, {name}")
+        assert len(log) == 2
+
+
+async def test_a_log_that_carries_on_a_state_is_taken_over_on_that_state_alone(tmp_path: Path) -> None:
+    """On an empty disk the same request would be charged again."""
+    bench = Bench(tmp_path)
+    host = await bench.host("a")
+    await host.handle(usage(0), lambda: None)
+    await bench.logs.deliver()
+    _, stored = found_again(host.state, b"h" * 16, NOW_MS, KEYS.seal_key, "test")
+    host.store.close()
+    bench.logs.logs["ledger", 0] = [stored]
+    with pytest.raises(RefusedToStart, match="what was charged before is known only to the local store"):
+        await bench.host("empty")
+    host = await bench.host("a")
+    await host.handle(usage(0), lambda: None)
+    await bench.logs.deliver()
+    assert LedgerRecord.FromString(bench.logs.log("ledger", 0)[-1]).usage.duplicates == 1
+    host.store.close()
 
 
 async def test_a_replay_of_many_records_at_once_comes_to_the_same_state(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput,
 from billing.v1.command_pb2 import Command, InvoiceFinalization, LeaseRequest, PriceBook, TenantUpsert
 from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP
 from billing.v1.usage_pb2 import UsageBatch
+from stream_processors import local_store
 from stream_processors.errors import LocalStoreError
+from stream_processors.known_fields import known_fields, unpack_fields
 from stream_processors.local_store import Acknowledged, LocalStore
 from tests.billing.ledgers import KEYS as LEDGER_KEYS
 from tests.billing.ledgers import NOW_MS as LEDGER_NOW_MS
@@ -201,6 +204,36 @@ def test_two_processes_cannot_share_a_store_and_another_format_is_refused(tmp_pa
     store.close()
     with pytest.raises(LocalStoreError, match="format"):
         LocalStore(tmp_path, 0)
+
+
+def test_a_store_that_a_newer_version_wrote_is_refused_and_one_that_it_only_opened_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older version would load the state without what it does not know, and state it without from then on."""
+    ledger = Ledger()
+    ledger.usage(batch([usage("r1", tenants_in(1)[0])]))
+    applied = [
+        Acknowledged(record, stored, number)
+        for number, (record, stored) in enumerate(zip(ledger.records(), ledger.stored, strict=True))
+    ]
+    store = LocalStore(tmp_path, 1)
+    store.apply(applied[:1])
+    store.close()
+    newer = zlib.compress("\n".join([*known_fields(), "billing.v1.LedgerRecord.90"]).encode())
+    with monkeypatch.context() as patched:
+        for name, value in (("packed_fields", newer), ("known_fields", unpack_fields(newer))):
+            patched.setattr(local_store, name, lambda value=value: value)
+        LocalStore(tmp_path, 1).close()
+    LocalStore(tmp_path, 1).close()
+    with monkeypatch.context() as patched:
+        for name, value in (("packed_fields", newer), ("known_fields", unpack_fields(newer))):
+            patched.setattr(local_store, name, lambda value=value: value)
+        store = LocalStore(tmp_path, 1)
+        store.apply(applied[1:])
+        store.close()
+        LocalStore(tmp_path, 1).close()
+    with pytest.raises(LocalStoreError, match=r"newer version wrote it, this one does not know billing\.v1\.LedgerRecord\.90"):
+        LocalStore(tmp_path, 1)
 
 
 def test_lines_and_series_of_invoices_are_loaded_as_they_were(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""An upgrade while it runs: workers and sinks of the version before, beside those of this one, on one ledger.
+
+The version before is a commit of this repository's history, its code taken out of it; a copy without that history (a shallow
+clone, an archive) skips this. What no test can show for a version to come is held by a rule instead: who would lose a part of
+what a newer version wrote does not go on (`test_ledger_host.py`, `test_local_store.py`).
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from billing.v1.account_pb2 import Progress
+from taximeter.embedded.broker import TansuBroker
+from taximeter.embedded.process import Child
+from tests.stream_processors.harness import ROOT, Ledger, event
+from tests.stream_processors.worker_main import SEAL_KEY
+
+pytestmark = pytest.mark.timeout(900)
+
+# The last release's commit; until there is one, a commit whose ledgers this version must take over. It moves with a release.
+VERSION_BEFORE = "0ee13c93c44c77d0760b97979e8c2774f9195b83"
+SINK = "sink/clickhouse"
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree of the version before."""
+    known = subprocess.run(
+        ["git", "cat-file", "-e", f"{VERSION_BEFORE}^{{commit}}"], cwd=ROOT, capture_output=True, check=False
+    )
+    if known.returncode:
+        pytest.skip(f"this copy has no commit {VERSION_BEFORE[:12]} (a shallow clone?): fetch the history to run this")
+    folders = ["billing", "producers", "proto", "serving", "sinks", "stream_processors", "taximeter", "tests"]
+    archive = subprocess.run(["git", "archive", VERSION_BEFORE, *folders], cwd=ROOT, capture_output=True, check=True).stdout
+    tree = tmp_path_factory.mktemp("before")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(tree, filter="data")
+    told = "import billing, sinks, tests.sinks.loop_process as t; print(billing.__file__, sinks.__file__, t.__file__)"
+    found = subprocess.run([sys.executable, "-c", told], cwd=tree, capture_output=True, check=True, text=True).stdout.split()
+    assert [path for path in found if not Path(path).is_relative_to(tree)] == []
+    return tree
+
+
+def sink(ledger: Ledger, name: str, tree: Path) -> Child:
+    arguments = [ledger.bootstrap, ledger.prefix, str(ledger.folder / "chdb"), SEAL_KEY.hex()]
+    command = [sys.executable, "-m", "tests.sinks.loop_process", *arguments]
+    child = Child(f"sink {name}", command, log_path=ledger.folder / f"sink-{name}.log", cwd=tree)
+    child.start()
+    ledger.workers.append(child)
+    return child
+
+
+def writers(ledger: Ledger) -> set[str]:
+    """Who wrote the last record of each partition."""
+    return {log.records[-1].writer for log in ledger.logs()}
+
+
+def send(ledger: Ledger) -> None:
+    ledger.send([event(f"tenant-{number}") for number in range(20)])
+    ledger.wait_charged()
+
+
+def is_taken(ledger: Ledger) -> bool:
+    """Whether the sink has every charge that there is now."""
+    marks = [Progress.FromString(value) for number in range(2) for value in ledger.read(ledger.names.progress, number)]
+    reached = {mark.partition: mark.position.sequence for mark in marks if mark.reader == SINK}
+    ends = [max(r.sequence for r in log.records if r.WhichOneof("source") == "usage") for log in ledger.logs()]
+    return all(reached.get(number, -1) >= end for number, end in enumerate(ends))
+
+
+def test_a_rolling_upgrade_charges_everything_once(tansu: TansuBroker, before: Path, tmp_path: Path) -> None:
+    """Worker and sink of before; a worker of now beside it; then that alone, and the sink of now takes the database over."""
+    ledger = Ledger(tansu.bootstrap, tmp_path, quick_sessions=True)
+    ledger.found()
+    try:
+        old = ledger.worker("before", tree=before)
+        old_sink = sink(ledger, "before", before)
+        send(ledger)
+        ledger.worker("now")
+        ledger.wait(lambda: len(writers(ledger)) == 2, "both versions, a partition each")
+        send(ledger)
+        ledger.wait(lambda: is_taken(ledger), "the sink of before, on records of both")
+        both = writers(ledger)
+        old_sink.kill9()
+        sink(ledger, "now", ROOT)
+        old.stop(10)
+        ledger.wait(lambda: len(writers(ledger)) == 1, "this version, both partitions")
+        assert writers(ledger) < both
+        send(ledger)
+        ledger.assert_exact()
+        ledger.wait(lambda: is_taken(ledger), "the sink of now, on the database of before")
+        assert [child.name for child in ledger.workers if not child.alive] == ["worker before", "sink before"]
+    finally:
+        ledger.stop()
