@@ -1,8 +1,9 @@
 """Answers that many callers wait for are made once.
 
 Promise: of one key, one thread at a time makes a value, and the others have it too. While a value's mark is the mark that is
-asked for, nothing is made. A value that is costly is made seldom: after it was, nothing is made for as many times its own cost
-as `REST`, and the callers have the one that is there. So what everybody watches takes a bounded share of the database.
+asked for, nothing is made. A value that is costly is made seldom: what took longer than `QUICK_S` is not made again for `REST`
+times what it took beyond that, and the callers have the one that is there. So what everybody watches takes a bounded share of
+the database.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Final, TypeVar
 
-__all__ = ["Shared"]
+__all__ = ["QUICK_S", "REST", "Shared"]
 
 REST: Final = 2.0
+# What takes no longer is made whenever it is another: a pause behind it would show in how late everybody sees what is new.
+QUICK_S: Final = 0.4
 _VALUES_MAX: Final = 2_000
 
 T = TypeVar("T")
@@ -77,4 +80,4 @@ class Shared:
     def _serves(self, known: _Value, mark: Hashable, rest_s: float) -> bool:
         if known.made_s is None:
             return False
-        return known.mark == mark or self._monotonic_s() - known.made_s < max(rest_s, known.cost_s * REST)
+        return known.mark == mark or self._monotonic_s() - known.made_s < max(rest_s, (known.cost_s - QUICK_S) * REST)

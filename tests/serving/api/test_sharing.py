@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from serving.api.sharing import REST, Shared
+from serving.api.sharing import QUICK_S, REST, Shared
 
 
 class Clock:
@@ -48,7 +48,7 @@ def test_a_value_serves_until_its_mark_is_another(clock: Clock) -> None:
 
 def test_what_is_costly_is_made_seldom(clock: Clock) -> None:
     shared = Shared(monotonic_s=clock)
-    shared.get("a", 1, costly(clock, "one", 0.5))
+    shared.get("a", 1, costly(clock, "one", QUICK_S + 0.5))
     clock.now_s += 0.5 * REST - 0.01
     assert shared.get("a", 2, nothing) == "one"
     clock.now_s += 0.02
@@ -56,6 +56,12 @@ def test_what_is_costly_is_made_seldom(clock: Clock) -> None:
     assert shared.get("a", 3, nothing, rest_s=5) == "two"
     clock.now_s += 5
     assert shared.get("a", 3, lambda: "three", rest_s=5) == "three"
+
+
+def test_what_is_quick_is_made_whenever_it_is_another(clock: Clock) -> None:
+    shared = Shared(monotonic_s=clock)
+    for mark in range(3):
+        assert shared.get("a", mark, costly(clock, mark, QUICK_S - 0.01)) == mark
 
 
 def test_who_comes_meanwhile_waits_for_the_first_and_has_the_older_one_later() -> None:
