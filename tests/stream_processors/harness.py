@@ -182,7 +182,8 @@ class Ledger:
             )
         # Assigned before it knows the leader, librdkafka starts to fetch half a second later.
         consumer.list_topics(topic, READ_TIMEOUT_S)
-        consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
+        beginning = TopicPartition(topic, partition, OFFSET_BEGINNING)
+        consumer.assign([beginning])
         values: list[bytes] = []
         problem: KafkaError | None = None
         deadline = time.monotonic() + READ_TIMEOUT_S
@@ -195,7 +196,12 @@ class Ledger:
                     elif error.code() == KafkaError._PARTITION_EOF:
                         return values
                     else:
+                        # Its beginning was deleted since the last look: librdkafka stops there until it is told anew.
                         problem = error
+                        values.clear()
+                        consumer.unassign()
+                        consumer.assign([beginning])
+                        break
         finally:
             consumer.unassign()
         raise AssertionError(f"{topic}[{partition}]: its end was not found in {READ_TIMEOUT_S:g} s ({problem})")
