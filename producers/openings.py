@@ -79,6 +79,8 @@ class Openings:
                 rows.append(row)
                 self._cells[row.slot] = cell
                 self._free.remove(cell)
+                # The number that was noted was never taken, and the next event may be another's.
+                self.note_end(row.slot, 0, 0)
         return rows
 
     def _read(self, cell: int, highest: Mapping[int, int]) -> OpenRow | None:

@@ -83,6 +83,29 @@ def test_a_kill_before_a_commit_leaves_the_request_open(folder: Path, monkeypatc
     journal.close()
 
 
+def test_a_kill_in_the_recovery_after_a_kill_before_a_commit_ends_nothing_unsaid(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal(folder)
+    first, second = (journal.open(0, EVENT, has_usage=False)[0] for _ in range(2))
+    copies: list[Path] = []
+    commit = journal._store.commit
+
+    def copy_first(*arguments: object, **named: object) -> None:
+        copies.append(killed(folder, "killed"))
+        commit(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(journal._store, "commit", copy_first)
+    journal.close_request(second, 0, LATER).durable()
+    journal.close()
+    # The number that would have ended the second request goes to another event, and that process is killed too.
+    recovering = open_journal(copies[0])
+    recovering.close_request(first, 0, LATER).durable()
+    assert recovering.highest_sequence(0) == 1
+    assert left_open(killed(copies[0], "again")) == [OpenRow(second, 0, EVENT)]
+    recovering.close()
+
+
 def test_what_is_recovered_is_ended_for_good(folder: Path) -> None:
     journal = open_journal(folder)
     journal.open(0, EVENT, has_usage=False)
