@@ -11,6 +11,8 @@ import shutil
 import sqlite3
 import tempfile
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -23,7 +25,9 @@ from tests.producers.support import journaled, usage_event, wait_until
 
 PARTITIONS = 2
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+RECOVERED_MAX = 1_000
 partitions = st.integers(0, PARTITIONS - 1)
+recovered = st.sampled_from((0, 1, 2, RECOVERED_MAX))
 
 
 class JournalMachine(RuleBasedStateMachine):
@@ -146,33 +150,60 @@ class JournalMachine(RuleBasedStateMachine):
         self.journal.close()
         self.recover()
 
-    @rule(lost_power=st.booleans())
-    def crash(self, lost_power: bool) -> None:
+    @rule(lost_power=st.booleans(), ended=recovered)
+    def crash(self, lost_power: bool, ended: int) -> None:
         """The files as kill -9 leaves them: the log not moved into the file, the lock gone with its process. Or in another boot
         of the machine, for which whatever stands in unsynced memory does not count."""
-        self.lives += 1
-        copy = self.folder.with_name(f"{self.folder.name}-{self.lives}")
-        shutil.copytree(self.folder, copy)
-        self.journal.close()
-        shutil.rmtree(self.folder)
-        self.folder = copy
+        self.live_on(self.as_killed())
         if lost_power:
             openings = self.folder / "journal.open"
             openings.write_bytes(openings.read_bytes().replace(BOOT_ID, BOOT_ID[::-1], 1))
             for slot in self.unsynced:
                 del self.open[slot]
+            self.unsynced.clear()
+        self.recover(ended)
+
+    @rule(partition=partitions, has_usage=st.lists(st.booleans(), min_size=1, max_size=4), ended=recovered)
+    def crash_before_a_commit(self, partition: int, has_usage: list[bool], ended: int) -> None:
+        """A kill between what is noted of a request's end and the transaction that ends it, and another one in the recovery."""
+        for each in has_usage:
+            self.open_request(partition, each)
+        commit, copies = self.journal._store.commit, list[Path]()
+
+        def copy_first(*arguments: Any, **named: Any) -> None:
+            copies.append(self.as_killed())
+            commit(*arguments, **named)
+
+        with mock.patch.object(self.journal._store, "commit", copy_first):
+            self.journal.close_request(max(self.open), partition, self.event()[1]).durable()
+        (copy,) = copies
+        self.live_on(copy)
+        self.recover(ended)
+        self.live_on(self.as_killed())
         self.recover()
 
-    def recover(self) -> None:
+    def as_killed(self) -> Path:
+        self.lives += 1
+        copy = self.folder.with_name(f"{self.folder.name}-{self.lives}")
+        shutil.copytree(self.folder, copy)
+        return copy
+
+    def live_on(self, copy: Path) -> None:
+        self.journal.close()
+        shutil.rmtree(self.folder)
+        self.folder = copy
+
+    def recover(self, ended: int = RECOVERED_MAX) -> None:
+        """Begin anew and end so many of those that were left open; the others stay as they are, for the next kill."""
         self.journal = self.begin()
         left = self.journal.left_open()
         assert {row.slot: row.partition for row in left} == {slot: partition for slot, (partition, _) in self.open.items()}
-        for row in left:
+        for row in left[:ended]:
             partition, name = self.open.pop(row.slot)
+            self.unsynced.discard(row.slot)
             self.journal.close_request(row.slot, row.partition, row.event).durable()
             self.durable[partition].append(name)
-        assert not self.journal.left_open()
-        self.unsynced.clear()
+        assert [row.slot for row in self.journal.left_open()] == sorted(self.open)
 
     @invariant()
     def holds_what_was_confirmed_under_its_number(self) -> None:
