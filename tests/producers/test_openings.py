@@ -35,6 +35,21 @@ def left_open(folder: Path) -> list[OpenRow]:
     return left
 
 
+def killed_before_the_commit(folder: Path, journal: Journal, slot: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """End the request; the files as a kill would have left them before the transaction that ends it."""
+    copies: list[Path] = []
+    commit = journal._store.commit
+
+    def copy_first(*arguments: object, **named: object) -> None:
+        copies.append(killed(folder, "killed"))
+        commit(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(journal._store, "commit", copy_first)
+    journal.close_request(slot, 0, LATER).durable()
+    (copy,) = copies
+    return copy
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made = tmp_path / "live"
@@ -70,16 +85,8 @@ def test_a_kill_between_a_commit_and_its_confirmation_ends_the_request_once(
 def test_a_kill_before_a_commit_leaves_the_request_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = open_journal(folder)
     slot, _ = journal.open(0, EVENT, has_usage=False)
-    copies: list[Path] = []
-    commit = journal._store.commit
-
-    def copy_first(*arguments: object, **named: object) -> None:
-        copies.append(killed(folder, "killed"))
-        commit(*arguments, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(journal._store, "commit", copy_first)
-    journal.close_request(slot, 0, LATER).durable()
-    assert left_open(copies[0]) == [OpenRow(slot, 0, EVENT)]
+    copy = killed_before_the_commit(folder, journal, slot, monkeypatch)
+    assert left_open(copy) == [OpenRow(slot, 0, EVENT)]
     journal.close()
 
 
@@ -88,21 +95,13 @@ def test_a_kill_in_the_recovery_after_a_kill_before_a_commit_ends_nothing_unsaid
 ) -> None:
     journal = open_journal(folder)
     first, second = (journal.open(0, EVENT, has_usage=False)[0] for _ in range(2))
-    copies: list[Path] = []
-    commit = journal._store.commit
-
-    def copy_first(*arguments: object, **named: object) -> None:
-        copies.append(killed(folder, "killed"))
-        commit(*arguments, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(journal._store, "commit", copy_first)
-    journal.close_request(second, 0, LATER).durable()
+    copy = killed_before_the_commit(folder, journal, second, monkeypatch)
     journal.close()
     # The number that would have ended the second request goes to another event, and that process is killed too.
-    recovering = open_journal(copies[0])
+    recovering = open_journal(copy)
     recovering.close_request(first, 0, LATER).durable()
     assert recovering.highest_sequence(0) == 1
-    assert left_open(killed(copies[0], "again")) == [OpenRow(second, 0, EVENT)]
+    assert left_open(killed(copy, "again")) == [OpenRow(second, 0, EVENT)]
     recovering.close()
 
 
