@@ -3,10 +3,10 @@
 For each partition, record by record in the order of the chain: the stored bytes have the hash kept beside them (or a mark of
 the ledger's key says that they are what an erasure left of the record with that hash), name the hash of the record before and
 (with the key) carry the ledger's seal; every event's cost, every window and every account is computed
-again (`sinks.recompute`) and compared with what the record states; every event, window and account in ClickHouse says the same;
-nothing is there that no record accounts for. It reads up to the positions that it finds when it starts, so it may run while the
-sink does: rows that are newer are left for the next audit. Memory: one page of records, the events of one query, and what the
-ledger itself keeps open.
+again (`sinks.recompute`) and compared with what the record states; every event, window and account in ClickHouse says the same,
+and so do the copies and sums that dashboards read (`sinks.audit_sums`); nothing is there that no record accounts for. It reads
+up to the positions that it finds when it starts, so it may run while the sink does: rows that are newer are left for the next
+audit. Memory: one page of records, the events of one query, and what the ledger itself keeps open.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import UsageEvent
 from sinks.anchors import Anchor, by_place
 from sinks.audit_invoices import InvoiceRows
+from sinks.audit_sums import SumRows, window_row_key
 from sinks.columns import version_of
 from sinks.engine import Reader, decimal_to_pico
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES
@@ -313,8 +314,10 @@ class _PartitionAudit:
             )
             found = {row[:9]: row for row in rows}
             for window_id, window in part.items():
-                self._compare_window(window_id, window, found.get(_window_row_key(window_id)))
+                self._compare_window(window_id, window, found.get(window_row_key(window_id)))
             self._report.windows += len(part)
+            until = version_of(self._ordinal, self._chain.sequence)
+            self._report.findings += SumRows(self._query, self._partition).compare_minutes(part, until)
 
     def _compare_window(self, window_id: WindowId, window: ExpectedWindow, row: tuple[object, ...] | None) -> None:
         if row is None:
@@ -369,14 +372,11 @@ class _PartitionAudit:
         self._compare_rows("usage_events", "event_unknown", expected_events, "version", end)
         # A window that was opened within the bound is counted though a newer record restated it.
         if self._ordinal:
-            self._compare_rows(
-                "usage_totals",
-                "window_unknown",
-                dict(self.recomputed.windows_by_tenant),
-                "bitOr(bitShiftLeft(bitShiftRight(version, 40), 40), opened_sequence)",
-                end,
-            )
-
+            opened = "bitOr(bitShiftLeft(bitShiftRight(version, 40), 40), opened_sequence)"
+            windows = dict(self.recomputed.windows_by_tenant)
+            self._compare_rows("usage_totals", "window_unknown", windows, opened, end)
+            self._compare_rows("usage_by_minute", "minute_unknown", windows, opened, end)
+        self._report.findings += SumRows(self._query, self._partition).compare_days()
         self._compare_adjustments(end)
 
     def _compare_adjustments(self, end: int) -> None:
@@ -469,21 +469,6 @@ def _event_values(entry: ExpectedEvent) -> tuple[object, ...]:
         SERVICE_CLASSES[event.service_class],
         event.ended_ms,
         *(getattr(event, name) for name in TOKEN_COLUMNS),
-    )
-
-
-def _window_row_key(window_id: WindowId) -> tuple[object, ...]:
-    key = window_id.key
-    return (
-        key.tenant_id,
-        key.project_id,
-        key.model,
-        OPERATIONS[key.operation],
-        SERVICE_CLASSES[key.service_class],
-        key.minute,
-        window_id.generation.hex(),
-        window_id.opened_sequence,
-        key.price_version,
     )
 
 

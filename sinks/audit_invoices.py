@@ -18,7 +18,7 @@ from sinks.invoice_columns import line_id
 from sinks.recompute import Finding
 from sinks.recompute_lines import ExpectedInvoice
 
-__all__ = ["InvoiceRows"]
+__all__ = ["InvoiceRows", "Query"]
 
 _KEYS_PER_QUERY = 500
 

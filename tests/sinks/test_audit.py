@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import closing
+
 import pytest
+from typer.testing import CliRunner
 
 from billing.v1.command_pb2 import Price, PriceBook, TenantUpsert
 from billing.v1.usage_pb2 import OUTCOME_REJECTED
 from sinks.audit import audit
+from sinks.day_totals import DAY_S, sum_days
+from sinks.embedded import LoopbackServer
 from sinks.engines.chdb import ChdbEngine
 from sinks.engines.loopback import LoopbackEngine
 from sinks.follow import feed
-from tests.billing.ledgers import KEYS, Ledger, batch, tenants_in, usage
+from taximeter.cli import application
+from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
 
 ONE, TWO = tenants_in(1)[:2]
+TOKEN = "t" * 32
 
 
 def test_a_right_database_is_clean(engine: ChdbEngine, loopback: LoopbackEngine, ledger: Ledger) -> None:
@@ -41,6 +49,14 @@ def test_a_right_database_is_clean(engine: ChdbEngine, loopback: LoopbackEngine,
             "INSERT INTO usage_totals SELECT * REPLACE (opened_sequence + 1 AS opened_sequence) FROM usage_totals LIMIT 1",
             "window_unknown",
         ),
+        (f"ALTER TABLE usage_by_minute DELETE WHERE tenant_id = '{ONE}' AND events = 1", "minute_missing"),
+        (f"ALTER TABLE usage_by_minute UPDATE cost = cost * 2 WHERE tenant_id = '{ONE}'", "minute_differs"),
+        (f"ALTER TABLE usage_by_minute UPDATE input_tokens_all = 1 WHERE tenant_id = '{ONE}'", "minute_differs"),
+        (f"ALTER TABLE usage_by_minute UPDATE gpu_ms = 1 WHERE tenant_id = '{TWO}'", "minute_differs"),
+        (
+            "INSERT INTO usage_by_minute SELECT * REPLACE (opened_sequence + 9 AS opened_sequence) FROM usage_by_minute",
+            "minute_unknown",
+        ),
         (f"ALTER TABLE accounts UPDATE spend = spend - 1 WHERE tenant_id = '{TWO}'", "account_differs"),
         (f"ALTER TABLE accounts DELETE WHERE tenant_id = '{TWO}'", "account_missing"),
         ("INSERT INTO accounts SELECT * REPLACE ('nobody' AS tenant_id) FROM accounts LIMIT 1", "account_unknown"),
@@ -55,6 +71,47 @@ def test_each_change_is_named(engine: ChdbEngine, ledger: Ledger, change: str, k
     engine.execute(f"{change}{' SETTINGS mutations_sync = 2' if change.startswith('ALTER') else ''}")
     kinds = {finding.kind for finding in audit(engine, KEYS.seal_key).findings}
     assert kind in kinds, kinds
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE usage_days UPDATE cost = cost + 1 WHERE tenant_id = '{one}' SETTINGS mutations_sync = 2",
+        "ALTER TABLE usage_days DELETE WHERE tenant_id = '{one}' SETTINGS mutations_sync = 2",
+        "INSERT INTO usage_days SELECT * REPLACE ('other' AS project_id) FROM usage_days WHERE tenant_id = '{two}'",
+    ],
+)
+def test_a_changed_day_is_named_while_readers_trust_it(engine: ChdbEngine, ledger: Ledger, change: str) -> None:
+    ledger.tick(NOW_MS + 2 * DAY_S * 1_000)
+    feed(engine, ledger.stored, KEYS.seal_key)
+    assert sum_days(engine, [1])
+    assert audit(engine, KEYS.seal_key).findings == []
+    engine.execute(change.format(one=ONE, two=TWO))
+    findings = audit(engine, KEYS.seal_key).findings
+    assert {finding.kind for finding in findings} == {"day_differs"}
+    # Late usage of both tenants: the sums of that day are believed by nobody any more.
+    ledger.usage(batch([usage("later", ONE), usage("latest", TWO)]), NOW_MS + 2 * DAY_S * 1_000)
+    feed(engine, ledger.stored, KEYS.seal_key)
+    assert audit(engine, KEYS.seal_key).findings == []
+
+
+def test_the_command_names_a_minute_that_was_changed_and_fails(engine: ChdbEngine, ledger: Ledger) -> None:
+    feed(engine, ledger.stored, KEYS.seal_key)
+    server = LoopbackServer(engine, TOKEN).start()
+    values = {
+        "clickhouse.loopback_port": server.url.rpartition(":")[2],
+        "clickhouse.loopback_token": TOKEN,
+        "ledger.seal_key": "s" * 32,
+        "ledger.command_key": "c" * 32,
+    }
+    asks = ["audit", "--json", *(word for name, value in values.items() for word in ("--set", f"{name}={value}"))]
+    with closing(server):
+        clean = CliRunner().invoke(application(), asks)
+        assert (clean.exit_code, json.loads(clean.stdout)["findings"]) == (0, [])
+        engine.execute(f"ALTER TABLE usage_by_minute UPDATE events = 7 WHERE tenant_id = '{TWO}' SETTINGS mutations_sync = 2")
+        found = CliRunner().invoke(application(), asks)
+    assert found.exit_code == 1
+    assert {(each["kind"], each["found"]) for each in json.loads(found.stdout)["findings"]} == {("minute_differs", "7")}
 
 
 def test_a_tenant_that_changes_its_currency_is_clean(engine: ChdbEngine) -> None:
