@@ -54,7 +54,7 @@ def test_a_right_database_is_clean(engine: ChdbEngine, loopback: LoopbackEngine,
         (f"ALTER TABLE usage_by_minute UPDATE input_tokens_all = 1 WHERE tenant_id = '{ONE}'", "minute_differs"),
         (f"ALTER TABLE usage_by_minute UPDATE gpu_ms = 1 WHERE tenant_id = '{TWO}'", "minute_differs"),
         (
-            "INSERT INTO usage_by_minute SELECT * REPLACE (opened_sequence + 9 AS opened_sequence) FROM usage_by_minute",
+            "INSERT INTO usage_by_minute SELECT * REPLACE (price_version + 9 AS price_version) FROM usage_by_minute LIMIT 1",
             "minute_unknown",
         ),
         (f"ALTER TABLE accounts UPDATE spend = spend - 1 WHERE tenant_id = '{TWO}'", "account_differs"),
