@@ -62,6 +62,7 @@ GATEWAY_NUMBERS: Final[dict[str, tuple[Kind, str]]] = {
     "cancels_unconfirmed": ("counter", "Answers that were cut off and whose back end did not say so in time."),
     "stops_failed": ("counter", "Back ends that were asked to stop and did not take it."),
     "upstream_retries": ("counter", "Requests that were sent to the back end again."),
+    "answers_over_limit": ("counter", "Answers in one piece that are longer than allowed: delivered, billed and flagged."),
     "answers_clamped": ("counter", "Answers whose length was clamped to what the balance pays for."),
     "admitted_without_money": ("counter", "Requests of tenants in shadow mode that no balance paid for."),
     "refusals_unrecorded": ("counter", "Refusals that could not be written to the journal."),

@@ -169,6 +169,8 @@ class ModelProfileConfig(Section):
     decoupled: bool | None = None
     # For plans that state none; 0: the gateway's.
     prompt_tokens_max: Annotated[int, Field(ge=0)] | None = None
+    # What the back end gives a request that states no max_tokens; 0: not known, so a request with a limit is told that.
+    output_tokens_default: Annotated[int, Field(ge=0)] | None = None
     # Names of tensors.
     text_inputs: Annotated[list[str], Field(min_length=1, max_length=8)] | None = None
     text_output: str | None = None

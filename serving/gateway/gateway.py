@@ -34,7 +34,7 @@ from serving.gateway.directory import scopes_of
 from serving.gateway.errors import CallError
 from serving.gateway.limits import UNLIMITED, Breach, RateLimits, Scope
 from serving.gateway.metering import MeterParts, Price, RequestMeter, new_event, now_ms
-from serving.gateway.output_limits import read_output_asked
+from serving.gateway.output_limits import limit_output, read_output_asked
 from serving.gateway.policy import Access
 from serving.gateway.refusing import Refusals
 from serving.gateway.scoping import RunningRequests, SequenceScope
@@ -331,17 +331,23 @@ class Gateway:
         except TensorError as error:
             self.metrics["requests_invalid"] += 1
             raise CallError.invalid(error) from error
-        stated, texts = asked
+        stated, texts = asked.tokens, asked.texts
         limit = admission.prompt_limit(0, 0, 0, *(scope.limits.output_tokens_max for scope in scopes))
         if stated is not None and 0 < limit < stated:
             await self._refusals.enforce(admission.output_refusal(stated, limit), event, account)
         longest = stated or (0 if account is None else account.output_tokens_default)
+        if 0 < limit < longest:
+            longest = limit
         tokens = self._prompt_tokens(profile, prepared, prompt_count) + longest * texts
         breach = slot.reserve(tokens, time.monotonic())
         if breach is not None:
             await self._refusals.enforce(admission.rate_refusal(breach), event, account)
-        is_watched = account is not None and account.shadow
-        return asked, 0 if is_watched else limit * texts
+        if account is not None and account.shadow:
+            return asked, 0
+        if stated is None and limit:
+            # The back end need not write what may not be delivered.
+            asked = limit_output(request, profile, asked, limit)
+        return asked, limit * texts
 
     def _prompt_tokens(self, profile: ModelProfile, prepared: PreparedRequest, prompt_count: TextCount | None) -> int:
         """The prompt's tokens, or a bound of them."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from billing.limits import ID_CHARS_MAX
 from billing.v1.usage_pb2 import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from serving.gateway.tokens import TokenCounts
     from serving.kserve import ModelInferResponse
 
-__all__ = ["MeterParts", "Price", "RequestMeter", "Usage", "new_event", "now_ms", "tell_end", "tell_usage"]
+__all__ = ["OUTPUT_TOKENS_MAX", "MeterParts", "Price", "RequestMeter", "Usage", "new_event", "now_ms", "tell_end", "tell_usage"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ _WINDOW_CHARS = 2_048
 # Text that is counted again may have some tokens more than were generated: by such a part of the longest answer, and one.
 _RECOUNT_SLACK = 50
 _SOURCES: dict[int, str] = {number: name.removeprefix("COUNT_SOURCE_").lower() for name, number in CountSource.items()}
+# The attribute of an answer that was longer than this, and was delivered and billed all the same.
+OUTPUT_TOKENS_MAX: Final = "output_tokens_max"
 _UNKNOWN = TextCount(0, exact=False)
 _NOTHING = TextCount(0, exact=True)
 
@@ -163,7 +165,8 @@ class RequestMeter:
         """`output_tokens_max`: what the answer may have, whatever the back end makes of it; 0: no limit."""
         self.counter = counter
         self.output_tokens_max = output_tokens_max
-        # Why the last `progress` or `try_close` that was in vain was: the limit, or else the money.
+        # Why the last `progress` or `try_close` that was in vain was: the limit, or else the money. Of a `close`, that what it
+        # billed is over the limit.
         self.is_too_long = False
         self._money = money
         self._price_of = price_of
@@ -303,6 +306,12 @@ class RequestMeter:
             return False
         return source == COUNT_SOURCE_BACKEND or output_tokens > longest + longest // _RECOUNT_SLACK + 1
 
+    def _flag_length(self, output_tokens: int, source: int) -> None:
+        """An answer that is billed whatever its length says so where that is more than it may be."""
+        self.is_too_long = self._exceeds_limit(output_tokens, source)
+        if self.is_too_long:
+            self._event.attributes[OUTPUT_TOKENS_MAX] = str(self.output_tokens_max)
+
     def _was_cut(self, input_tokens: int) -> bool:
         """Whether the back end saw less of the prompt than was counted before it was forwarded."""
         count = self._prompt_count
@@ -347,6 +356,7 @@ class RequestMeter:
         if not self._closed:
             if not covered_only:
                 self._fill(input_tokens, output_tokens, units, source)
+                self._flag_length(output_tokens, source)
             elif not self._try_fill(input_tokens, output_tokens, units, source):
                 return None
             if source == COUNT_SOURCE_TOKENIZER and self._profile.tokenizer is not None:

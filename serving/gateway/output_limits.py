@@ -1,8 +1,9 @@
-"""How long a request allows its answer to be: read it, and make it shorter.
+"""How long a request allows its answer to be: read it, make it shorter, and say it where the request does not.
 
 Two ways that back ends have: `max_tokens` in the JSON of `sampling_parameters` (vLLM; also as a parameter of the request), and
-a tensor, `max_tokens` or `request_output_len` (TensorRT-LLM). A request that states none has the back end's own default, which
-a gateway does not know. A request may ask for several texts, each of that length.
+a tensor, `max_tokens` or `request_output_len` (TensorRT-LLM). A request that states none has the back end's own default: it is
+given a limit only where that default is not known to be shorter, so that no answer becomes longer by it. A request may ask for
+several texts, each of that length.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from serving import kserve
 
 if TYPE_CHECKING:
+    from serving.gateway.profiles import ModelProfile
     from serving.kserve import ModelInferRequest
 
-__all__ = ["OutputAsked", "OutputLimit", "read_output_asked", "set_output_limit"]
+__all__ = ["OutputAsked", "OutputLimit", "limit_output", "read_output_asked", "set_output_limit"]
 
 _JSON_INPUT = "sampling_parameters"
 _NAME = "max_tokens"
@@ -41,12 +43,14 @@ class OutputAsked(NamedTuple):
     tokens: int | None
     # How many, each as long as that.
     texts: int
+    # It says something of it, if only that there is to be no limit: null, or a number below zero.
+    is_said: bool = False
 
 
 def read_output_asked(request: ModelInferRequest, where: OutputLimit, name: str = _NAME) -> OutputAsked:
     """How long the answer may be, and how many texts it has. Raises TensorError for a tensor that cannot be read."""
     value: object = None
-    texts = 1
+    texts, is_said = 1, False
     if where is OutputLimit.TENSOR:
         value = kserve.read_integer_input(request, name)
         for texts_name in _TENSOR_TEXTS:
@@ -56,15 +60,23 @@ def read_output_asked(request: ModelInferRequest, where: OutputLimit, name: str 
         if parameters is None:
             value = kserve.get_parameter(request, _NAME)
         else:
-            value = parameters.get(_NAME)
+            # Null is said too.
+            value, is_said = parameters.get(_NAME), _NAME in parameters
             for key in _JSON_TEXTS:
-                stated = parameters.get(key)
-                if isinstance(stated, int):
-                    texts = max(texts, stated)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        value = int(value)
-    tokens = value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-    return OutputAsked(tokens, min(max(texts, 1), _TEXTS_MAX))
+                texts = max(texts, _whole(parameters.get(key)) or 1)
+    return OutputAsked(_whole(value), min(max(texts, 1), _TEXTS_MAX), is_said or value is not None)
+
+
+def _whole(value: object) -> int | None:
+    """What a back end makes of a number in JSON, which may be a text there or have a fraction; None: it refuses that, or it is
+    no limit."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = int(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if number >= 0 else None
 
 
 def set_output_limit(request: ModelInferRequest, where: OutputLimit, tokens: int, name: str = _NAME) -> None:
@@ -82,6 +94,27 @@ def set_output_limit(request: ModelInferRequest, where: OutputLimit, tokens: int
             return
         kserve.strip_input(request, _JSON_INPUT)
         kserve.add_bytes_input(request, _JSON_INPUT, [json.dumps({**parameters, _NAME: tokens}).encode()])
+
+
+def limit_output(request: ModelInferRequest, profile: ModelProfile, asked: OutputAsked, tokens: int) -> OutputAsked:
+    """Let a request that states no limit have an answer of `tokens` at most; what it asks for then.
+
+    It is as it was where the back end's default is shorter, and where nothing is known by which the back end would be told.
+    """
+    where, default = profile.output_limit, profile.output_tokens_default
+    if where is OutputLimit.NOWHERE or (default and default <= tokens and not asked.is_said):
+        return asked
+    if where is OutputLimit.TENSOR:
+        if asked.is_said:
+            set_output_limit(request, where, tokens, profile.output_limit_input)
+        elif profile.takes_output_limit:
+            shape = (1,) if profile.counts is None else profile.counts.shape
+            kserve.add_integer_input(request, profile.output_limit_input, tokens, dtype="INT32", shape=shape)
+        else:
+            return asked
+    else:
+        set_output_limit(request, where, tokens)
+    return asked._replace(tokens=tokens, is_said=True)
 
 
 def _sampling_parameters(request: ModelInferRequest) -> dict[str, object] | None:

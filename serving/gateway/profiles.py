@@ -115,6 +115,10 @@ class ModelProfile:
     output_limit: OutputLimit = OutputLimit.SAMPLING_PARAMETERS
     """Where a request says how long its answer may be."""
     output_limit_input: str = "max_tokens"
+    takes_output_limit: bool = True
+    """That tensor is known to be an input of the model, so that a request without it may be given it."""
+    output_tokens_default: int = 0
+    """What the back end gives where a request does not say; 0: not known."""
     operation: int = OPERATION_GENERATE
     prompt_tokens_max: int = 0
     """For plans that state none; 0: the gateway's."""
@@ -150,6 +154,8 @@ class ModelProfile:
                 raise ValueError(f"model {self.model!r}: nothing counts its text: give it a tokenizer")
         if self.prompt_tokens_max < 0:
             raise ValueError(f"prompt_tokens_max: {self.prompt_tokens_max}: must be at least 0")
+        if self.output_tokens_default < 0:
+            raise ValueError(f"output_tokens_default: {self.output_tokens_default}: must be at least 0")
 
     def _metered_outputs(self) -> tuple[str, ...]:
         names = [self.text_output] if self.text_output and self.tokenizer is not None else []
@@ -160,6 +166,8 @@ class ModelProfile:
 
 
 VLLM_COUNTS: Final = CountFlags()
+# As its SamplingParams have it.
+_VLLM_OUTPUT_TOKENS: Final = 16
 _TENSORRT_LLM_COUNTS: Final = replace(VLLM_COUNTS, shape=(1, 1), prompt_in_output_count=True)
 
 
@@ -169,6 +177,7 @@ def vllm(
     tokenizer: str | None = None,
     decoupled: bool = True,
     prompt_tokens_max: int = 0,
+    output_tokens_default: int = _VLLM_OUTPUT_TOKENS,
     stop_input: str | None = None,
 ) -> ModelProfile:
     """Triton's vLLM back end, and servers that took over its tensors; the former has no `stop_input`."""
@@ -180,6 +189,7 @@ def vllm(
         prompt_in_output_text=True,
         decoupled=decoupled,
         prompt_tokens_max=prompt_tokens_max,
+        output_tokens_default=output_tokens_default,
     )
 
 
@@ -203,6 +213,7 @@ def tensorrt_llm(
     tokenizer: str | None = None,
     decoupled: bool = True,
     prompt_tokens_max: int = 0,
+    output_tokens_default: int = 0,
     exclude_input_default: bool = False,
 ) -> ModelProfile:
     """TensorRT-LLM's ensemble: vLLM's flags in two dimensions, and the prompt inside the output count."""
@@ -216,11 +227,17 @@ def tensorrt_llm(
         exclude_input_default=exclude_input_default,
         decoupled=decoupled,
         prompt_tokens_max=prompt_tokens_max,
+        output_tokens_default=output_tokens_default,
     )
 
 
 def tensorrt_llm_ids(
-    model: str, *, decoupled: bool = True, prompt_tokens_max: int = 0, exclude_input_default: bool = False
+    model: str,
+    *,
+    decoupled: bool = True,
+    prompt_tokens_max: int = 0,
+    output_tokens_default: int = 0,
+    exclude_input_default: bool = False,
 ) -> ModelProfile:
     """TensorRT-LLM's inner model: tokens as numbers, and the same flags; where they bring nothing the ids are counted."""
     return ModelProfile(
@@ -236,6 +253,7 @@ def tensorrt_llm_ids(
         exclude_input_default=exclude_input_default,
         decoupled=decoupled,
         prompt_tokens_max=prompt_tokens_max,
+        output_tokens_default=output_tokens_default,
     )
 
 
@@ -259,6 +277,7 @@ def token_ids(
         exclude_input=None,
         decoupled=decoupled,
         output_limit=OutputLimit.TENSOR,
+        takes_output_limit=False,
         prompt_tokens_max=prompt_tokens_max,
     )
 
@@ -271,6 +290,7 @@ def generic(
     prompt_tokens_max: int = 0,
     text_inputs: tuple[str, ...] = ("text_input",),
     text_output: str = "text_output",
+    output_tokens_default: int = 0,
     stop_input: str | None = None,
 ) -> ModelProfile:
     """Texts in, texts out, and no counts (TensorRT-LLM's llmapi model too): the tokenizer does it all."""
@@ -284,6 +304,7 @@ def generic(
         exclude_input=None,
         decoupled=decoupled,
         prompt_tokens_max=prompt_tokens_max,
+        output_tokens_default=output_tokens_default,
     )
 
 

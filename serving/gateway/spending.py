@@ -81,7 +81,8 @@ class Spending:
 
         `asked`: what the request allows its answer, where that was read already. Raises TensorError where it cannot be read.
         """
-        stated, texts = asked or read_output_asked(request, profile.output_limit, profile.output_limit_input)
+        asked = asked or read_output_asked(request, profile.output_limit, profile.output_limit_input)
+        stated, texts = asked.tokens, asked.texts
         output_tokens = account.output_tokens_default or self._settings.output_tokens_default if stated is None else stated
         if not profile.counts_output:
             output_tokens = 0

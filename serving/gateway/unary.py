@@ -11,8 +11,9 @@ import grpc
 
 from billing.v1.usage_pb2 import OUTCOME_BACKEND_ERROR, OUTCOME_COMPLETED, OUTCOME_DEADLINE_EXCEEDED
 from producers.errors import ProducerError
+from serving import kserve
 from serving.gateway.errors import CallError
-from serving.gateway.metering import tell_usage
+from serving.gateway.metering import OUTPUT_TOKENS_MAX, tell_usage
 from serving.gateway.stopping import await_end, can_stop
 from serving.gateway.upstream import ASKED_AGAIN, RETRY_DELAY_S
 from serving.kserve import SERVICE_NAME, TensorError
@@ -90,6 +91,10 @@ async def _answer(gateway: Gateway, admitted: Admitted, caller: Caller, context:
         context.set_trailing_metadata(usage.trailers)
     response.id = admitted.prepared.client_id
     tell_usage(response, usage)
+    if meter.is_too_long:
+        # It was told where it can be, and answered in one piece, which cannot be cut.
+        gateway.metrics["answers_over_limit"] += 1
+        kserve.set_parameter(response, f"taximeter_{OUTPUT_TOKENS_MAX}", meter.output_tokens_max)
     return response
 
 

@@ -37,6 +37,7 @@ ASKED = {
     "another payload under the same request ID",
     "prompt truncated by the back end",
     "the answer is longer than its key, tenant or model may have",
+    "the same, of an answer in one piece, whose back end was told the limit and went on",
     "the gateway is killed mid-stream",
     "the gateway is stopped mid-stream",
     "the money ends mid-stream",

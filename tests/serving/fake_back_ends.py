@@ -44,8 +44,12 @@ class FakeModel:
     counts_at_end_only: bool = False
     stall_after: int | None = None
     hears_stops: bool = True
+    obeys: bool = True
+    """It ends where a request says that its answer is to end."""
     failures: int = 0
     """It is not there for so many requests."""
+    made: list[int] = field(default_factory=list)
+    """The tokens of each answer that was worked on."""
     asked: list[str] = field(default_factory=list)
     """The id of each request that came; `arrivals` lets somebody wait for one."""
     arrivals: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
@@ -55,9 +59,11 @@ class FakeModel:
     def responses(self, request: Any) -> Iterator[Response]:
         raise NotImplementedError
 
-    def chunks(self, stream: bool) -> list[Sequence[str]]:
+    def chunks(self, stream: bool, tokens_max: int | None) -> list[Sequence[str]]:
+        tokens = ANSWER[: tokens_max if self.obeys else None]
+        self.made.append(len(tokens))
         size = _CHUNK_TOKENS if stream else len(ANSWER)
-        return [ANSWER[start : start + size] for start in range(0, len(ANSWER), size)]
+        return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
     def add_counts(
         self, response: Response, request: Any, counts: Mapping[str, tuple[list[int], str, tuple[int, ...]]]
@@ -87,8 +93,13 @@ class Vllm(FakeModel):
         prepend = not stream if excluded is None else not excluded
         if prepend and stream:
             raise RefusedError("When streaming, `exclude_input_in_output` = False is not allowed.")
-        texts = int(json.loads(kserve.read_text_input(request, "sampling_parameters") or "{}").get("n", 1))
-        chunks = self.chunks(stream)
+        text = kserve.read_text_input(request, "sampling_parameters")
+        # Its SamplingParams: from the tensor, or else from the request's parameters.
+        sampling: dict[str, Any] = (
+            json.loads(text) if text else {name: kserve.get_parameter(request, name) for name in request.parameters}
+        )
+        texts = int(sampling.get("n", 1))
+        chunks = self.chunks(stream, int(sampling.get("max_tokens", 16)))
         for place, chunk in enumerate(chunks):
             response = service_pb2.ModelInferResponse()
             _add_texts(response, [(prompt if prepend else "") + "".join(chunk)] * texts, (texts,))
@@ -111,7 +122,7 @@ class TensorRtLlm(FakeModel):
         stream = bool(kserve.read_bool_input(request, "stream"))
         echoed = not stream and not kserve.read_bool_input(request, "exclude_input_in_output")
         beams = kserve.read_integer_input(request, "beam_width") or 1
-        for chunk in self.chunks(stream):
+        for chunk in self.chunks(stream, kserve.read_integer_input(request, "max_tokens")):
             response = service_pb2.ModelInferResponse()
             _add_texts(response, [(prompt if echoed else "") + "".join(chunk)] * beams, (1, beams))
             made = len(chunk) + (prompt_tokens(prompt) if echoed else 0)
@@ -136,7 +147,7 @@ class TensorRtLlmIds(FakeModel):
         repeat = bool(kserve.read_bool_input(request, "return_all_generated_tokens"))
         beams = kserve.read_integer_input(request, "beam_width") or 1
         before = 0
-        for chunk in self.chunks(stream):
+        for chunk in self.chunks(stream, kserve.read_integer_input(request, "request_output_len")):
             so_far = before + len(chunk)
             ids = [*(prompt if echoed else ()), *range(10 if repeat else 10 + before, 10 + so_far)]
             rows = [ids, [*ids[:-1], -1]][:beams]

@@ -15,6 +15,7 @@ import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
+from billing.v1.account_pb2 import Limits
 from billing.v1.usage_pb2 import (
     COUNT_SOURCE_BACKEND,
     COUNT_SOURCE_ESTIMATE,
@@ -33,13 +34,16 @@ from tests.serving.gateway_support import (
     HEADERS,
     SECRET,
     answers,
+    api_key,
     billed,
     gateway_settings,
     journalled,
+    known_directory,
     model_server_process,
     now_ms,
     production,
     profiles,
+    put_key,
     running,
     settled,
     sync_answers,
@@ -166,6 +170,26 @@ async def test_without_counts_the_models_own_tokenizer_counts(tmp_path: Path, ba
         usage = told(found[-1][0])
         assert usage is not None
         assert usage[:3] == billed(event)
+
+
+@pytest.mark.model
+async def test_an_answer_of_which_nothing_is_said_ends_where_its_key_s_limit_does(
+    tmp_path: Path, back_end: str, production_folder: Path
+) -> None:
+    directory = known_directory()
+    put_key(directory, api_key(limits=Limits(output_tokens_max=4)))
+    settings = gateway_settings(tmp_path, back_end, models={"smollm2": generic("smollm2", tokenizer="smollm2")})
+    async with (
+        running(settings, directory) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        inputs = [tensor("text_input", PROMPTS[0]), tensor("stream", True)]
+        found = await answers(client, {"model_name": "smollm2", "inputs": inputs})
+        assert [error for _, error in found if error is not None] == []
+        (event,) = await settled(server)
+    # By itself it writes 16 tokens.
+    assert production(production_folder, event.request_id)["output_tokens"] == 4
+    assert (event.outcome, event.output_tokens) == (OUTCOME_COMPLETED, 4)
 
 
 @pytest.mark.parametrize("compression", ["gzip", "deflate"])

@@ -277,7 +277,7 @@ async def test_a_request_that_the_gateway_sends_again_is_billed_once(tmp_path: P
         running(settings(tmp_path, address, profile)) as server,
         triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
     ):
-        inputs = text_inputs(PROMPT, stream=False)
+        inputs = text_inputs(PROMPT, stream=False, max_tokens=len(ANSWER))
         if decoupled:
             ((response, error),) = await answers(client, {"model_name": "m", "inputs": inputs})
             assert error is None
