@@ -62,7 +62,7 @@ def apply_command(state: LedgerState, signed: SignedCommand, record: LedgerRecor
     else:
         applied.applied = True
         if remembered:
-            state.commands[remembered] = record.log_time_ms
+            state.commands[remembered] = command.issued_ms
     record.command.CopyFrom(applied)
 
 

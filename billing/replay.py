@@ -47,9 +47,10 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
     elif source == "command" and record.command.applied:
         if record.command.HasField("price_book"):
             state.books.add(record.command.price_book)
-        command_id = remembered_id(Command.FromString(record.command.command))
+        command = Command.FromString(record.command.command)
+        command_id = remembered_id(command)
         if command_id:
-            state.commands[command_id] = record.log_time_ms
+            state.commands[command_id] = command.issued_ms
     elif source == "tick" and record.tick.expired_through_day > state.expired_through_day:
         state.expired_through_day = record.tick.expired_through_day
         state.seen.expire(state.expired_through_day)

@@ -124,7 +124,7 @@ class LedgerState:
         self.projects: dict[str, dict[str, Project]] = {}
         # Dedupe key of an event that was voided or amended: by which command, and when.
         self.corrected: dict[bytes, Corrected] = {}
-        # Command ID to the log time when it came: a repeat within the horizon is applied once.
+        # Command ID to when it was issued: it is known for as long as a repeat would not be refused for its age.
         self.commands: dict[str, int] = {}
         self.expired_through_day = 0
         self._release: dict[int, set[Key]] = {}
@@ -160,9 +160,17 @@ class LedgerState:
         last_ms = (end_ms if end_ms > log_time_ms else log_time_ms) + self.settings.window_lateness_ms
         due = last_ms // MINUTE_MS + 1
         if window.release_minute != due:
-            # The entry under the old minute stays; `due_windows` sees that it is not due and drops it.
+            self._leave_minute(window)
             window.release_minute = due
             self._release.setdefault(due, set()).add(window.key)
+
+    def _leave_minute(self, window: Window) -> None:
+        """A replay never asks what is due: what stayed under an earlier minute would be as much as the log has windows."""
+        keys = self._release.get(window.release_minute)
+        if keys is not None:
+            keys.discard(window.key)
+            if not keys:
+                del self._release[window.release_minute]
 
     def due_windows(self, log_time_ms: int) -> list[Key]:
         """Windows to let go now, at most RELEASED_WINDOWS_MAX, in a stated order. The caller removes them."""
@@ -187,17 +195,12 @@ class LedgerState:
     def remove_windows(self, keys: Iterable[Key]) -> None:
         """Let go of `keys`."""
         for key in keys:
-            window = self.windows.pop(key)
-            bucket = self._release.get(window.release_minute)
-            if bucket is not None:
-                bucket.discard(key)
-                if not bucket:
-                    del self._release[window.release_minute]
+            self._leave_minute(self.windows.pop(key))
 
     def forget(self, log_time_ms: int) -> None:
         """Let go of command IDs, periods' counters and lines, and ended grants that are too old: once a day, by a tick."""
         before_ms = log_time_ms - self.settings.dedupe_horizon_ms
-        for command_id in [c for c, seen_ms in self.commands.items() if seen_ms < before_ms]:
+        for command_id in [c for c, issued_ms in self.commands.items() if issued_ms < before_ms]:
             del self.commands[command_id]
         self.quantities.forget(log_time_ms - KEPT_MS)
         self.credits.forget(log_time_ms - credit.KEPT_MS)

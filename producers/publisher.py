@@ -169,7 +169,9 @@ class Publisher:
     def _on_progress(self, key: bytes, value: bytes, partition: int) -> None:
         if key.startswith(self._key_prefix) and value:
             progress = Progress.FromString(value)
-            if progress.partition < self.settings.partitions:
+            # A producer's name may begin with that of another and a slash.
+            is_own = progress.producer_id == self._journal.producer_id
+            if is_own and progress.partition < self.settings.partitions:
                 with self._progress_lock:
                     self._progress[progress.partition] = progress
                 self._wake.set()

@@ -100,6 +100,12 @@ class Draft:
                 if chunk is None:
                     chunks.append(chunk := {})
                 chunk[key] = some
+        if self.request_ids and len(chunks) > 1:
+            # The first command would note all of them as corrected, and the ledger would refuse the others.
+            raise CorrectionError(
+                f"{len(self.request_ids)} request IDs: what is corrected stands in {len(self.lines)} lines, more than one "
+                "command holds; name fewer at once"
+            )
         return [self._adjustment(number, chunk) for number, chunk in enumerate(chunks)]
 
     def _adjustment(self, number: int, chunk: Mapping[LineKey, Parts]) -> tuple[str, Adjustment]:
@@ -108,7 +114,7 @@ class Draft:
             kind=self.kind,
             currency=self.payer.currency,
             lines=[_line(key, chunk[key]) for key in sorted(chunk)],
-            corrected_request_ids=self.request_ids if number == 0 else (),
+            corrected_request_ids=self.request_ids,
             invoice=self.invoice,
         )
         named = f"{number} {self.seen_adjustments} ".encode() + said.SerializeToString(deterministic=True)

@@ -257,7 +257,9 @@ class LedgerHost:
                 if record.tick.refused:
                     self._untold.leave_told(record.tick.refused)
                 self._compare_announced(record.tick.snapshot)
-                if len(pending) >= _REPLAY_RECORDS_MAX or record.sequence == 0:
+                # What a day's first tick lets go of depends on accounts as they are then, not as they are stated last.
+                lets_go = record.tick.expired_through_day > self.state.expired_through_day
+                if len(pending) >= _REPLAY_RECORDS_MAX or record.sequence == 0 or lets_go:
                     self._replay_together(pending)
                     pending = []
                     await asyncio.sleep(0)  # heartbeats go on

@@ -329,9 +329,10 @@ class LocalStore:
             if entries:
                 effect.values[b"b" + _SEQUENCE.pack(record.sequence)] = _join_blob(entries)
         elif source == "command" and record.command.applied:
-            command_id = remembered_id(Command.FromString(record.command.command))
+            command = Command.FromString(record.command.command)
+            command_id = remembered_id(command)
             if command_id:
-                effect.commands[b"c" + command_id.encode()] = record.log_time_ms
+                effect.commands[b"c" + command_id.encode()] = command.issued_ms
             if record.command.HasField("price_book"):
                 book = record.command.price_book
                 # Each currency has its own line of versions, read back in its order.

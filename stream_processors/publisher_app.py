@@ -86,18 +86,18 @@ def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
     version = LedgerPosition(generation=record.generation, sequence=record.sequence)
     partition = record.partition
     for account in record.accounts:
-        batch.states[topics.accounts, account.tenant_id] = AccountUpdate(account=account).SerializeToString()
+        batch.states[topics.accounts, _key(account.tenant_id)] = AccountUpdate(account=account).SerializeToString()
     for lease in record.leases:
         if not lease.ended:
             # What its holder looks for. That an earlier epoch of it has ended or is gone, the holder need not know.
             update = AccountUpdate(lease=lease)
-            batch.states[topics.accounts, f"lease/{lease.tenant_id}/{lease.holder_id}"] = update.SerializeToString()
+            batch.states[topics.accounts, _key("lease", lease.tenant_id, lease.holder_id)] = update.SerializeToString()
     for budget in record.budgets:
-        place = f"budget/{budget.tenant_id}/{budget.project_id}/{budget.user_id}"
+        place = _key("budget", budget.tenant_id, budget.project_id, budget.user_id)
         batch.states[topics.accounts, place] = AccountUpdate(budget=budget).SerializeToString()
     for project in record.projects:
         update = AccountUpdate(project=project)
-        batch.states[topics.accounts, f"project/{project.tenant_id}/{project.project_id}"] = update.SerializeToString()
+        batch.states[topics.accounts, _key("project", project.tenant_id, project.project_id)] = update.SerializeToString()
     books = record.founding.price_books if record.HasField("founding") else ()
     for book in [*books, record.command.price_book] if record.command.HasField("price_book") else books:
         batch.states[topics.prices, f"{book.currency}/{book.version}"] = book.SerializeToString()
@@ -118,6 +118,11 @@ def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
         (topics.rejected, f"{version.generation.hex()}/{version.sequence}/{rejected.index}", rejected.SerializeToString())
         for rejected in _rejected_of(record, topics, version)
     )
+
+
+def _key(*names: str) -> str:
+    """On a compacted topic, where the last value of a key is the only one: another key for other names, whatever they hold."""
+    return "/".join([name.replace("%", "%25").replace("/", "%2F") for name in names])
 
 
 def _alert_key(alert: Alert) -> str:

@@ -17,13 +17,14 @@ from billing.key_places import HOUR_MS
 from billing.period_lines import KEPT_MS as LINES_KEPT_MS
 from billing.quantities import KEPT_MS
 from billing.state import CORRECTED_KEPT_MS
+from billing.v1.account_pb2 import Account
 from billing.v1.invoice_pb2 import PeriodLine
 from billing.v1.ledger_pb2 import CorrectedEvent, CreditState, KeyPlaces, PeriodQuantities, WindowTotal
-from stream_processors.store_names import Stated
+from stream_processors.store_names import Stated, account_name
 
 __all__ = ["TOUCHED", "Effect"]
 
-# The log time that touched a window or a command, before it in its value.
+# Before a window, in its value, the log time that touched it; of a command when it was issued.
 TOUCHED = struct.Struct("<q")
 
 # What a store has under a prefix: names and values.
@@ -53,11 +54,11 @@ class Effect:
                 delete(name)
             else:
                 put(name, state.SerializeToString())
-        for name, seen_ms in self.commands.items():
-            if seen_ms is None:
+        for name, issued_ms in self.commands.items():
+            if issued_ms is None:
                 delete(name)
             else:
-                put(name, TOUCHED.pack(seen_ms))
+                put(name, TOUCHED.pack(issued_ms))
         for name, value in self.values.items():
             put(name, value)
 
@@ -71,8 +72,8 @@ class Effect:
 
     def _forget_commands(self, stored: Stored, before_ms: int) -> None:
         known = {name: TOUCHED.unpack(value)[0] for name, value in stored(b"c")} | self.commands
-        for name, seen_ms in known.items():
-            if seen_ms is not None and seen_ms < before_ms:
+        for name, issued_ms in known.items():
+            if issued_ms is not None and issued_ms < before_ms:
                 self.commands[name] = None
 
     def _forget_periods(self, stored: Stored, log_time_ms: int) -> None:
@@ -82,11 +83,24 @@ class Effect:
         lines = {name: PeriodLine.FromString(value) for name, value in stored(b"i")}
         lines |= {name: state for name, state in self.states.items() if isinstance(state, PeriodLine)}
         for name, line in lines.items():
-            if line.key.period_end_ms < log_time_ms - LINES_KEPT_MS and not line.key.adjustment_id:
+            end_ms = line.key.period_end_ms
+            if end_ms >= log_time_ms - LINES_KEPT_MS or line.key.adjustment_id:
+                continue
+            # What came late for an invoiced period waits for the next invoice.
+            if end_ms > self._invoiced_through_ms(stored, line.key.tenant_id):
                 self.states[name] = None
         for name, state in self.states.items():
             if isinstance(state, PeriodQuantities) and state.period_end_ms < log_time_ms - KEPT_MS:
                 self.states[name] = None
+
+    def _invoiced_through_ms(self, stored: Stored, tenant_id: str) -> int:
+        name = account_name(tenant_id)
+        account = self.states.get(name)
+        if isinstance(account, Account):
+            return account.invoiced_through_ms
+        # The first under a name is the one of just that name.
+        value = next((value for found, value in stored(name) if found == name), b"")
+        return Account.FromString(value).invoiced_through_ms
 
     def _forget_grants(self, stored: Stored, log_time_ms: int) -> None:
         kept = {name: CreditState.FromString(value) for name, value in stored(b"g")}

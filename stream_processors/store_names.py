@@ -21,7 +21,7 @@ from billing.v1.ledger_pb2 import (
     WindowKey,
 )
 
-__all__ = ["Stated", "states_of", "window_name"]
+__all__ = ["Stated", "account_name", "states_of", "window_name"]
 
 Stated = (
     Account
@@ -45,7 +45,7 @@ _EPOCH = struct.Struct(">QI")
 def states_of(record: LedgerRecord) -> Iterator[tuple[bytes, Stated | None]]:
     """Each state of `record` under its name; None: it is let go. In the order in which they hold."""
     for account in record.accounts:
-        yield b"a" + account.tenant_id.encode(), account
+        yield account_name(account.tenant_id), account
     for key in record.keys:
         yield b"k" + key.key_id.encode(), key
     for lease in record.leases:
@@ -85,6 +85,11 @@ def states_of(record: LedgerRecord) -> Iterator[tuple[bytes, Stated | None]]:
         yield b"t" + registration.producer_id.encode(), registration
     for mark in record.producers:
         yield b"n" + mark.producer_id.encode(), mark
+
+
+def account_name(tenant_id: str) -> bytes:
+    """Of a tenant's account."""
+    return b"a" + tenant_id.encode()
 
 
 def window_name(key: WindowKey) -> bytes:

@@ -446,7 +446,9 @@ Global___Restriction: _TypeAlias = Restriction  # noqa: Y015
 
 @_typing.final
 class Account(_message.Message):
-    """One tenant's account, absolute. On `billing.accounts`, keyed by tenant_id."""
+    """One tenant's account, absolute. On `billing.accounts`, keyed by tenant_id. In keys of that topic a "/" within a name is written
+    "%2F", and a "%" "%25".
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -36,6 +36,24 @@ def key(**fields: Any) -> KeyUpsert:
     return KeyUpsert(key=ApiKey(**({"key_id": "k1", "tenant_id": A, "secret_hash": b"h" * 32} | fields)))
 
 
+def test_a_command_from_a_clock_that_runs_ahead_counts_once_for_as_long_as_its_age_allows_it(ledger: Ledger) -> None:
+    """Its ID was forgotten a horizon after it came, and it was young enough for a few minutes more."""
+    horizon_ms = ledger.settings.dedupe_horizon_ms
+    came_ms = NOW_MS // DAY_MS * DAY_MS + DAY_MS - 60_000
+    issued_ms = came_ms + 5 * 60_000
+    command = Command(schema_version=1, command_id="g1", issued_ms=issued_ms, credit_grant=grant(pico=PICO))
+    value = commands.sign(command, COMMAND_KEY)
+    assert ledger.raw_command(value, came_ms).record.command.applied
+    # The first moment of a day, in which IDs are let go.
+    ledger.tick(came_ms + horizon_ms + 60_000)
+    assert "applied before" in ledger.raw_command(value, came_ms + horizon_ms + 61_000).record.command.refusal
+    assert ledger.replayed().digest() == ledger.state.digest()
+    ledger.tick(issued_ms + horizon_ms + DAY_MS)
+    assert "g1" not in ledger.state.commands
+    refusal = ledger.raw_command(value, issued_ms + horizon_ms + DAY_MS).record.command.refusal
+    assert refusal.startswith(f"issued_ms: {issued_ms} is ")
+
+
 def test_a_grant_counts_once_however_often_it_comes(ledger: Ledger) -> None:
     assert ledger.command(command_id="g1", credit_grant=grant()).record.command.applied
     again = ledger.command(command_id="g1", credit_grant=grant()).record

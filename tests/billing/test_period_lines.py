@@ -88,6 +88,18 @@ def test_a_window_that_is_let_go_is_in_a_line_of_its_period() -> None:
     assert ledger.replayed().digest() == ledger.state.digest()
 
 
+def test_what_a_replay_knows_of_windows_does_not_grow_with_the_log() -> None:
+    """It never asks which are due: whatever was touched again would have stayed under its earlier minute, too."""
+    ledger = Ledger()
+    for number in range(10):
+        begins_ms = NOW_MS + number * HOUR_MS
+        for again in range(4):
+            at_ms = begins_ms + again * 2 * MINUTE_MS
+            ledger.usage(batch([usage(f"r{number}-{again}", ONE, started_ms=begins_ms, ended_ms=begins_ms)]), at_ms)
+    for state in (ledger.state, ledger.replayed()):
+        assert len(state.windows) == sum(map(len, state._release.values())) == 1
+
+
 def test_a_minute_in_which_prices_change_has_a_window_for_each_version() -> None:
     ledger = Ledger()
     ledger.price()

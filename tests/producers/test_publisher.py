@@ -11,6 +11,7 @@ import pytest
 
 from billing.identity import partition_of
 from billing.limits import BATCH_BYTES_MAX
+from billing.v1.account_pb2 import Progress
 from billing.v1.usage_pb2 import CountDrift, UsageBatch
 from producers.meter import UsageMeter
 from producers.publisher import Publisher, PublisherSettings
@@ -147,6 +148,20 @@ def test_coverage_of_numbers_that_were_never_assigned_frees_nothing(
     wait_until(lambda: len(ledger.requests) == 100, "later events in Kafka")
     assert sum(len(events) for events in journaled(meter.journal).values()) == 100
     publisher.close(10)
+    meter.close()
+
+
+def test_what_the_ledger_has_of_another_frees_nothing_here(tmp_path: Path) -> None:
+    """The name of one producer may be another's, and a slash behind it: their keys on usage.progress begin alike."""
+    meter = open_meter(tmp_path)
+    record(meter, 0, 10)
+    journal, partition = meter.journal, partition_of(usage_event(0).tenant_id, PARTITIONS)
+    publisher = Publisher(journal, PublisherSettings("127.0.0.1:1", PARTITIONS))
+    for producer_id, sequence, covered in ((f"{journal.producer_id}/2", 2, 0), (journal.producer_id, 1, 1)):
+        progress = Progress(partition=partition, producer_id=producer_id, covered_sequence=sequence)
+        publisher._on_progress(f"producer/{producer_id}/{partition}".encode(), progress.SerializeToString(), partition)
+        publisher._take_progress()
+        assert publisher.metrics()["covered"] == covered
     meter.close()
 
 

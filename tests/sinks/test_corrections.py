@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from billing.founding import LedgerSettings
-from billing.periods import month_of, period_at
-from billing.v1.command_pb2 import Price, PriceBook, TenantUpsert
+from billing.line_parts import PartKey, Sum
+from billing.period_lines import LineKey
+from billing.periods import Period, month_of, period_at
+from billing.v1.account_pb2 import Calendar
+from billing.v1.command_pb2 import ADJUSTMENT_KIND_CREDIT_NOTE, ADJUSTMENT_KIND_VOID, Price, PriceBook, TenantUpsert
 from sinks import queries
 from sinks.audit import audit
-from sinks.corrections import CorrectionError, amend, credit_note, rate_unrated, rerate, unrated_periods, void
+from sinks.corrections import CorrectionError, Draft, amend, credit_note, rate_unrated, rerate, unrated_periods, void
 from sinks.follow import feed
 from sinks.price_books import price_books
-from sinks.rated_usage import payers
+from sinks.rated_usage import Payer, payers
 from sinks.rerating import month_of_payer
 from sinks.statement import statement
 from tests.billing.ledgers import KEYS, Ledger, batch, usage
@@ -23,7 +26,6 @@ from tests.sinks.test_rated_usage import EVENTS, book, stream
 
 if TYPE_CHECKING:
     from billing.v1.usage_pb2 import UsageEvent
-    from sinks.corrections import Draft
     from sinks.engines.chdb import ChdbEngine
 
 LOG_MS = APRIL + 24 * 3_600_000
@@ -111,6 +113,23 @@ def test_voided_events_cost_nothing_stay_and_are_not_voided_again(made: Installa
         "ALTER TABLE adjustments UPDATE amount = amount - 1 WHERE tenant_id = 'UTC' SETTINGS mutations_sync = 2"
     )
     assert {finding.kind for finding in audit(made.engine, KEYS.seal_key).findings} == {"adjustments_differ"}
+
+
+def test_what_one_command_does_not_hold_is_not_begun() -> None:
+    """The first of several notes all events as corrected; the ledger refuses the next ones, and what they give back is lost."""
+    payer, period = Payer("t", "USD", Calendar()), Period(MARCH, APRIL)
+    draft = Draft(payer, ADJUSTMENT_KIND_VOID, request_ids=("r1", "r2"))
+    keys = [LineKey("t", period, "USD", f"project-{number}", "m", 1, 1, 1) for number in range(401)]
+    for key in keys:
+        draft.add(key, {PartKey("output_tokens", "", 1): Sum(1, 1)}, -1)
+    with pytest.raises(CorrectionError, match=r"2 request IDs: what is corrected stands in 401 lines, .* name fewer at once"):
+        draft.adjustments()
+    last = draft.lines.pop(keys[-1])
+    [(_, said)] = draft.adjustments()
+    assert (len(said.lines), list(said.corrected_request_ids)) == (400, ["r1", "r2"])
+    # What corrects no events may come in parts.
+    note = Draft(payer, ADJUSTMENT_KIND_CREDIT_NOTE, lines={**draft.lines, keys[-1]: last})
+    assert [len(said.lines) for _, said in note.adjustments()] == [400, 1]
 
 
 def test_what_cannot_be_voided_is_named(made: Installation) -> None:

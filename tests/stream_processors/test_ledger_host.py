@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from billing import period_lines
 from billing.chain import record_hash, seal
 from billing.founding import LedgerSettings, found, found_again
 from billing.identity import partition_of
 from billing.limits import REFUSED_RECORDS_NAMED
+from billing.state import DAY_MS
 from billing.step import LedgerKeys, UsageInput
 from billing.v1.alert_pb2 import ALERT_RULE_FORGED_RECORD, SEVERITY_CRITICAL
 from billing.v1.ledger_pb2 import LedgerRecord
@@ -20,6 +22,9 @@ from billing.v1.usage_pb2 import UsageBatch
 from stream_processors.errors import HostStopped, RefusedToStart
 from stream_processors.ledger_host import HostSettings, LedgerHost
 from stream_processors.local_store import LocalStore
+from tests.billing.ledgers import KEYS as LEDGER_KEYS
+from tests.billing.ledgers import Ledger, batch
+from tests.billing.ledgers import usage as of_tenant
 from tests.stream_processors.harness import event
 
 KEYS = LedgerKeys(b"s" * 32, b"c" * 32)
@@ -247,6 +252,26 @@ async def test_a_replay_of_many_records_at_once_comes_to_the_same_state(tmp_path
     assert fresh.state.digest() == host.state.digest() == live.digest() == loaded.digest()
     host.store.close()
     fresh.store.close()
+
+
+async def test_a_replay_lets_go_of_what_the_writer_let_go_of_at_that_record(tmp_path: Path) -> None:
+    """A month's lines go with a day's first tick, by what the account was then: it is stated again behind the tick."""
+    ledger = Ledger(0, LedgerSettings(partitions=1, dedupe_key=b"k" * 32))
+    late_ms = ledger.state.log_time_ms + period_lines.KEPT_MS + 60 * DAY_MS
+    for number in range(2):
+        ledger.usage(batch([of_tenant(f"r{number}", "tenant-1", backfill=True)]), late_ms)
+        ledger.tick(late_ms + 3_600_000)
+        late_ms += DAY_MS
+        ledger.tick(late_ms)
+    ledger.usage(batch([of_tenant("r2", "tenant-1", backfill=True)]), late_ms)
+    bench = Bench(tmp_path)
+    bench.logs.log("ledger", 0)[:] = ledger.stored
+    host = await bench.host(keys=LEDGER_KEYS)
+    assert host.state.digest() == ledger.state.digest()
+    loaded = host.store.load()
+    assert loaded is not None
+    assert loaded.digest() == ledger.state.digest()
+    host.store.close()
 
 
 async def test_at_most_so_many_are_in_flight(tmp_path: Path) -> None:

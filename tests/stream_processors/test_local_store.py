@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from billing import replay
+from billing import period_lines, replay
 from billing.commands import lease_key, sign
 from billing.founding import LedgerSettings, found, found_again
 from billing.state import DAY_MS, LedgerState, MemorySeenKeys
@@ -268,3 +268,32 @@ def test_lines_and_series_of_invoices_are_loaded_as_they_were(tmp_path: Path) ->
         assert len(list(loaded.lines)) == 1 + founded_again
         assert loaded.series["INV-0001"].number == 1
         again.close()
+
+
+def test_what_came_late_for_an_invoiced_month_waits_on_disk_too(tmp_path: Path) -> None:
+    """The ledger keeps it for the next invoice, however long: a restart knows what was never on an invoice."""
+    ledger = Ledger()
+    ledger.price()
+    [invoiced, never, _] = tenants_in(1)
+    ledger.tenant(invoiced)
+    ledger.usage(batch([usage("r1", invoiced)]))
+    november_ms, december_ms = 1_761_955_200_000, 1_764_547_200_000
+    said = InvoiceFinalization(
+        tenant_id=invoiced, period_start_ms=november_ms, series_prefix="INV", rounding_rule=ROUNDING_RULE_HALF_UP
+    )
+    assert ledger.command(log_time_ms=december_ms, invoice_finalization=said).record.command.applied
+    late_ms = december_ms + period_lines.KEPT_MS + DAY_MS
+    ledger.usage(batch([usage("late", invoiced, backfill=True), usage("other", never, backfill=True)]), late_ms)
+    ledger.tick(late_ms + 3_600_000)
+    ledger.tick(late_ms + 2 * DAY_MS)
+    [line] = ledger.state.lines
+    assert (line.key.tenant_id, line.events) == (invoiced, 1)
+    applied = [Acknowledged(record, stored, 0) for record, stored in zip(ledger.records(), ledger.stored, strict=True)]
+    for name, groups in (("each", [[one] for one in applied]), ("all", [applied])):
+        store = LocalStore(tmp_path / name, 1)
+        for group in groups:
+            store.apply(group)
+        loaded = store.load()
+        assert loaded is not None
+        assert loaded.digest(with_memory=False) == ledger.state.digest(with_memory=False)
+        store.close()
