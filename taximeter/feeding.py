@@ -3,7 +3,7 @@
 Promise: after `run` has returned, the ledger has every event. A run that was killed leaves its journal and its place
 behind; the same call again goes on from there. What the place did not know yet is recorded a second time and is a
 duplicate in the ledger, which charges nothing. A run that has ended removes its place, so that the next one sends
-everything again.
+everything again. Its place counts what the file gives, what it leaves out too, so that it is the same whatever is left out.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Fed:
 
     recorded: int
     skipped: int
+    left_out: int
     recorded_s: float
     covered_s: float
 
@@ -61,36 +62,38 @@ class Feed:
 
     def run(
         self,
-        events: Callable[[int], Iterable[UsageEvent]],
+        events: Callable[[int], Iterable[UsageEvent | None]],
         *,
         due_s: Callable[[UsageEvent], float] | None,
         stalled_s: float,
         on_recorded: Callable[[int], None] = lambda _: None,
         on_covered: Callable[[int], None] = lambda _: None,
     ) -> Fed:
-        """Record `events(skip)`, each when it is due, and wait until the ledger has them all.
+        """Record `events(skip)`, each when it is due, and wait until the ledger has them all. None is left out.
 
         NotReadyError when the ledger has taken nothing for `stalled_s`: the journal keeps everything for the next call.
         """
         skipped = self.place()
         began_s = time.monotonic()
-        recorded = 0
+        taken = left_out = 0
         receipt: Receipt | None = None
         for event in events(skipped):
-            if due_s is not None and (pause_s := began_s + due_s(event) - time.monotonic()) > 0:
-                time.sleep(pause_s)
-            receipt = self._record(event, stalled_s)
-            recorded += 1
-            if recorded % _PLACE_EVERY == 0:
-                self._note(receipt, skipped + recorded)
+            taken += 1
+            if event is None:
+                left_out += 1
+            else:
+                if due_s is not None and (pause_s := began_s + due_s(event) - time.monotonic()) > 0:
+                    time.sleep(pause_s)
+                receipt = self._record(event, stalled_s)
+            if taken % _PLACE_EVERY == 0:
+                self._note(receipt, skipped + taken)
                 on_recorded(_PLACE_EVERY)
-        if receipt is not None:
-            self._note(receipt, skipped + recorded)
-            on_recorded(recorded % _PLACE_EVERY)
+        self._note(receipt, skipped + taken)
+        on_recorded(taken % _PLACE_EVERY)
         recorded_s = time.monotonic() - began_s
         self._await_covered(stalled_s, on_covered)
         self._place_path.unlink(missing_ok=True)
-        return Fed(recorded, skipped, recorded_s, time.monotonic() - began_s)
+        return Fed(taken - left_out, skipped, left_out, recorded_s, time.monotonic() - began_s)
 
     def sync(self, stalled_s: float, on_covered: Callable[[int], None] = lambda _: None) -> tuple[int, int]:
         """Bill what a killed process left open, and wait until the ledger has all that the journal holds. Returns how many
@@ -119,7 +122,10 @@ class Feed:
                     raise
                 time.sleep(_FULL_PAUSE_S)
 
-    def _note(self, receipt: Receipt, events: int) -> None:
+    def _note(self, receipt: Receipt | None, events: int) -> None:
+        """`receipt`: of the last event that was recorded, if one was."""
+        if receipt is None:
+            return
         receipt.durable(self._timeout_s)
         fresh = self._place_path.with_suffix(".new")
         fresh.write_text(json.dumps({"events": events}))

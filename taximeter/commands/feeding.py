@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -10,8 +11,10 @@ from typing import Annotated, Final, Literal
 import typer
 
 from billing.v1.usage_pb2 import UsageEvent
+from sinks.earlier_charges import charged_before
+from sinks.engine import Reader
 from taximeter.commands.common import Context, JsonOption, command
-from taximeter.compose import meter_settings, publisher_settings
+from taximeter.compose import meter_settings, open_reader, publisher_settings
 from taximeter.config import Config
 from taximeter.errors import EXIT_WRONG, MisuseError, TaximeterError
 from taximeter.feeding import Fed, Feed
@@ -23,6 +26,8 @@ __all__ = ["import_", "replay", "sync"]
 
 _PROBLEMS_SHOWN: Final = 20
 _DAY_MS: Final = 86_400_000
+# Lines whose backfills are looked for in one go.
+_LINES_TOGETHER: Final = 2_000
 StalledOption = Annotated[float, typer.Option(min=1, help="Give up when the ledger takes nothing for so many seconds.")]
 
 
@@ -90,10 +95,11 @@ def import_(
     stalled_s: StalledOption = 60.0,
     json: JsonOption = False,
 ) -> None:
-    """Import usage. The same line again is a duplicate; a bad line is named, and never lost."""
+    """Import usage. The same line again is a duplicate; a bad line is named, and never lost. A line with "backfill": true may
+    be older than the ledger remembers: what the database has as charged is left out."""
     if strict and rejects is not None:
         raise MisuseError("--strict and --rejects exclude each other: import all or nothing, or put the bad lines aside")
-    good, problems = 0, []
+    good, backfills, problems = 0, 0, []
     digest = hashlib.sha256()
     for line in read_lines(file):
         digest.update(line.raw)
@@ -101,6 +107,7 @@ def import_(
             problems.append((line.raw, line.problem))
         else:
             good += 1
+            backfills += line.event.backfill
     if problems and rejects is None:
         shown = [problem for _, problem in problems[:_PROBLEMS_SHOWN]]
         more = f"\nand {len(problems) - len(shown):,} more" if len(problems) > len(shown) else ""
@@ -112,8 +119,18 @@ def import_(
         _set_aside(rejects, problems)
     config = context.config()
     folder = context.data_dir.path / "imports" / digest.hexdigest()[:16]
-    fed = _feed(context, config, folder, lambda skip: _good_events(file, skip), total=good, stalled_s=stalled_s, due_s=None)
-    _tell(context, {"events": good, "rejected": len(problems), **fed_values(fed)}, json=json)
+    with open_reader(config) if backfills else nullcontext() as reader:
+        fed = _feed(
+            context,
+            config,
+            folder,
+            lambda skip: _good_events(file, skip, reader),
+            total=good,
+            stalled_s=stalled_s,
+            due_s=None,
+        )
+    values = {"events": good, "rejected": len(problems), "charged_before": fed.left_out, **fed_values(fed)}
+    _tell(context, values, json=json)
     if problems:
         context.output.note(f"{len(problems):,} bad lines are in {rejects}, with their reasons in {rejects}.reasons")
         raise typer.Exit(EXIT_WRONG)
@@ -152,7 +169,7 @@ def _feed(
     context: Context,
     config: Config,
     folder: Path,
-    events: Callable[[int], Iterable[UsageEvent]],
+    events: Callable[[int], Iterable[UsageEvent | None]],
     *,
     total: int,
     stalled_s: float,
@@ -170,8 +187,16 @@ def _feed(
         feed.close()
 
 
-def _good_events(file: Path, skip: int) -> Iterable[UsageEvent]:
-    return islice((line.event for line in read_lines(file) if line.event is not None), skip, None)
+def _good_events(file: Path, skip: int, reader: Reader | None) -> Iterable[UsageEvent | None]:
+    """The events of the file; None in the place of a backfill that `reader` has as charged."""
+    events = islice((line.event for line in read_lines(file) if line.event is not None), skip, None)
+    return events if reader is None else _without_charged(events, reader)
+
+
+def _without_charged(events: Iterator[UsageEvent], reader: Reader) -> Iterator[UsageEvent | None]:
+    while some := list(islice(events, _LINES_TOGETHER)):
+        known = charged_before(reader, [(event.tenant_id, event.request_id) for event in some if event.backfill])
+        yield from (None if event.backfill and (event.tenant_id, event.request_id) in known else event for event in some)
 
 
 def _set_aside(rejects: Path, problems: list[tuple[bytes, str]]) -> None:

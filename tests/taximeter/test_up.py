@@ -200,6 +200,22 @@ def test_rejects_are_kept_as_they_were_and_can_be_mended(up: Up, tmp_path: Path)
     in_database(up, 2, "mender")
 
 
+def test_a_backfill_is_charged_once_though_the_ledger_forgets(up: Up, tmp_path: Path) -> None:
+    """In another file it is not the same run: what the database has as charged is left out before the ledger is asked."""
+    path = tmp_path / "usage.jsonl"
+    old = usage_line("old-1", tenant_id="old", ended_at="2020-01-31T12:00:00Z", backfill=True)
+    path.write_text(f"{old}\n")
+    result = up.json("import", path)
+    assert (result["recorded"], result["charged_before"]) == (1, 0)
+    in_database(up, 1, "old")
+    path.write_text(f"{old}\n{old.replace('old-1', 'old-2')}\n")
+    result = up.json("import", path)
+    assert (result["events"], result["recorded"], result["charged_before"]) == (2, 1, 1)
+    in_database(up, 2, "old")
+    account = balances(up)["old"]
+    assert (account["requests"], account["duplicates"], account["conflicts"]) == (2, 0, 0)
+
+
 def test_a_journal_from_a_box_without_a_network_is_synced_once(up: Up, tmp_path: Path) -> None:
     journal = tmp_path / "usage.journal"
     meter = UsageMeter(MeterSettings(journal, partitions=4))
