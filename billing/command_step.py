@@ -10,6 +10,7 @@ from billing.erasures import erase_user
 from billing.identity import partition_of
 from billing.invoice_step import finalize
 from billing.key_ring import Keys
+from billing.ledger_rules import change_rules
 from billing.limits import ID_CHARS_MAX, KEY_BYTES_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
@@ -89,6 +90,9 @@ def _dispatch(state: LedgerState, command: Command, record: LedgerRecord, applie
             if problem := registration_problem(state.registrations, said):
                 raise CommandRefused(problem)
             register(state.registrations, said, record)
+        case "rules_change":
+            rules, applied.outcome = change_rules(state, command.rules_change, record)
+            applied.rules.CopyFrom(rules)
         case "lease_request":
             _lease(state, command.lease_request, record, applied)
         case "lease_retirement":

@@ -10,6 +10,7 @@ from billing.accounts import AccountState
 from billing.commands import remembered_id
 from billing.identity import DEDUPE_KEY_BYTES, FINGERPRINT_BYTES
 from billing.leases import LeaseState
+from billing.ledger_rules import with_rules
 from billing.period_lines import line_key_of
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
@@ -47,6 +48,8 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
     elif source == "command" and record.command.applied:
         if record.command.HasField("price_book"):
             state.books.add(record.command.price_book)
+        if record.command.HasField("rules"):
+            state.settings = with_rules(state.settings, record.command.rules)
         command = Command.FromString(record.command.command)
         command_id = remembered_id(command)
         if command_id:

@@ -51,7 +51,7 @@ def tenant_of(command: Command) -> str | None:
         raise ValueError(
             f"command_id: {command.command_id!r}; give it 1 to {ID_CHARS_MAX} characters, they make a repeat harmless"
         )
-    if action in ("price_book", "lease_retirement", "producer_upsert", "alert_acknowledgement"):
+    if action in ("price_book", "lease_retirement", "producer_upsert", "alert_acknowledgement", "rules_change"):
         return None
     tenant = {
         "credit_grant": command.credit_grant.tenant_id,

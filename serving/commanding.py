@@ -41,6 +41,7 @@ from billing.v1.command_pb2 import (
     PriceBook,
     ProducerUpsert,
     ProjectUpsert,
+    RulesChange,
     TenantUpsert,
     UserErasure,
 )
@@ -274,6 +275,10 @@ class Commander:
     def producer(self, registration: ProducerRegistration, reason: str = "") -> Command:
         """Register a producer, or revoke it, in every partition."""
         return self._command("", reason, producer_upsert=ProducerUpsert(registration=registration))
+
+    def rules(self, change: RulesChange, reason: str, *, command_id: str = "") -> Command:
+        """Change when the abuse rules speak, in every partition."""
+        return self._command(command_id, reason, rules_change=change)
 
     def acknowledgement(self, alert_id: str, note: str, *, command_id: str = "") -> Command:
         """Take an alert on."""

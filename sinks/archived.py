@@ -1,5 +1,5 @@
-"""What stands in archived ledger records and in no column of its own: how the ledger was founded, a tenant's whole plan, who is
-registered to report usage.
+"""What stands in archived ledger records and in no column of its own: how the ledger was founded, its figures of rules, a
+tenant's whole plan, who is registered to report usage.
 
 Promise: it is what the ledger stated last, as far as the sink has written. Few records are fetched: those that say it.
 """
@@ -10,19 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from billing.ledger_rules import rules_of
 from billing.registrations import Registrations
 from billing.v1.account_pb2 import Plan, ProducerRegistration
-from billing.v1.ledger_pb2 import Founding, LedgerRecord
+from billing.v1.ledger_pb2 import Founding, LedgerRecord, LedgerRules
 from sinks.engine import Parameter, Reader
 
-__all__ = ["RegistrationRow", "founding", "plan", "registrations"]
+__all__ = ["RegistrationRow", "founding", "plan", "registrations", "rules"]
 
 _QUERY_TIMEOUT_S = 120.0
 # What concerns everyone is stated in every partition.
 _ONE_PARTITION = "ledger_partition = (SELECT min(ledger_partition) FROM sink_positions)"
 _FOUNDINGS = "sequence = 0"
-_REGISTERING = f"""(generation, sequence) IN (SELECT generation, sequence FROM commands FINAL
-WHERE {_ONE_PARTITION} AND action = 'producer_upsert' AND applied = 1)"""  # noqa: S608  no text of others
+_APPLIED = f"""(generation, sequence) IN (SELECT generation, sequence FROM commands FINAL
+WHERE {_ONE_PARTITION} AND action = {{action:String}} AND applied = 1)"""  # noqa: S608  no text of others
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,14 @@ def founding(reader: Reader) -> Founding | None:
     return records[-1].founding if records else None
 
 
+def rules(reader: Reader) -> LedgerRules | None:
+    """The ledger's own figures of rules as they hold, of the partition that is looked at; None: no record is written yet."""
+    holds = None
+    for record in _records(reader, f"{_ONE_PARTITION} AND ({_FOUNDINGS} OR {_APPLIED})", {"action": "rules_change"}):
+        holds = rules_of(record.founding) if record.HasField("founding") else record.command.rules
+    return holds
+
+
 def plan(reader: Reader, tenant_id: str) -> Plan | None:
     """The plan of a tenant; None: there is no such tenant."""
     records = _records(
@@ -58,7 +67,7 @@ def plan(reader: Reader, tenant_id: str) -> Plan | None:
 def registrations(reader: Reader) -> list[RegistrationRow]:
     """Who is registered, by name; none: everybody's usage is taken."""
     known, since_ms, changed_ms = Registrations(), dict[str, int](), dict[str, int]()
-    for record in _records(reader, f"{_ONE_PARTITION} AND ({_FOUNDINGS} OR {_REGISTERING})"):
+    for record in _records(reader, f"{_ONE_PARTITION} AND ({_FOUNDINGS} OR {_APPLIED})", {"action": "producer_upsert"}):
         is_command = record.WhichOneof("source") == "command"
         for stated in record.registrations:
             name, before = stated.producer_id, known.get(stated.producer_id)

@@ -17,6 +17,7 @@ from billing.amounts import from_amount
 from billing.budgets import Budgets, Charge
 from billing.commands import CommandRefused
 from billing.leases import LeaseState
+from billing.ledger_rules import changed, rules_of
 from billing.limits import ID_CHARS_MAX, WINDOW_PARTS_HARD_MAX
 from billing.line_parts import Parts, add_rated, from_line_parts
 from billing.period_lines import line_key_of
@@ -27,8 +28,15 @@ from billing.rating import FREE_OUTCOMES, event_cost_pico, token_quantities, uni
 from billing.schedules import Part
 from billing.state import CORRECTED_KEPT_MS, Corrected
 from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, Account, BudgetState, Calendar
-from billing.v1.command_pb2 import Command, InvoiceFinalization
-from billing.v1.ledger_pb2 import DROP_REASON_CONFLICT, DROP_REASON_DUPLICATE, LedgerRecord, UsageApplied, WindowTotal
+from billing.v1.command_pb2 import Command, InvoiceFinalization, RulesChange
+from billing.v1.ledger_pb2 import (
+    DROP_REASON_CONFLICT,
+    DROP_REASON_DUPLICATE,
+    LedgerRecord,
+    LedgerRules,
+    UsageApplied,
+    WindowTotal,
+)
 from billing.v1.usage_pb2 import UsageBatch, UsageEvent
 from billing.windows import MINUTE_MS, Key, key_of
 from sinks.recompute_lines import RecomputedLines
@@ -155,6 +163,7 @@ class Recomputed:
         self._leases: dict[tuple[str, str, int], int] = {}
         self._leased: Counter[str] = Counter()
         self._default_currency = ""
+        self._rules = LedgerRules()
         self._expired_through_day = 0
 
     def take(self, record: LedgerRecord) -> list[ExpectedEvent]:
@@ -205,6 +214,7 @@ class Recomputed:
     def _found(self, record: LedgerRecord, stated: LedgerRecord) -> None:
         founding = record.founding
         self._default_currency = founding.default_currency
+        self._rules = rules_of(founding)
         if founding.HasField("predecessor"):
             # Windows were let go with the generation; accounts and price books are carried on.
             for window_id, window in sorted(self.open.values(), key=itemgetter(0)):
@@ -321,8 +331,19 @@ class Recomputed:
                 self._adjustment(record, command, stated)
             case "price_book":
                 self._books.add(command.price_book)
+            case "rules_change":
+                self._change_rules(command.rules_change, record)
             case "invoice_finalization":
                 self._invoice(command.invoice_finalization, record, stated)
+
+    def _change_rules(self, said: RulesChange, record: LedgerRecord) -> None:
+        try:
+            self._rules = changed(self._rules, said)
+        except CommandRefused as refused:
+            self._differs("rules_differ", f"record {record.sequence}", str(refused), "applied")
+            return
+        if self._rules != record.command.rules:
+            self._differs("rules_differ", f"record {record.sequence}", str(self._rules), str(record.command.rules))
 
     def _invoice(self, said: InvoiceFinalization, record: LedgerRecord, stated: LedgerRecord) -> None:
         account = self._account(said.tenant_id)

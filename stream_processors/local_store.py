@@ -11,12 +11,12 @@ names is removed.
 In embedded mode, where the broker forgets everything with a restart, the store also keeps the stored bytes of records that the
 sink has not confirmed, so that the sink can be fed the missing tail from here.
 
-Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings, p price books, w open
-windows with the log time that last touched them, a accounts, k API keys, n producers' numbering, t their registrations, c
-command IDs, l leases, q quantities of periods, i periods' lines that no invoice has, j series of invoices, g credit grants, e
-what else there is to a tenant's credit, d budgets, r projects, o active alerts, y places of keys, x corrected events, s runs of
-the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed records (by sequence), z the fields that
-whoever wrote here knew. `store_names` makes those of what a record states.
+Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings with what commands changed of
+them, p price books, w open windows with the log time that last touched them, a accounts, k API keys, n producers' numbering,
+t their registrations, c command IDs, l leases, q quantities of periods, i periods' lines that no invoice has, j series of
+invoices, g credit grants, e what else there is to a tenant's credit, d budgets, r projects, o active alerts, y places of
+keys, x corrected events, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed
+records (by sequence), z the fields that whoever wrote here knew. `store_names` makes those of what a record states.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from billing import chain
 from billing.accounts import AccountState
 from billing.commands import remembered_id
 from billing.leases import LeaseState
+from billing.ledger_rules import with_rules
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
 from billing.state import Corrected, LedgerState, SeriesHead
@@ -144,7 +145,7 @@ class LocalStore:
             with self._readable():
                 self.place.MergeFromString(self._get(b"m"))
                 self._expired_through_day = self._head().tick.expired_through_day
-                self._dedupe_horizon_ms = Founding.FromString(self._get(b"f")).dedupe_horizon_ms
+                self._settings = Founding.FromString(self._get(b"f"))
                 self.unconfirmed_bytes = sum(len(value) for _, value in self._range(b"u")) if keep_unconfirmed else 0
                 self.seen = self._open_seen()
         except LocalStoreError:
@@ -337,9 +338,12 @@ class LocalStore:
                 book = record.command.price_book
                 # Each currency has its own line of versions, read back in its order.
                 effect.values[b"p" + book.currency.encode() + _SEQUENCE.pack(book.version)] = book.SerializeToString()
+            if record.command.HasField("rules"):
+                self._settings = with_rules(self._settings, record.command.rules)
+                effect.values[b"f"] = self._settings.SerializeToString()
         elif source == "tick" and record.tick.expired_through_day > self._expired_through_day:
             self._expired_through_day = record.tick.expired_through_day
-            effect.forget(self._range, record.log_time_ms, self._dedupe_horizon_ms)
+            effect.forget(self._range, record.log_time_ms, self._settings.dedupe_horizon_ms)
         effect.states.update(states_of(record))
         for total in record.totals:
             effect.windows[window_name(total.key)] = record.log_time_ms, total
@@ -352,7 +356,7 @@ class LocalStore:
 
     def _put_founding(self, batch: WriteBatch, record: LedgerRecord) -> None:
         batch.put(b"f", record.founding.SerializeToString())
-        self._dedupe_horizon_ms = record.founding.dedupe_horizon_ms
+        self._settings = record.founding
         # Of the generation before: its windows were let go, its price books stand in the founding record, its sequences
         # were other numbers. Dedupe keys in no run keep their blobs: they are re-keyed below everything of this generation.
         for key, _ in [*self._range(b"w"), *self._range(b"p"), *self._range(b"u")]:

@@ -87,6 +87,7 @@ _COMMANDS: Final = {
     "producer list": "producers.list_",
     "producer key": "producers.key",
     "rules show": "rules.show",
+    "rules set": "rules.set_",
     "alert acknowledge": "alerting.acknowledge",
     "lease key": "leases.key",
     "lease retire": "leases.retire",

@@ -19,7 +19,7 @@ _Figure = Annotated[int, Field(ge=0, lt=2**31)]
 
 class RulesConfig(Section):
     """When the abuse rules of a new ledger speak (docs/alerts.md); 0: that one does not. They stand in its founding record:
-    nothing here changes a ledger that is there, where a tenant's plan says otherwise.
+    nothing here changes a ledger that is there, where `taximeter rules set` does, or a tenant's plan says otherwise.
     """
 
     burst_tokens_floor: _Figure = PLAN_RULE_DEFAULTS["burst_tokens_floor"]

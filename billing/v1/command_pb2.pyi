@@ -130,6 +130,7 @@ class Command(_message.Message):
     PROJECT_UPSERT_FIELD_NUMBER: _builtins.int
     ALERT_ACKNOWLEDGEMENT_FIELD_NUMBER: _builtins.int
     USER_ERASURE_FIELD_NUMBER: _builtins.int
+    RULES_CHANGE_FIELD_NUMBER: _builtins.int
     PRODUCER_UPSERT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     command_id: _builtins.str
@@ -163,6 +164,8 @@ class Command(_message.Message):
     @_builtins.property
     def user_erasure(self) -> Global___UserErasure: ...
     @_builtins.property
+    def rules_change(self) -> Global___RulesChange: ...
+    @_builtins.property
     def producer_upsert(self) -> Global___ProducerUpsert: ...
     def __init__(
         self,
@@ -184,13 +187,14 @@ class Command(_message.Message):
         project_upsert: Global___ProjectUpsert | None = ...,
         alert_acknowledgement: Global___AlertAcknowledgement | None = ...,
         user_erasure: Global___UserErasure | None = ...,
+        rules_change: Global___RulesChange | None = ...,
         producer_upsert: Global___ProducerUpsert | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "tenant_upsert", b"tenant_upsert", "user_erasure", b"user_erasure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "rules_change", b"rules_change", "tenant_upsert", b"tenant_upsert", "user_erasure", b"user_erasure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "reason", b"reason", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert", "user_erasure", b"user_erasure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "adjustment", b"adjustment", "alert_acknowledgement", b"alert_acknowledgement", "budget_upsert", b"budget_upsert", "command_id", b"command_id", "credit_grant", b"credit_grant", "invoice_finalization", b"invoice_finalization", "issued_ms", b"issued_ms", "issuer", b"issuer", "key_upsert", b"key_upsert", "lease_request", b"lease_request", "lease_retirement", b"lease_retirement", "price_book", b"price_book", "producer_upsert", b"producer_upsert", "project_upsert", b"project_upsert", "reason", b"reason", "rules_change", b"rules_change", "schema_version", b"schema_version", "tenant_upsert", b"tenant_upsert", "user_erasure", b"user_erasure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert", "alert_acknowledgement", "user_erasure", "producer_upsert"]  # noqa: Y015
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["credit_grant", "price_book", "tenant_upsert", "key_upsert", "lease_request", "lease_retirement", "invoice_finalization", "adjustment", "budget_upsert", "project_upsert", "alert_acknowledgement", "user_erasure", "rules_change", "producer_upsert"]  # noqa: Y015
     _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
 
@@ -545,6 +549,63 @@ class KeyUpsert(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeyUpsert: _TypeAlias = KeyUpsert  # noqa: Y015
+
+@_typing.final
+class RulesChange(_message.Message):
+    """Changes when the abuse rules speak, for all of the ledger. What is absent stays. A tenant whose figure was the ledger's has the
+    new one; a figure that a tenant has otherwise stays. Goes to every partition.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BURST_TOKENS_FLOOR_FIELD_NUMBER: _builtins.int
+    BURST_FACTOR_FIELD_NUMBER: _builtins.int
+    DUPLICATE_FLOOD_EVENTS_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    DROP_ACTIONS_FIELD_NUMBER: _builtins.int
+    DRIFT_MILLIONTHS_FIELD_NUMBER: _builtins.int
+    ALERT_RESOLVE_MS_FIELD_NUMBER: _builtins.int
+    burst_tokens_floor: _builtins.int
+    burst_factor: _builtins.int
+    duplicate_flood_events: _builtins.int
+    drop_actions: _builtins.bool
+    """No rule does anything from now on, but for those in `rules`."""
+    drift_millionths: _builtins.int
+    """0: stays."""
+    alert_resolve_ms: _builtins.int
+    @_builtins.property
+    def rules(self) -> _account_pb2.RuleLimits:
+        """Without actions, those that there are stay."""
+
+    def __init__(
+        self,
+        *,
+        burst_tokens_floor: _builtins.int | None = ...,
+        burst_factor: _builtins.int | None = ...,
+        duplicate_flood_events: _builtins.int | None = ...,
+        rules: _account_pb2.RuleLimits | None = ...,
+        drop_actions: _builtins.bool = ...,
+        drift_millionths: _builtins.int = ...,
+        alert_resolve_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_burst_factor", b"_burst_factor", "_burst_tokens_floor", b"_burst_tokens_floor", "_duplicate_flood_events", b"_duplicate_flood_events", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "duplicate_flood_events", b"duplicate_flood_events", "rules", b"rules"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burst_factor", b"_burst_factor", "_burst_tokens_floor", b"_burst_tokens_floor", "_duplicate_flood_events", b"_duplicate_flood_events", "alert_resolve_ms", b"alert_resolve_ms", "burst_factor", b"burst_factor", "burst_tokens_floor", b"burst_tokens_floor", "drift_millionths", b"drift_millionths", "drop_actions", b"drop_actions", "duplicate_flood_events", b"duplicate_flood_events", "rules", b"rules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__burst_factor: _TypeAlias = _typing.Literal["burst_factor"]  # noqa: Y015
+    _WhichOneofArgType__burst_factor: _TypeAlias = _typing.Literal["_burst_factor", b"_burst_factor"]  # noqa: Y015
+    _WhichOneofReturnType__burst_tokens_floor: _TypeAlias = _typing.Literal["burst_tokens_floor"]  # noqa: Y015
+    _WhichOneofArgType__burst_tokens_floor: _TypeAlias = _typing.Literal["_burst_tokens_floor", b"_burst_tokens_floor"]  # noqa: Y015
+    _WhichOneofReturnType__duplicate_flood_events: _TypeAlias = _typing.Literal["duplicate_flood_events"]  # noqa: Y015
+    _WhichOneofArgType__duplicate_flood_events: _TypeAlias = _typing.Literal["_duplicate_flood_events", b"_duplicate_flood_events"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__burst_factor) -> _WhichOneofReturnType__burst_factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__burst_tokens_floor) -> _WhichOneofReturnType__burst_tokens_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duplicate_flood_events) -> _WhichOneofReturnType__duplicate_flood_events | None: ...
+
+Global___RulesChange: _TypeAlias = RulesChange  # noqa: Y015
 
 @_typing.final
 class ProducerUpsert(_message.Message):

@@ -465,6 +465,7 @@ class CommandApplied(_message.Message):
     PRICE_BOOK_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     INVOICE_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     command: _builtins.bytes
     """The command's bytes as they were signed."""
     signature: _builtins.bytes
@@ -479,6 +480,10 @@ class CommandApplied(_message.Message):
     def price_book(self) -> _command_pb2.PriceBook:
         """The price book that took effect, where the command was one."""
 
+    @_builtins.property
+    def rules(self) -> Global___LedgerRules:
+        """The ledger's figures of rules as they hold from here on, where the command changed them."""
+
     def __init__(
         self,
         *,
@@ -489,14 +494,45 @@ class CommandApplied(_message.Message):
         price_book: _command_pb2.PriceBook | None = ...,
         outcome: _builtins.str = ...,
         invoice: _builtins.bytes = ...,
+        rules: Global___LedgerRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["price_book", b"price_book"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["price_book", b"price_book", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "command", b"command", "invoice", b"invoice", "outcome", b"outcome", "price_book", b"price_book", "refusal", b"refusal", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "command", b"command", "invoice", b"invoice", "outcome", b"outcome", "price_book", b"price_book", "refusal", b"refusal", "rules", b"rules", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommandApplied: _TypeAlias = CommandApplied  # noqa: Y015
+
+@_typing.final
+class LedgerRules(_message.Message):
+    """When the abuse rules speak of who has no figures of its own: first as the ledger was founded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEFAULT_PLAN_FIELD_NUMBER: _builtins.int
+    ALERT_RESOLVE_MS_FIELD_NUMBER: _builtins.int
+    DRIFT_MILLIONTHS_FIELD_NUMBER: _builtins.int
+    alert_resolve_ms: _builtins.int
+    drift_millionths: _builtins.int
+    @_builtins.property
+    def default_plan(self) -> _account_pb2.Plan:
+        """What the rules do for a tenant that nobody has created."""
+
+    def __init__(
+        self,
+        *,
+        default_plan: _account_pb2.Plan | None = ...,
+        alert_resolve_ms: _builtins.int = ...,
+        drift_millionths: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["default_plan", b"default_plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_resolve_ms", b"alert_resolve_ms", "default_plan", b"default_plan", "drift_millionths", b"drift_millionths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerRules: _TypeAlias = LedgerRules  # noqa: Y015
 
 @_typing.final
 class InvoiceSeries(_message.Message):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 
 from billing.founding import LedgerSettings
+from billing.ledger_rules import rules_of
 from billing.rule_limits import rule_limits
 from billing.v1.account_pb2 import Plan, ProducerRegistration
-from billing.v1.command_pb2 import ProducerUpsert
+from billing.v1.command_pb2 import ProducerUpsert, RulesChange
 from sinks import archived
+from sinks.audit import audit
 from sinks.engines.chdb import ChdbEngine
 from sinks.follow import feed
+from sinks.recompute import Recomputed
 from tests.billing.ledgers import KEYS, NOW_MS, PARTITIONS, Ledger, batch, tenants_in, usage
 
 ONE, TWO, THREE = tenants_in(1)
@@ -33,6 +36,7 @@ def register(ledger: Ledger, at_ms: int, producer_id: str, **said: object) -> No
 
 def test_where_nothing_is_written_nothing_is_known(engine: ChdbEngine) -> None:
     assert archived.founding(engine) is None
+    assert archived.rules(engine) is None
     assert archived.plan(engine, ONE) is None
     assert archived.registrations(engine) == []
 
@@ -49,6 +53,27 @@ def test_founding_and_plans_are_those_that_hold(engine: ChdbEngine, ledger: Ledg
     assert plan is not None
     assert (plan.plan_id, plan.rules.key_places_max) == ("second", 3)
     assert archived.plan(engine, "' OR 1 = 1 --") is None
+
+
+def test_figures_of_rules_are_those_of_the_last_command(engine: ChdbEngine, ledger: Ledger) -> None:
+    for change in (RulesChange(burst_factor=3), RulesChange(drift_millionths=5), RulesChange(burst_factor=2**31)):
+        ledger.command(rules_change=change)
+    feed(engine, ledger.stored, KEYS.seal_key)
+    rules, founding = archived.rules(engine), archived.founding(engine)
+    assert (rules, founding) == (rules_of(ledger.state.settings), ledger.records()[0].founding)
+    assert rules is not None
+    assert (rules.default_plan.burst_factor, rules.drift_millionths) == (3, 5)
+    assert audit(engine, KEYS.seal_key).findings == []
+
+
+def test_the_audit_names_figures_of_rules_that_no_command_gave(ledger: Ledger) -> None:
+    ledger.command(rules_change=RulesChange(burst_factor=3))
+    recomputed = Recomputed(1)
+    for record in ledger.records():
+        if record.command.HasField("rules"):
+            record.command.rules.default_plan.burst_factor = 4
+        recomputed.take(record)
+    assert [finding.kind for finding in recomputed.findings] == ["rules_differ"]
 
 
 def test_registrations_say_since_when_and_who_was_heard_of(engine: ChdbEngine, ledger: Ledger) -> None:

@@ -13,7 +13,7 @@ from billing.commands import lease_key, sign
 from billing.founding import LedgerSettings, found, found_again
 from billing.state import DAY_MS, LedgerState, MemorySeenKeys
 from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
-from billing.v1.command_pb2 import Command, InvoiceFinalization, LeaseRequest, PriceBook, TenantUpsert
+from billing.v1.command_pb2 import Command, InvoiceFinalization, LeaseRequest, PriceBook, RulesChange, TenantUpsert
 from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP
 from billing.v1.usage_pb2 import UsageBatch
 from stream_processors import local_store
@@ -134,6 +134,12 @@ def test_a_new_generation_carries_on_and_still_knows_what_was_charged(tmp_path: 
     store.close()
 
 
+def rules_set(offset: int, change: RulesChange, issued_ms: int = NOW_MS) -> CommandInput:
+    """A command that changes the ledger's figures of rules."""
+    command = Command(schema_version=1, command_id=f"rules-{offset}", issued_ms=issued_ms, rules_change=change)
+    return CommandInput("billing.commands", offset, sign(command, KEYS.command_key))
+
+
 def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: Path) -> None:
     """Windows touched again and let go, a command that is forgotten, a ledger founded again: all within one call."""
     state = LedgerState(MemorySeenKeys())
@@ -149,6 +155,7 @@ def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: 
     book.prices.add(model="*", uncached_input_pico=150_000, output_pico=600_000)
     command = Command(schema_version=1, command_id="book", issued_ms=NOW_MS, issuer="test", price_book=book)
     take(CommandInput("billing.commands", 0, sign(command, KEYS.command_key)), NOW_MS)
+    take(rules_set(1, RulesChange(burst_factor=3)), NOW_MS)
     for number in range(6):
         batch = UsageBatch(schema_version=1, events=[event(f"tenant-{i}", f"{number}-{i}") for i in range(4)])
         take(UsageInput("usage.events", number, batch.SerializeToString()), NOW_MS + number)
@@ -168,8 +175,10 @@ def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: 
     record, stored = found_again(state, b"h" * 16, NOW_MS + 36 * DAY_MS, KEYS.seal_key, "test")
     replay.apply(state, record, stored)
     records.append(Acknowledged(record, stored, 0))
+    take(rules_set(0, RulesChange(drift_millionths=5), NOW_MS + 36 * DAY_MS), NOW_MS + 36 * DAY_MS)
     take(UsageInput("usage.events", 0, recent), NOW_MS + 36 * DAY_MS)
     assert records[-1].record.usage.duplicates == 1
+    assert (state.settings.default_plan.burst_factor, state.settings.drift_millionths) == (3, 5)
 
     store = LocalStore(tmp_path / "middle", 0)
     store.apply(middle[1])
@@ -184,7 +193,7 @@ def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: 
         for group in groups:
             store.apply(group)
         kept = list(store.unconfirmed_records(-1))
-        assert kept == [one.stored for one in records[-2:]], "those of this generation"
+        assert kept == [one.stored for one in records[-3:]], "those of this generation"
         assert store.unconfirmed_bytes == sum(map(len, kept))
         store.close()
         store = LocalStore(tmp_path / name, 0, keep_unconfirmed=True)

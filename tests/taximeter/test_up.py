@@ -270,6 +270,22 @@ def test_nothing_is_left_to_apply_and_a_look_changes_nothing(up: Up) -> None:
     assert up.json("migrate", "--dry-run") == {"dry_run": True, "migrations": []}
 
 
+def test_the_ledgers_figures_of_rules_are_changed_by_one_command_in_every_partition(up: Up) -> None:
+    before = up.json("rules", "show")["figures"]
+    assert before["burst_factor"] != 7
+    changed = up.json("rules", "set", "burst_factor=7", "resolve_minutes=30", "key_places:stop=60", "--reason", "quieter")
+    assert changed["changed"] == ["burst_factor", "resolve_minutes"]
+    shown = up.json("rules", "show")
+    assert shown["figures"] == before | {"burst_factor": 7, "resolve_minutes": 30}
+    assert shown["actions"] == ["key_places:stop=60"]
+    # A tenant that has no figures of its own has them too, and gateways what rules do.
+    assert up.json("rules", "show", "acme")["figures"]["burst_factor"] == 7
+    minutes = before["resolve_minutes"]
+    up.json("rules", "set", f"burst_factor={before['burst_factor']}", f"resolve_minutes={minutes}", "--drop-actions")
+    assert up.json("rules", "show") == {"tenant_id": "", "figures": before, "actions": []}
+    assert up.json("audit")["findings"] == []
+
+
 def test_alerts_are_followed_as_they_come_and_reach_the_webhook(up: Up, hook: Receiver, tmp_path: Path) -> None:
     path = tmp_path / "usage.jsonl"
     path.write_text(usage_line("a-1", tenant_id="stranger"))
