@@ -24,7 +24,7 @@ from billing.v1.usage_pb2 import (
     OUTCOME_DEADLINE_EXCEEDED,
     OUTCOME_INTERRUPTED,
 )
-from producers.errors import JournalFull, ProducerError
+from producers.errors import JournalFull, NotDurableInTime, ProducerError
 from serving.gateway import admission
 from serving.gateway.calls import Admitted, Caller, Metadata
 from serving.gateway.count_audit import CountAudit
@@ -457,7 +457,7 @@ class Gateway:
         self.spawn(self._close(meter, outcome, end))
 
     async def _close(self, meter: RequestMeter, outcome: int, end: Callable[[], Awaitable[None]] | None) -> None:
-        """Write a bill that nobody waits for; a journal that fails keeps the last progress, a full one is asked again."""
+        """Write a bill that nobody waits for; one that fails keeps the last progress, a full or slow journal is asked again."""
         if end is not None:
             await end()
         while True:
@@ -465,7 +465,7 @@ class Gateway:
                 await meter.close(outcome)
             except ProducerError as error:
                 self.metrics["journal_errors"] += 1
-                if isinstance(error, JournalFull) and not self.stopping:
+                if isinstance(error, JournalFull | NotDurableInTime) and not self.stopping:
                     await asyncio.sleep(_FULL_RETRY_S)
                     continue
                 _LOG.exception("a bill could not be written; the journal's recovery bills what was delivered")

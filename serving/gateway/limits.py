@@ -91,6 +91,8 @@ class _Minute:
             self.total -= self._seconds.popleft()[1]
 
     def add(self, now_s: int, amount: int) -> None:
+        # Also where nobody asks what has passed: one scope may limit tokens and not requests.
+        self.forget(now_s)
         if not self._seconds or self._seconds[-1][0] != now_s:
             self._seconds.append([now_s, 0])
         self._seconds[-1][1] += amount

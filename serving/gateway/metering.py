@@ -29,7 +29,6 @@ from billing.v1.usage_pb2 import (
     Outcome,
     UsageEvent,
 )
-from producers.errors import JournalError
 from serving.gateway.tokens import TextCount
 from serving.gateway.tracing import TRACEPARENT
 from serving.tokenizers import Framing
@@ -37,7 +36,7 @@ from serving.tokenizers import Framing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from producers.meter import OpenRequest, UsageMeter
+    from producers.meter import OpenRequest, Receipt, UsageMeter
     from serving.gateway.counting import AnswerCounter, Counted, PreparedRequest
     from serving.gateway.directory import KeyView
     from serving.gateway.genai import GenAiMetrics
@@ -177,6 +176,8 @@ class RequestMeter:
         self._prompt_count = prompt_count
         self._units = tuple(rule.unit for rule in profile.units)
         self._open: OpenRequest | None = None
+        # The bill as the journal has it, once it was handed in.
+        self._bill: Receipt | None = None
         self._started = time.monotonic()
         self._first_token_ms = 0
         self._forwarded = False
@@ -195,8 +196,12 @@ class RequestMeter:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the bill is written, or being written."""
+        """Whether the bill is durable. As long as it is not, somebody must `close`, whoever waited before."""
         return self._closed
+
+    @property
+    def _is_handed_in(self) -> bool:
+        return self._bill is not None and not self._bill.has_failed
 
     @property
     def tokens(self) -> int:
@@ -324,13 +329,12 @@ class RequestMeter:
 
     async def close_as_delivered(self, outcome: int) -> Usage:
         """Bill what the last progress counted, and return when that is durable."""
-        if not self._closed:
-            await self._close_event(outcome)
+        await self._close_event(outcome)
         return self._usage()
 
     async def close(self, outcome: int) -> Usage:
         """Count what the responses so far brought, and return when the bill is durable. Later calls change nothing, unless
-        the journal failed."""
+        the journal failed: they wait for the same bill."""
         usage = await self._close(outcome, covered_only=False)
         assert usage is not None, "whatever it costs"
         return usage
@@ -353,7 +357,7 @@ class RequestMeter:
             count = await self._count(self.counter.texts(), Framing.OUTPUT) if counted.text_parts else _NOTHING
             output_tokens = count.tokens
             source = _weaker(source, count)
-        if not self._closed:
+        if not self._is_handed_in:
             if not covered_only:
                 self._fill(input_tokens, output_tokens, units, source)
                 self._flag_length(output_tokens, source)
@@ -361,19 +365,22 @@ class RequestMeter:
                 return None
             if source == COUNT_SOURCE_TOKENIZER and self._profile.tokenizer is not None:
                 self._event.tokenizer = self._parts.tokens.fingerprint(self._profile.tokenizer)
-            await self._close_event(outcome)
+        await self._close_event(outcome)
         return self._usage()
 
     async def _close_event(self, outcome: int) -> None:
+        """Hand the bill in and wait for it. Whoever waited may have been cancelled, or have waited too long: what hangs on the
+        bill, its money first, is done by whoever sees that it is durable."""
         event = self._event
-        self._closed = True
-        event.outcome = outcome  # type: ignore[assignment]
         assert self._open is not None, "close comes after open"
-        try:
-            await self._open.close(event).wait(self._parts.durable_timeout_s)
-        except JournalError:
-            self._closed = False
-            raise
+        if not self._is_handed_in:
+            event.outcome = outcome  # type: ignore[assignment]
+            self._bill = self._open.close(event)
+        assert self._bill is not None, "it is handed in"
+        await self._bill.wait(self._parts.durable_timeout_s)
+        if self._closed:
+            return
+        self._closed = True
         if self._money is not None:
             self._money.settle(event)
         if self._parts.genai is not None:

@@ -12,6 +12,7 @@ import enum
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
+from billing.limits import QUANTITY_MAX
 from serving import kserve
 
 if TYPE_CHECKING:
@@ -58,12 +59,14 @@ def read_output_asked(request: ModelInferRequest, where: OutputLimit, name: str 
     elif where is OutputLimit.SAMPLING_PARAMETERS:
         parameters = _sampling_parameters(request)
         if parameters is None:
-            value = kserve.get_parameter(request, _NAME)
-        else:
-            # Null is said too.
-            value, is_said = parameters.get(_NAME), _NAME in parameters
-            for key in _JSON_TEXTS:
-                texts = max(texts, _whole(parameters.get(key)) or 1)
+            # A parameter of no type is none.
+            parameters = {
+                key: found for key in (_NAME, *_JSON_TEXTS) if (found := kserve.get_parameter(request, key)) is not None
+            }
+        # Null is said too.
+        value, is_said = parameters.get(_NAME), _NAME in parameters
+        for key in _JSON_TEXTS:
+            texts = max(texts, _whole(parameters.get(key)) or 1)
     return OutputAsked(_whole(value), min(max(texts, 1), _TEXTS_MAX), is_said or value is not None)
 
 
@@ -76,7 +79,8 @@ def _whole(value: object) -> int | None:
         number = int(value)
     except (ValueError, OverflowError):
         return None
-    return number if number >= 0 else None
+    # No answer is longer than what can be billed, and no price of it then longer than an amount.
+    return min(number, QUANTITY_MAX) if number >= 0 else None
 
 
 def set_output_limit(request: ModelInferRequest, where: OutputLimit, tokens: int, name: str = _NAME) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +46,23 @@ def test_in_no_minute_does_more_pass_than_the_limits(steps: list[tuple[int, int,
             continue
         slot.end(took, now_s)
         used.append((second, took))
+
+
+@pytest.mark.parametrize("limited", ["requests_per_minute", "tokens_per_minute", "concurrent_requests_max"])
+def test_what_is_kept_of_a_scope_does_not_grow_with_time(limited: str) -> None:
+    limits = RateLimits()
+    scopes = [scope(**{limited: 1_000})]
+
+    def kept_bytes(seconds: range) -> int:
+        for second in seconds:
+            slot = limits.admit(scopes, float(second))
+            assert isinstance(slot, RequestSlot)
+            assert slot.reserve(10, float(second)) is None
+            slot.end(12, float(second))
+        return len(pickle.dumps(limits))
+
+    # The numbers themselves get longer.
+    assert kept_bytes(range(1_000, 1_100)) * 2 > kept_bytes(range(1_100, 4_000))
 
 
 def test_what_runs_is_counted_until_it_ends() -> None:

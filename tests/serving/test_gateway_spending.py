@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import tritonclient.grpc.aio as triton_aio
@@ -14,11 +17,15 @@ from tritonclient.grpc import service_pb2
 from billing.amounts import from_amount, to_amount
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, BILLING_MODE_PREPAID, Lease
 from billing.v1.command_pb2 import LeaseRequest, Price, PriceBook
-from billing.v1.usage_pb2 import OUTCOME_BALANCE_EXHAUSTED, UsageEvent
+from billing.v1.usage_pb2 import OUTCOME_BALANCE_EXHAUSTED, OUTCOME_COMPLETED, UsageEvent
 from serving import kserve
+from serving.gateway import hash_secret, unary
+from serving.gateway.calls import Caller
 from serving.gateway.directory import AccountView
 from serving.gateway.leases import LeaseKeeper
+from serving.gateway.metering import MeterParts
 from serving.gateway.output_limits import OutputLimit, read_output_asked, set_output_limit
+from serving.gateway.policy import POLICIES
 from serving.gateway.profiles import vllm
 from serving.gateway.settings import LeaseSettings
 from serving.gateway.spending import Spending
@@ -26,11 +33,14 @@ from serving.gateway.worth import Worth
 from serving.kserve import ModelInferRequest
 from tests.serving.gateway_support import (
     PARTITIONS,
+    PEPPER,
+    SECRET,
     answers,
     gateway_settings,
     journalled,
     profiles,
     running,
+    settled,
     trace_inputs,
 )
 
@@ -115,7 +125,9 @@ def test_other_sampling_parameters_stay_and_the_tensor_keeps_its_type() -> None:
         vllm_request(),
         vllm_request(max_tokens=-1),
         vllm_request(max_tokens=True),
-        vllm_request(max_tokens=1.5),
+        vllm_request(max_tokens="many"),
+        vllm_request(max_tokens=math.inf),
+        vllm_request(max_tokens=[256]),
         vllm_request(max_tokens=None),
         service_pb2.ModelInferRequest(),
     ],
@@ -123,6 +135,40 @@ def test_other_sampling_parameters_stay_and_the_tensor_keeps_its_type() -> None:
 def test_what_states_no_limit_has_none(request_: ModelInferRequest) -> None:
     assert read_output_asked(request_, OutputLimit.SAMPLING_PARAMETERS).tokens is None
     assert read_output_asked(request_, OutputLimit.NOWHERE).tokens is None
+
+
+def request_with_parameters(**parameters: int | str) -> ModelInferRequest:
+    request = service_pb2.ModelInferRequest(model_name="m")
+    for name, value in parameters.items():
+        kserve.set_parameter(request, name, value)
+    return request
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        vllm_request(max_tokens=256, n="8"),
+        vllm_request(max_tokens="256", n=8.9),
+        vllm_request(max_tokens=" 2_56 ", best_of=" 8"),
+        vllm_request(max_tokens=256.9, n=8),
+        request_with_parameters(max_tokens=256, n=8),
+        request_with_parameters(max_tokens="256", n="8"),
+    ],
+)
+def test_length_and_number_of_texts_are_what_the_back_end_makes_of_them(request_: ModelInferRequest) -> None:
+    """It says `int(...)` to whatever stands there: what is set aside must be for what it does."""
+    assert read_output_asked(request_, OutputLimit.SAMPLING_PARAMETERS) == (256, 8)
+
+
+async def test_an_answer_longer_than_any_that_there_is_breaks_nothing() -> None:
+    """A worst case that no amount can hold would end the task that renews the leases of all tenants."""
+    spending = spending_of(31 * TOKEN_PICO)
+    money = await spending.set_aside(vllm_request(max_tokens=10**40), event_of(), ACCOUNT, vllm("m"), 1_000, 2_000)
+    assert money is not None
+    assert money.clamped_tokens == 30
+    money.release()
+    spending.keeper.look()
+    assert await spending.set_aside(vllm_request(max_tokens=5), event_of(), ACCOUNT, vllm("m"), 0, 2_000) is not None
 
 
 def event_of() -> UsageEvent:
@@ -197,3 +243,30 @@ async def test_an_answer_whose_last_part_is_not_paid_for_is_not_counted_as_compl
         [event] = journalled(server.meter)
         assert (event.outcome, event.output_tokens) == (OUTCOME_BALANCE_EXHAUSTED, 0)
         assert server.gateway.metrics["requests_completed"] == 0
+
+
+async def test_what_was_set_aside_is_free_again_when_nobody_waited_for_the_bill(tmp_path: Path, back_end: str) -> None:
+    """Every third client goes while its bill is written, and every third bill takes longer than the gateway waits. Whether that
+    hits a single request depends on how fast the disk is."""
+    models = {"trace-unary": vllm("trace-unary", decoupled=False)}
+    caller = Caller(hash_secret(PEPPER, SECRET), (), None, wants_status=False)
+    async with running(gateway_settings(tmp_path, back_end, tokenizers={}, models=models)) as server:
+        gateway = server.gateway
+        hurried = MeterParts(server.meter, server.tokens, "gateway-1", "here", durable_timeout_s=1e-9)
+        gateway.spending = spending_of(1_000 * TOKEN_PICO)
+        for number in range(30):
+            request = vllm_request(max_tokens=40)
+            request.model_name = "trace-unary"
+            with patch.object(gateway, "_parts", hurried) if number % 3 == 1 else nullcontext():
+                admitted = await gateway.begin(request, caller, POLICIES[unary.METHOD], stream=False)
+            admitted.meter.forwarded()
+            closing = asyncio.create_task(admitted.meter.close(OUTCOME_COMPLETED))
+            await asyncio.sleep(0)
+            if number % 3 == 0:
+                closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+            gateway.end(admitted, caller)
+        await gateway.drain(180)
+        events = await settled(server, 30)
+        assert {event.outcome for event in events} == {OUTCOME_COMPLETED}
+        assert await gateway.spending.keeper.reserve("tenant-a", 1_000 * TOKEN_PICO) is not None
