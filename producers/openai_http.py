@@ -54,7 +54,7 @@ class OpenAIMetering:
     identify: Identify
     """From the request's headers (names in lower case) to who pays; None: nobody, the request is refused."""
     operations: Mapping[str, int] = field(default_factory=lambda: OPERATIONS)
-    """By the end of the path of a POST; others pass unmetered."""
+    """By the end of the path of a POST, with or without a slash behind it; others pass unmetered."""
     model: str = ""
     """For requests that name none: a server of one model."""
     continuous_usage: bool = False
@@ -68,7 +68,7 @@ class OpenAIMetering:
         """The endpoint and its operation, where the request is metered."""
         if method != "POST":
             return None
-        return next(((end, number) for end, number in self.operations.items() if path.endswith(end)), None)
+        return next(((end, number) for end, number in self.operations.items() if path.rstrip("/").endswith(end)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ OPERATIONS: Final[Mapping[str, int]] = {
 }
 # Of those, where the stream's last event has the usage whether or not it is asked for.
 _ALWAYS_SAYS: Final = frozenset({"/v1/responses"})
+# What pydantic takes for true beside 1, in either case: most servers read requests with it.
+_TRUE_WORDS: Final = frozenset({"1", "on", "t", "true", "y", "yes"})
 _EVENT_BYTES_MAX: Final = 16 << 20
 _DONE: Final = b"[DONE]"
 _BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
@@ -63,11 +65,11 @@ def prepare(path: str, body: bytes, *, continuous: bool) -> OpenAIRequest:
     model = request.get("model")
     # Half a surrogate pair is in no name.
     model = model if isinstance(model, str) and model.isprintable() else ""
-    if request.get("stream") is not True or path in _ALWAYS_SAYS:
+    if not _is_true(request.get("stream")) or path in _ALWAYS_SAYS:
         return OpenAIRequest(body, model, hides_usage=False)
     options = request.get("stream_options")
     options = options if isinstance(options, dict) else {}
-    asked = options.get("include_usage") is True
+    asked = _is_true(options.get("include_usage"))
     wanted = {**options, "include_usage": True}
     if continuous and not asked:
         wanted["continuous_usage_stats"] = True
@@ -78,6 +80,13 @@ def prepare(path: str, body: bytes, *, continuous: bool) -> OpenAIRequest:
             # Nested more deeply than it can be written again: the server will refuse it.
             return OpenAIRequest(body, model, hides_usage=False)
     return OpenAIRequest(body, model, hides_usage=not asked)
+
+
+def _is_true(value: object) -> bool:
+    """Whether a server may take it for true: one that streams is asked for its usage."""
+    if isinstance(value, str):
+        return value.lower() in _TRUE_WORDS
+    return isinstance(value, int | float) and value == 1
 
 
 def read_answer(body: bytes) -> Used | None:

@@ -246,7 +246,11 @@ def _validator(name: str) -> Draft202012Validator:
 
 
 def _validate(values: dict[str, Any], validator: Draft202012Validator) -> None:
-    error = next(iter(sorted(validator.iter_errors(values), key=str)), None)
+    try:
+        # The first alone: there may be as many as a body has bytes.
+        error = next(validator.iter_errors(values), None)
+    except RecursionError:
+        raise ApiError.malformed("body: is nested too deeply; send what the document says") from None
     if error is not None:
         where = ".".join(map(str, error.absolute_path)) or "body"
         raise ApiError.malformed(f"{where}: {error.message[:300]}")

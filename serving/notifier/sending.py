@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Sender", "is_public"]
 
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
+# A private network's own NAT64, and the older form of carrying IPv4, which leads nowhere on the Internet.
+_LOCAL: Final = (ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("::/96"))
 _REASON_CHARS_MAX: Final = 200
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -44,6 +46,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if found.is_site_local or any(found in network for network in _LOCAL):
+            return False
     return found.is_global and not found.is_multicast
 
 

@@ -181,6 +181,13 @@ def test_other_paths_pass_as_they_are(ask: Any, meter: UsageMeter) -> None:
 
 
 @both
+def test_a_path_with_a_slash_behind_it_is_billed_too(ask: Any, meter: UsageMeter) -> None:
+    """As Django's, and those of servers that take both."""
+    assert ask(Server(USAGE), metering(meter), ASK, lambda _: None, path="/v1/chat/completions/") == 200
+    assert len(events_of(meter)) == 1
+
+
+@both
 @pytest.mark.parametrize(
     ("parts", "status", "outcome", "tokens"),
     [

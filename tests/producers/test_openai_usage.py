@@ -127,3 +127,18 @@ def test_a_request_asks_for_its_usage_once() -> None:
     for body in (b'{"model": "m"}', b'{"model": "m", "stream": false}', b"no JSON"):
         assert prepare("/v1/chat/completions", body, continuous=True).body == body
     assert prepare("/v1/responses", b'{"stream": true}', continuous=False).body == b'{"stream": true}'
+
+
+@pytest.mark.parametrize("said", [True, 1, 1.0, "true", "True", "1", "yes", "on", "t", "y"])
+def test_whatever_a_server_takes_for_true_streams_and_is_asked_for_its_usage(said: object) -> None:
+    """pydantic, with which vLLM and most others read requests, takes all of these: who sends another than `true` streams for
+    nothing where the usage was not asked for."""
+    found = prepare("/v1/chat/completions", json.dumps({"model": "m", "stream": said}).encode(), continuous=False)
+    assert json.loads(found.body) == {"model": "m", "stream": said, "stream_options": {"include_usage": True}}
+    assert found.hides_usage
+
+
+@pytest.mark.parametrize("said", [False, None, 0, "false", "no", "off", [], {}, 2, "maybe"])
+def test_what_no_server_takes_for_true_is_left_as_it_is(said: object) -> None:
+    body = json.dumps({"model": "m", "stream": said}).encode()
+    assert prepare("/v1/chat/completions", body, continuous=False).body == body

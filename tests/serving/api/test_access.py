@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -176,3 +177,34 @@ async def test_health_needs_no_key(only: KeysOnly, channel: Any) -> None:
         assert (await client.get("/v1/balance")).status_code == 503
         described = await client.get("/openapi.json")
         assert (await client.get("/openapi.json", headers={"if-none-match": described.headers["etag"]})).status_code == 304
+
+
+async def test_of_a_body_full_of_mistakes_the_first_one_is_told(only: KeysOnly) -> None:
+    """Whoever sends a hundred thousand of them does not hold up everybody else while each is put into words."""
+    called = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal called
+        called += event == "call"
+
+    async def calls_for(mistakes: int) -> int:
+        nonlocal called
+        called = 0
+        async with only.client(only.key(A, "admin")) as client:
+            sys.setprofile(count)
+            try:
+                answer = await client.post("/v1/keys", json={"scopes": [1] * mistakes})
+            finally:
+                sys.setprofile(None)
+        assert (answer.status_code, "scopes" in answer.json()["detail"]) == (400, True)
+        return called
+
+    assert await calls_for(2_000) < 2 * await calls_for(20)
+
+
+async def test_however_deeply_a_body_is_nested_it_is_refused_and_nothing_breaks(only: KeysOnly) -> None:
+    async with only.client(only.key(A, "admin")) as client:
+        for depth in range(50, 1_200, 50):
+            body = b'{"scopes": ' + b"[" * depth + b"]" * depth + b"}"
+            answer = await client.post("/v1/keys", content=body, headers={"content-type": "application/json"})
+            assert answer.status_code == 400, depth
