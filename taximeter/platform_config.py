@@ -112,7 +112,6 @@ class ClickHouseConfig(Section):
     # As in [kafka].
     allow_plaintext: bool = False
     sink_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)] = "clickhouse"
-    query_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     metrics_address: MetricsAddress = ""
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ SECRETS = {
     "topics": {"seal_key"},
     "worker": {"seal_key", "command_key"},
     "sink": {"seal_key", "clickhouse_password"},
-    "gateway": {"key_pepper"},
+    "gateway": {"key_pepper", "lease_key"},
     "api": {"key_pepper", "command_key", "clickhouse_password"},
     "notifier": set(),
 }
@@ -56,6 +56,15 @@ def test_each_service_has_the_secrets_and_the_configuration_that_it_reads(compos
     assert set(service["secrets"]) <= set(compose["secrets"])
     target = service["configs"][0]["target"]
     assert service["environment"]["TAXIMETER_CONFIG"] == target
+
+
+@pytest.mark.parametrize("name", ["worker", "sink", "gateway", "api", "notifier"])
+def test_each_part_has_the_time_to_stop_that_kubernetes_gives_it(compose: dict[str, Any], name: str) -> None:
+    documents = yaml.safe_load_all((DEPLOY / "kubernetes" / "base" / f"{name}.yaml").read_text())
+    specs = [document["spec"]["template"]["spec"] for document in documents if "template" in document["spec"]]
+    needed_s = max(spec["terminationGracePeriodSeconds"] for spec in specs)
+    # Without one Docker kills after ten seconds, which a gateway's streams alone may take.
+    assert int(compose["services"][name].get("stop_grace_period", "10s").removesuffix("s")) >= needed_s > 10
 
 
 def test_secret_files_are_those_that_compose_mounts(compose: dict[str, Any], config: Config) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+import taximeter
 from billing.key_ring import as_ring
 from billing.rule_limits import PLAN_RULE_DEFAULTS, RULE_LIMIT_NAMES
 from billing.v1.alert_pb2 import ALERT_RULE_KEY_PLACES
@@ -14,9 +18,6 @@ from taximeter.config import Config, load, read_secret
 from taximeter.config_text import to_json_values, to_toml
 from taximeter.errors import ConfigError
 from taximeter.rules_config import RulesConfig
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CANARY = "canary-7f3a"
 
@@ -51,6 +52,24 @@ def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytes
 def test_the_file_in_the_working_directory_is_found(tmp_path: Path) -> None:
     (tmp_path / "taximeter.toml").write_text("[ledger]\npartitions = 7\n")
     assert load().ledger.partitions == 7
+
+
+def _keys(section: type[BaseModel]) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation)
+        else:
+            yield name
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """A key that nothing reads is taken, and nothing comes of it."""
+    folder = Path(taximeter.__file__).parent
+    code = "".join(path.read_text() for path in folder.rglob("*.py"))
+    read = {*re.findall(r"\.([a-z_]+)\b", code), *re.findall(r'"([a-z_]+)"', code), *RULE_LIMIT_NAMES}
+    # `read_secret` is asked for the secret, and looks for its file.
+    read |= {f"{name}_file" for name in read}
+    assert [name for name in _keys(Config) if name not in read] == []
 
 
 def test_defaults_stand_without_any_source() -> None:
