@@ -26,6 +26,7 @@ from typing import TypeVar
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from billing.limits import RECORD_BYTES_MAX
+from billing.v1.ledger_pb2 import LedgerRecord
 from sinks.collecting import Collected
 from sinks.columns import NO_OFFSET, Accepted
 from sinks.day_totals import sum_days
@@ -76,15 +77,18 @@ def run_sink(
     engine: Engine,
     stop: threading.Event | None = None,
     status: SinkStatus | None = None,
+    on_stored: Callable[..., None] | None = None,
 ) -> None:
     """Follow the ledger until `stop` is set; without one, until SIGTERM or SIGINT. The engine stays the caller's.
+
+    `on_stored` hears of the records of each batch, as arguments, when the database has them; it neither waits nor raises.
 
     Raises LedgerError (LedgerGap among them), UnreadableRecord, EngineError: what stopped it, and what to do.
     """
     if stop is None:
         stop = threading.Event()
         _stop_on_signals(stop)
-    sink = _Sink(settings, engine, stop, status or SinkStatus())
+    sink = _Sink(settings, engine, stop, status or SinkStatus(), on_stored)
     try:
         sink.run()
     except _Stopped:
@@ -103,8 +107,16 @@ def _stop_on_signals(stop: threading.Event) -> None:
 
 
 class _Sink:
-    def __init__(self, settings: SinkSettings, engine: Engine, stop: threading.Event, status: SinkStatus) -> None:
+    def __init__(
+        self,
+        settings: SinkSettings,
+        engine: Engine,
+        stop: threading.Event,
+        status: SinkStatus,
+        on_stored: Callable[..., None] | None,
+    ) -> None:
         self._settings = settings
+        self._on_stored = on_stored
         self._stop = stop
         self._status = status
         self._engine = engine
@@ -139,7 +151,8 @@ class _Sink:
         self._last_ignored: dict[int, int] = {}
         self._last_refused: dict[int, int] = {}
         self._cleared: dict[int, int] = {}
-        self._ready: queue.Queue[Prepared] = queue.Queue(maxsize=1)
+        # A batch, and its records where somebody wants to hear of them.
+        self._ready: queue.Queue[tuple[Prepared, list[LedgerRecord]]] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
         self._storing = threading.Thread(target=self._store_all, name="sink-writer", daemon=True)
         self._shower = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sink-preview")
@@ -180,7 +193,9 @@ class _Sink:
                 collected.add(found, now_s)
             # While the writer is busy a batch may grow to its bound; then it waits here, and Kafka keeps.
             if collected.is_full or (collected.is_due(now_s) and self._ready.empty()):
-                self._hand_over(self._writer.prepare(collected.take()))
+                batch = collected.take()
+                records = [] if self._on_stored is None else [accepted.record for accepted in batch]
+                self._hand_over(self._writer.prepare(batch), records)
             elif collected.is_to_show(now_s) and len(found) < _POLL_MESSAGES and self._showing.done():
                 self._showing = self._shower.submit(self._show, collected.show())
 
@@ -316,11 +331,11 @@ class _Sink:
 
     # -- writing --------------------------------------------------------------------------------------------------------
 
-    def _hand_over(self, prepared: Prepared) -> None:
+    def _hand_over(self, prepared: Prepared, records: list[LedgerRecord]) -> None:
         while True:
             self._check()
             try:
-                self._ready.put(prepared, timeout=0.1)
+                self._ready.put((prepared, records), timeout=0.1)
             except queue.Full:
                 continue
             return
@@ -329,7 +344,7 @@ class _Sink:
         try:
             while not self._stop.is_set():
                 try:
-                    prepared = self._ready.get(timeout=0.1)
+                    prepared, records = self._ready.get(timeout=0.1)
                 except queue.Empty:
                     self._progress.serve()
                     continue
@@ -339,6 +354,8 @@ class _Sink:
                 for partition, position in positions.items():
                     self._status.at(partition, position)
                     self._progress.publish(position)
+                if self._on_stored is not None:
+                    self._on_stored(*records)
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001 - the reading thread raises it

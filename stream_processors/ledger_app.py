@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from faust.types import TP
 
 from billing.step import CommandInput, UsageInput
 from billing.v1.account_pb2 import LedgerPosition
+from billing.v1.ledger_pb2 import LedgerRecord
 from stream_processors.bucket import Bucket
 from stream_processors.errors import HostStopped, RefusedToStart, SnapshotRefused
 from stream_processors.faust_apps import Failure, make_app, raw_agent
@@ -54,6 +55,8 @@ class LedgerApp:
         self.failure = failure
         self.hosts: dict[int, LedgerHost] = {}
         self.tally = Tally()
+        # As a host's; set before the start.
+        self.on_recorded: Callable[[LedgerRecord], None] = lambda _: None
         self.reader = KafkaLogReader(settings.kafka)
         self.writer = KafkaLogWriter(settings.kafka)
         self._host_settings = host_settings
@@ -195,6 +198,7 @@ class LedgerApp:
             self.failure.set,
             restored=restored,
             tally=self.tally,
+            on_recorded=self.on_recorded,
         )
         try:
             # In this order: what a reader has taken by now, the log has by the time that its end is looked for.

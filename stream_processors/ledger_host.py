@@ -103,6 +103,7 @@ class LedgerHost:
         *,
         restored: SnapshotTaken | None = None,
         tally: Tally | None = None,
+        on_recorded: Callable[[LedgerRecord], None] = lambda _: None,
     ) -> None:
         self.partition = partition
         self.store = store
@@ -123,6 +124,8 @@ class LedgerHost:
         # What the store was made from.
         self._restored = restored
         self._tally = tally or Tally()
+        # Hears of each record that was acknowledged here and is in the local store; it neither waits nor raises.
+        self._on_recorded = on_recorded
         self._owned = False
         self._stopped: HostStopped | None = None
         self._next_offset = 0
@@ -432,6 +435,7 @@ class LedgerHost:
         self.logged_bytes += sum(len(acknowledged.stored) for acknowledged, _ in delivered)
         for acknowledged, done in delivered:
             self._tally.took(acknowledged.record)
+            self._on_recorded(acknowledged.record)
             done()
         self._changed.set()
 

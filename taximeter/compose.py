@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import secrets
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from producers.meter import MeterSettings
 from producers.publisher import PublisherSettings
 from sinks.settings import SinkSettings
 from stream_processors.settings import KafkaSettings, SnapshotSettings, TopicNames, TopicSettings, WorkerSettings
+from taximeter.collectors import require_otlp
 from taximeter.config import Config, read_secret
 from taximeter.errors import ConfigError, MisuseError
 from taximeter.platform_config import KafkaConfig
@@ -368,12 +368,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
             _read_if_set("gateway.tls_client_ca_file", gateway.tls_client_ca_file),
         )
     if gateway.otlp_endpoint:
-        try:
-            importlib.import_module("serving.gateway.otlp")
-        except ImportError as error:
-            raise ConfigError(
-                f"gateway.otlp_endpoint is set and {error.name} is not installed: install taximeter[otlp], or unset it"
-            ) from None
+        require_otlp("gateway", "serving.gateway.otlp")
     return GatewaySettings(
         meter=meter_settings(config, gateway.journal_path),
         publisher=publisher_settings(config),

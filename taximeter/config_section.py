@@ -13,10 +13,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["MetricsAddress", "Port", "Section", "is_local", "nearest_name"]
+__all__ = ["MetricsAddress", "OtlpEndpoint", "Port", "Section", "is_local", "nearest_name"]
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 MetricsAddress = Annotated[str, Field(pattern=r"^$|^[^\s/]+:[0-9]{1,5}$")]
+OtlpEndpoint = Annotated[str, Field(pattern=r"^$|^https?://[^\s/@]+:[0-9]{1,5}$")]
 
 
 class Section(BaseModel):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
-from taximeter.config_section import MetricsAddress, Port, Section, is_local
+from taximeter.config_section import MetricsAddress, OtlpEndpoint, Port, Section, is_local
 from taximeter.rules_config import RulesConfig
 
 __all__ = ["ClickHouseConfig", "EmbeddedConfig", "KafkaConfig", "LedgerConfig", "PricesConfig", "ProducerConfig"]
@@ -79,6 +79,9 @@ class LedgerConfig(Section):
     future_reject_minutes: Annotated[int, Field(ge=1)] = 1_440
     alert_cooldown_minutes: Annotated[int, Field(ge=0)] = 10
     metrics_address: MetricsAddress = ""
+    # As in [gateway], of a worker: spans of traced requests whose usage the ledger has. Without TLS on this machine alone, or
+    # with kafka.allow_plaintext.
+    otlp_endpoint: OtlpEndpoint = ""
     missing_grace_seconds: Annotated[int, Field(ge=1)] = 120
     producer_silence_seconds: Annotated[int, Field(ge=1)] = 300
     rules: RulesConfig = Field(default_factory=RulesConfig)
@@ -113,6 +116,8 @@ class ClickHouseConfig(Section):
     allow_plaintext: bool = False
     sink_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)] = "clickhouse"
     metrics_address: MetricsAddress = ""
+    # As in [ledger], of the sink: spans of those that the database has.
+    otlp_endpoint: OtlpEndpoint = ""
 
     @model_validator(mode="after")
     def _is_encrypted(self) -> ClickHouseConfig:

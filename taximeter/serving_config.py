@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, model_validator
 
 from billing.v1.alert_pb2 import AlertRule, Severity
-from taximeter.config_section import MetricsAddress, Port, Section, is_local, nearest_name
+from taximeter.config_section import MetricsAddress, OtlpEndpoint, Port, Section, is_local, nearest_name
 
 __all__ = [
     "ApiConfig",
@@ -55,7 +55,7 @@ class GatewayConfig(Section):
     trace: bool = False
     # http://HOST:PORT, or https://, of an OpenTelemetry collector that is told spans and metrics over OTLP/gRPC; empty: none.
     # The rest is said by OpenTelemetry's own variables, such as OTEL_EXPORTER_OTLP_HEADERS.
-    otlp_endpoint: Annotated[str, Field(pattern=r"^$|^https?://[^\s/@]+:[0-9]{1,5}$")] = ""
+    otlp_endpoint: OtlpEndpoint = ""
     # One in so many answers is counted again by the tokenizer, to see that the back end's counts are right; 0: none.
     audit_one_in: Annotated[int, Field(ge=0)] = 100
     audit_drift_max: Annotated[float, Field(gt=0, le=1)] = 0.02

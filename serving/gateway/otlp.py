@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Final
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.environment_variables import OTEL_METRIC_EXPORT_INTERVAL
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
@@ -31,9 +30,6 @@ from opentelemetry.sdk.metrics.export import (
     ScopeMetrics,
 )
 from opentelemetry.sdk.metrics.export import Histogram as HistogramData
-from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags, set_span_in_context
@@ -41,9 +37,12 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status,
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED, CountSource
 from serving.gateway.genai import operation_name, outcome_name
 from serving.gateway.tracing import TRACEPARENT, parent_span_id
+from serving.otlp_spans import SpanSender, close_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from opentelemetry.sdk.resources import Resource
 
     from billing.v1.usage_pb2 import UsageEvent
     from serving.gateway.genai import GenAiMetrics, Histogram
@@ -56,8 +55,6 @@ _SERVICE: Final = "taximeter-gateway"
 # What the gateway speaks with the back end; who made the model it cannot know.
 _PROVIDER: Final = "kserve"
 _NS_PER_MS: Final = 1_000_000
-# How long a thread may take to see that it is to give up.
-_GIVE_UP_S: Final = 5.0
 # As the SDK has it.
 _INTERVAL_MS: Final = 60_000
 _UNITS: Final = {"seconds": "s", "": "{token}"}
@@ -137,17 +134,10 @@ class OtlpExport:
     """What one gateway tells a collector. `ended` belongs to its event loop; `close` it once."""
 
     def __init__(self, endpoint: str, server_id: str, genai: GenAiMetrics) -> None:
-        attributes = {"service.name": _SERVICE, **({"service.instance.id": server_id} if server_id else {})}
-        # What the environment says goes before what is said here.
-        resource = Resource.create(attributes).merge(OTELResourceDetector().detect())
         self._ids = _GivenIds()
-        # Not at the interpreter's exit: a stop closes it, and waits no longer than it is told.
-        self._provider = TracerProvider(resource=resource, id_generator=self._ids, shutdown_on_exit=False)
-        spans, histograms = OTLPSpanExporter(endpoint=endpoint), OTLPMetricExporter(endpoint=endpoint)
-        self._provider.add_span_processor(BatchSpanProcessor(spans))
-        self._tracer = self._provider.get_tracer(_SCOPE)
-        self._histograms = _HistogramSender(histograms, resource, genai)
-        self._give_up = spans.shutdown, histograms.shutdown
+        self._spans = SpanSender(endpoint, _SERVICE, server_id, self._ids)
+        self._exporter = OTLPMetricExporter(endpoint=endpoint)
+        self._histograms = _HistogramSender(self._exporter, self._spans.resource, genai)
 
     def ended(self, event: UsageEvent) -> None:
         """A request has its bill, or its refusal is on record."""
@@ -167,7 +157,7 @@ class OtlpExport:
             parent = SpanContext(self._ids.trace_id, int(parent_id, 16), True, TraceFlags(int(flags, 16)))
             context = set_span_in_context(NonRecordingSpan(parent), context)
         operation = operation_name(event.operation)
-        span = self._tracer.start_span(
+        span = self._spans.tracer.start_span(
             f"{operation} {event.model}", context, SpanKind.SERVER, start_time=event.started_ms * _NS_PER_MS
         )
         if span.is_recording():
@@ -180,21 +170,12 @@ class OtlpExport:
 
     def close(self, timeout_s: float) -> None:
         """Tell the collector what it was not told yet, for so long at most."""
-        works = (self._provider.shutdown, self._histograms.close)
-        closing = [threading.Thread(target=work, name="otlp-close", daemon=True) for work in works]
-        deadline = time.monotonic() + timeout_s
-        for thread in closing:
-            thread.start()
-        for thread, give_up in zip(closing, self._give_up, strict=True):
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                # It waits for a collector: what it has on its way is given up.
-                give_up()
-                thread.join(_GIVE_UP_S)
+        closing = (self._spans.close, self._spans.give_up), (self._histograms.close, self._exporter.shutdown)
+        close_within(timeout_s, *closing)
 
 
-def _attributes(event: UsageEvent, operation: str) -> dict[str, str | int]:
-    found: dict[str, str | int] = {
+def _attributes(event: UsageEvent, operation: str) -> dict[str, str | int | float]:
+    found: dict[str, str | int | float] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": _PROVIDER,
         "gen_ai.request.model": event.model,
@@ -212,4 +193,7 @@ def _attributes(event: UsageEvent, operation: str) -> dict[str, str | int]:
         "gen_ai.usage.cache_creation.input_tokens": event.cache_write_tokens,
         "gen_ai.usage.reasoning.output_tokens": event.reasoning_tokens,
     }
+    if event.time_to_first_token_ms:
+        # Spans have no name of their own for it: it is that of the metric.
+        found["gen_ai.server.time_to_first_token"] = event.time_to_first_token_ms / 1_000
     return found | {name: tokens for name, tokens in classes.items() if tokens}

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from taximeter import compose
+from taximeter.collectors import sink_spans, worker_spans
 from taximeter.commands.common import Context, all_is_imported, command
 from taximeter.config import read_secret
 from taximeter.errors import TaximeterError
@@ -26,6 +27,8 @@ LogFormatOption = Annotated[
     LogFormat, typer.Option("--log-format", envvar="TAXIMETER_LOG_FORMAT", help="For people, or a JSON document a line.")
 ]
 
+# What a stop leaves a collector that does not answer.
+_OTLP_CLOSE_S = 3.0
 # What it is made of is loaded by itself alone.
 _part = partial(command, imports_more=True)
 
@@ -64,11 +67,15 @@ def worker(
     all_is_imported()
     start_logging("worker", log_level, log_format)
     config = context.config()
-    settings = compose.worker_settings(config)
+    settings, spans = compose.worker_settings(config), worker_spans(config)
     with contextlib.ExitStack() as stack:
+        if spans is not None:
+            stack.callback(spans.close, _OTLP_CLOSE_S)
         waits_for = "its group, which it has not joined yet"
 
         def watch(ledger: Any, publisher: Any) -> None:
+            if spans is not None:
+                ledger.on_recorded = spans.took
             if address := config.ledger.metrics_address:
                 from taximeter.metrics import serve_metrics, worker_metrics
 
@@ -103,7 +110,7 @@ def sink(
     all_is_imported()
     start_logging("sink", log_level, log_format)
     config = context.config()
-    settings, status = compose.sink_settings(config), SinkStatus()
+    settings, spans, status = compose.sink_settings(config), sink_spans(config), SinkStatus()
     with compose.open_engine(config) as engine, contextlib.ExitStack() as stack:
         if migrate:
             migrate_schema(engine)
@@ -123,7 +130,9 @@ def sink(
             assert settings.seal_key is not None, "compose reads it"
             anchoring = Anchoring(config.ledger.anchor_file, engine, settings.seal_key, now_ms)
             stack.enter_context(contextlib.closing(anchoring.start()))
-        run_sink(settings, engine, status=status)
+        if spans is not None:
+            stack.callback(spans.close, _OTLP_CLOSE_S)
+        run_sink(settings, engine, status=status, on_stored=None if spans is None else spans.took)
 
 
 @_part

@@ -101,6 +101,27 @@ def test_addresses_are_those_of_the_services(compose: dict[str, Any], config: Co
     assert "ports" not in services["triton"]
 
 
+def test_traces_find_their_way_from_each_part_to_grafana(compose: dict[str, Any], config: Config) -> None:
+    services = compose["services"]
+    [address] = {config.gateway.otlp_endpoint, config.ledger.otlp_endpoint, config.clickhouse.otlp_endpoint}
+    told = httpx.URL(address)
+    [mount] = [volume.split(":") for volume in services[told.host]["volumes"]]
+    assert services[told.host]["command"] == [f"--config={mount[1]}"]
+    collector = yaml.safe_load((DEPLOY / mount[0]).read_text())
+    listens = collector["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"]
+    assert listens == f"0.0.0.0:{told.port}"
+    for pipeline in collector["service"]["pipelines"].values():
+        for kind, names in pipeline.items():
+            assert set(names) <= set(collector[kind])
+    assert set(collector["service"]["pipelines"]) == {"traces", "metrics"}, "a gateway tells both"
+    [exporter] = collector["service"]["pipelines"]["traces"]["exporters"]
+    kept_by = collector["exporters"][exporter]["endpoint"].split(":")[0]
+    assert services[kept_by]["environment"]["JAEGER_LISTEN_HOST"] == "0.0.0.0"
+    sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/taximeter.yaml").read_text())["datasources"]
+    [source] = [source for source in sources if source["type"] == "jaeger"]
+    assert httpx.URL(source["url"]).host == kept_by
+
+
 def test_kafka_takes_the_largest_record(compose: dict[str, Any]) -> None:
     environment = compose["services"]["kafka"]["environment"]
     assert environment["KAFKA_MESSAGE_MAX_BYTES"] > RECORD_BYTES_MAX

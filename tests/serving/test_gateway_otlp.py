@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 import tritonclient.grpc.aio as triton_aio
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from tests.serving.gateway_support import (
@@ -27,41 +21,11 @@ from tests.serving.gateway_support import (
     settled,
     trace_inputs,
 )
+from tests.serving.otlp_collector import Collector, deaf_collector, values
 
 MODELS = {name: profile for name, profile in profiles().items() if name.startswith("trace")}
 TRACE_ID, CLIENT_SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACED = {**HEADERS, "traceparent": f"00-{TRACE_ID}-{CLIENT_SPAN_ID}-01"}
-
-
-class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
-    """Keeps what it is sent."""
-
-    def __init__(self) -> None:
-        self.spans: list[Span] = []
-        self.services: set[str] = set()
-        self.histograms: dict[str, Any] = {}
-        self._server = grpc.server(ThreadPoolExecutor(2))
-        # What they generate has no types.
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def Export(self, request: Any, context: Any) -> Any:
-        if isinstance(request, trace_service_pb2.ExportTraceServiceRequest):
-            for group in request.resource_spans:
-                self.services.add(values(group.resource.attributes)["service.name"])
-                for scope in group.scope_spans:
-                    self.spans += scope.spans
-            return trace_service_pb2.ExportTraceServiceResponse()
-        for group in request.resource_metrics:
-            for scope in group.scope_metrics:
-                # They are cumulative: the last word holds.
-                self.histograms |= {metric.name: metric.histogram.data_points for metric in scope.metrics}
-        return metrics_service_pb2.ExportMetricsServiceResponse()
-
-    def close(self) -> None:
-        self._server.stop(None).wait()
 
 
 @pytest.fixture
@@ -69,10 +33,6 @@ def collector() -> Iterator[Collector]:
     made = Collector()
     yield made
     made.close()
-
-
-def values(attributes: Any) -> dict[str, Any]:
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in attributes}
 
 
 async def test_a_request_is_a_span_of_its_clients_trace_and_of_the_ledgers_and_the_metrics_are_the_bills(
@@ -109,6 +69,7 @@ async def test_a_request_is_a_span_of_its_clients_trace_and_of_the_ledgers_and_t
         assert told["gen_ai.request.model"] == event.model
         assert told["gen_ai.usage.input_tokens"] == event.uncached_input_tokens
         assert told["gen_ai.usage.output_tokens"] == event.output_tokens
+        assert told.get("gen_ai.server.time_to_first_token", 0) * 1_000 == pytest.approx(event.time_to_first_token_ms)
         refused = event.model == "nobody"
         assert (told.get("error.type"), span.status.code) == (
             ("rejected", Status.STATUS_CODE_ERROR) if refused else (None, Status.STATUS_CODE_UNSET)
@@ -133,10 +94,8 @@ async def test_a_request_is_a_span_of_its_clients_trace_and_of_the_ledgers_and_t
 
 @pytest.fixture(params=["away", "silent"])
 def deaf(request: pytest.FixtureRequest, free_port: Callable[[str], int]) -> Iterator[str]:
-    """The address of a collector that is not there, or takes connections and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = free_port("127.0.0.1") if request.param == "away" else listening.getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+    with deaf_collector(request.param, free_port) as endpoint:
+        yield endpoint
 
 
 async def test_requests_and_a_stop_do_not_wait_for_a_collector(

@@ -1,5 +1,5 @@
 """A whole installation: what is said of a key holds in every gateway within two seconds, a test key is free, a request's trace
-reaches the database, and each part's metrics can be scraped."""
+reaches the database and a collector is told of it by each part on the way, and each part's metrics can be scraped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 import tritonclient.grpc as triton
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
@@ -25,6 +27,7 @@ from taximeter.config import load
 from taximeter.embedded.process import free_port
 from taximeter.metric_names import METRICS
 from tests.serving.gateway_support import trace_inputs
+from tests.serving.otlp_collector import Collector, values
 from tests.taximeter.support import ROOT, Up, environment, until
 
 pytestmark = [pytest.mark.timeout(900)]
@@ -69,8 +72,17 @@ def addresses() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, addresses: dict[str, str]) -> Iterator[Up]:
+def collector() -> Iterator[Collector]:
+    """Who is told of spans."""
+    made = Collector()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, addresses: dict[str, str], collector: Collector) -> Iterator[Up]:
     flags = [f"{section}.metrics_address={address}" for section, address in addresses.items()]
+    flags += [f"{section}.otlp_endpoint={collector.endpoint}" for section in ("gateway", "ledger", "clickhouse")]
     with Up(tmp_path_factory.mktemp("up"), *flags, gateway=True, api=True) as started:
         yield started
 
@@ -132,7 +144,9 @@ def scrape(address: str) -> str:
         return str(answer.read().decode())
 
 
-def test_a_request_s_trace_reaches_the_database_and_each_part_can_be_scraped(up: Up, addresses: dict[str, str]) -> None:
+def test_a_request_s_trace_reaches_the_database_and_each_part_can_be_scraped(
+    up: Up, addresses: dict[str, str], collector: Collector
+) -> None:
     config = load(up.data_dir.config_path)
     up.run("tenant", "create", "traced", "--shadow")
     secret = up.json("key", "create", "traced")["secret"]
@@ -150,6 +164,19 @@ def test_a_request_s_trace_reaches_the_database_and_each_part_can_be_scraped(up:
     (value,) = traced()[0]
     assert value.startswith(f"00-{trace_id}-")
     assert span_id not in value, "the gateway is a span of its own"
+
+    def hops() -> dict[str, Span]:
+        # An attempt before the key was known has spans of its own.
+        found: dict[str, dict[str, Span]] = defaultdict(dict)
+        for span in [span for span in list(collector.spans) if span.trace_id.hex() == trace_id]:
+            found[values(span.attributes)["gen_ai.response.id"]][collector.tellers[span.span_id]] = span
+        return max(found.values(), key=len, default={})
+
+    until(lambda: len(hops()) == 3, what="the request's spans from gateway to database")
+    gateway_span, ledger_span, sink_span = (hops()[f"taximeter-{part}"] for part in ("gateway", "worker", "sink"))
+    assert gateway_span.parent_span_id.hex() == span_id
+    assert ledger_span.parent_span_id == sink_span.parent_span_id == gateway_span.span_id
+    assert ledger_span.start_time_unix_nano == gateway_span.end_time_unix_nano
 
     gateway, ledger, sink, api = (scrape(addresses[section]) for section in ("gateway", "ledger", "clickhouse", "api"))
     assert "taximeter_gateway_requests_completed_total" in gateway
