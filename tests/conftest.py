@@ -1,10 +1,12 @@
-"""Services that many tests share, started once a session on first use; a test that kills one starts its own. And in which
-order the files come: those that take long first, so that no process of the run is alone with one in the end.
+"""Services that many tests share, started on first use once a session, Apache Kafka once for all processes of the run; a test
+that kills one starts its own. And in which order the files come: those that take long first, so that no process of the run is
+alone with one in the end.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -14,10 +16,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from taximeter.embedded.broker import TansuBroker, TansuSettings
+from taximeter.embedded.process import accepts_connections
 from taximeter.embedded.process import free_port as find_free_port
 from tests.services import require
 from tests.services.clickhouse import MISSING_MESSAGE, ClickHouseServer, server_command
-from tests.services.kafka import KafkaCluster, KafkaUnavailableError, kafka_libs
+from tests.services.kafka import QUIET, KafkaCluster, KafkaUnavailableError, SharedKafka, kafka_libs
+from tests.services.shared import SharedService
 
 __all__ = ["LONGEST_FIRST"]
 
@@ -59,6 +63,9 @@ LONGEST_FIRST: Final = (
     "producers/test_journal_model.py",
 )
 
+# The services that this process shares with the others of its run.
+_SHARED: Final = pytest.StashKey[list[SharedService]]()
+
 # A machine that is slow for a moment is no finding: no example has a time limit, nor has drawing it.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
@@ -83,6 +90,13 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """No test of this process is left: no limit of a test runs while it waits for the other processes."""
+    for service in session.config.stash.get(_SHARED, []):
+        service.leave()
+
+
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """A function that gives a port on loopback that nobody listens on."""
@@ -93,6 +107,13 @@ def free_port() -> Callable[[], int]:
 def unique_name() -> Callable[[str], str]:
     """A function that makes `prefix` into a name that no other test uses: topics and databases outlive a test."""
     return lambda prefix: f"{prefix}-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all processes of this run have in common, and no other run."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
@@ -121,18 +142,29 @@ def apache_kafka_libs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def apache_kafka(tmp_path_factory: pytest.TempPathFactory, apache_kafka_libs: Path) -> Iterator[KafkaCluster]:
-    """One node of Apache Kafka 4."""
-    cluster = KafkaCluster(tmp_path_factory.mktemp("kafka"), apache_kafka_libs)
-    cluster.start()
-    yield cluster
-    cluster.close()
+def apache_kafka(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, shared_folder: Path, apache_kafka_libs: Path
+) -> SharedKafka:
+    """One node of Apache Kafka 4 for all processes of the run."""
+
+    def start() -> tuple[str, Callable[[], None]]:
+        cluster = KafkaCluster(tmp_path_factory.mktemp("kafka"), apache_kafka_libs, settings=QUIET)
+        cluster.start()
+        return cluster.bootstrap, cluster.close
+
+    def answers(address: str) -> bool:
+        host, _, port = address.rpartition(":")
+        return accepts_connections(host, int(port))
+
+    service = SharedService(shared_folder / "apache-kafka", answers=answers)
+    pytestconfig.stash.setdefault(_SHARED, []).append(service)
+    return SharedKafka(service.use(start))
 
 
 @pytest.fixture(params=["tansu", pytest.param("apache_kafka", marks=pytest.mark.apache_kafka)])
 def bootstrap(request: pytest.FixtureRequest) -> str:
     """The address of each broker in turn: what must hold on both takes this fixture."""
-    broker: TansuBroker | KafkaCluster = request.getfixturevalue(request.param)
+    broker: TansuBroker | SharedKafka = request.getfixturevalue(request.param)
     return broker.bootstrap
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ PRICES = (
 
 def tenants_in(partition: int, count: int = 3, partitions: int = PARTITIONS) -> list[str]:
     """Names of tenants that live in `partition`."""
-    names = (f"tenant-{number}" for number in range(10_000))
-    return [name for name in names if partition_of(name, partitions) == partition][:count]
+    names = (f"tenant-{number}" for number in itertools.count())
+    return list(itertools.islice((name for name in names if partition_of(name, partitions) == partition), count))
 
 
 def usage(request_id: str, tenant_id: str, **fields: Any) -> UsageEvent:

@@ -26,7 +26,7 @@ from playwright.sync_api import expect
 from taximeter.embedded.process import Child, free_port
 from tests.services import require
 from tests.services.browser import chromium
-from tests.services.kafka import KafkaCluster
+from tests.services.kafka import SharedKafka
 from tests.services.triton import TritonServer, TritonUnavailableError, triton_environment
 from tests.taximeter.support import ROOT, environment, until
 
@@ -145,7 +145,7 @@ class Newcomer:
 
 
 @pytest.fixture
-def newcomer(tmp_path: Path, apache_kafka: KafkaCluster) -> Iterator[Newcomer]:
+def newcomer(tmp_path: Path, apache_kafka: SharedKafka) -> Iterator[Newcomer]:
     for program in ("bash", "openssl", "curl"):
         require(shutil.which(program), f"there is no {program}")
     try:

@@ -14,7 +14,7 @@ from producers.follower import TopicFollower
 from taximeter.embedded.broker import TansuBroker, TansuSettings
 from taximeter.embedded.process import free_port as find_free_port
 from tests.producers.support import create_topics, wait_until
-from tests.services.kafka import KafkaCluster
+from tests.services.kafka import SharedKafka
 
 PARTITIONS = 3
 
@@ -137,7 +137,7 @@ def test_a_broker_that_forgot_is_read_again_from_its_new_beginning(tmp_path: Pat
 
 @pytest.mark.chaos
 @pytest.mark.apache_kafka
-def test_a_topic_that_is_made_anew_is_read_again(apache_kafka: KafkaCluster, unique_name: Callable[[str], str]) -> None:
+def test_a_topic_that_is_made_anew_is_read_again(apache_kafka: SharedKafka, unique_name: Callable[[str], str]) -> None:
     topic, table = unique_name("accounts"), Table()
     create(apache_kafka.bootstrap, topic)
     publish(apache_kafka.bootstrap, topic, {f"k{number}": "old" for number in range(100)})

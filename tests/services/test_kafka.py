@@ -10,7 +10,7 @@ from confluent_kafka import KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from tests.services.brokers import TIMEOUT_S, consumer_of, create_topic, produce, read_to_end
-from tests.services.kafka import KafkaCluster
+from tests.services.kafka import KafkaCluster, SharedKafka
 
 pytestmark = pytest.mark.apache_kafka
 
@@ -37,7 +37,7 @@ def test_a_killed_node_comes_back_with_its_log(own_cluster: KafkaCluster) -> Non
     assert ([m.value() for m in messages], end) == ([b"a", b"b"], 2)
 
 
-def test_a_position_beyond_the_end_is_an_error(apache_kafka: KafkaCluster) -> None:
+def test_a_position_beyond_the_end_is_an_error(apache_kafka: SharedKafka) -> None:
     create_topic(apache_kafka.bootstrap, "short")
     consumer = consumer_of(apache_kafka.bootstrap)
     consumer.assign([TopicPartition("short", 0, 100)])

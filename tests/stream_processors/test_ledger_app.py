@@ -17,7 +17,7 @@ from billing.v1.rejected_pb2 import RejectedInput
 from billing.v1.usage_pb2 import UsageBatch
 from stream_processors.local_store import LocalStore
 from taximeter.embedded.broker import TansuBroker, TansuSettings
-from tests.services.kafka import KafkaCluster
+from tests.services.kafka import SharedKafka
 from tests.stream_processors.harness import Ledger, PartitionLog, charged_in, event
 from tests.stream_processors.worker_main import REFUSED
 
@@ -232,7 +232,7 @@ def test_without_a_founding_record_it_refuses(bootstrap: str, tmp_path: Path) ->
 
 
 @pytest.mark.apache_kafka
-def test_another_number_of_partitions_is_refused(apache_kafka: KafkaCluster, tmp_path: Path) -> None:
+def test_another_number_of_partitions_is_refused(apache_kafka: SharedKafka, tmp_path: Path) -> None:
     ledger = Ledger(apache_kafka.bootstrap, tmp_path)
     ledger.found()
     admin = AdminClient({"bootstrap.servers": ledger.bootstrap})

@@ -18,7 +18,7 @@ from billing.v1.usage_pb2 import UsageBatch, UsageEvent
 from stream_processors.kafka_ports import MESSAGE_BYTES_MAX
 from stream_processors.local_store import LocalStore
 from taximeter.embedded.process import Child
-from tests.services.kafka import KafkaCluster
+from tests.services.kafka import SharedKafka
 from tests.stream_processors.harness import Ledger, event
 from tests.stream_processors.worker_main import REFUSED
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.apache_kafka]
 
 
 @pytest.fixture
-def ledger(apache_kafka: KafkaCluster, tmp_path: Path) -> Iterator[Ledger]:
+def ledger(apache_kafka: SharedKafka, tmp_path: Path) -> Iterator[Ledger]:
     ledger = Ledger(apache_kafka.bootstrap, tmp_path)
     ledger.found()
     yield ledger

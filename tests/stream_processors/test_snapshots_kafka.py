@@ -16,7 +16,7 @@ from billing.v1.ledger_pb2 import LedgerRecord
 from stream_processors.bucket import Bucket
 from stream_processors.local_store import LocalStore
 from stream_processors.snapshots import Snapshot, SnapshotStore
-from tests.services.kafka import KafkaCluster
+from tests.services.kafka import SharedKafka
 from tests.stream_processors.harness import Ledger, charged_in, event
 from tests.stream_processors.worker_main import SEAL_KEY
 
@@ -100,7 +100,7 @@ def test_kill_9_while_a_snapshot_is_written_and_a_new_disk(ledger: Ledger, point
 
 
 @pytest.mark.apache_kafka
-def test_a_new_disk_starts_although_the_ledgers_beginning_was_deleted(apache_kafka: KafkaCluster, tmp_path: Path) -> None:
+def test_a_new_disk_starts_although_the_ledgers_beginning_was_deleted(apache_kafka: SharedKafka, tmp_path: Path) -> None:
     ledger = Ledger(apache_kafka.bootstrap, tmp_path)
     ledger.found()
     try:
