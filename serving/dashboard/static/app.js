@@ -82,7 +82,7 @@ function route() {
   }
   if (!main.querySelector(".view")) show(el("p", { class: "empty", role: "status" }, "The figures are being read …"), "Taximeter");
   say("waiting", "Connecting …");
-  watch = new Watch(tenantId, { onAnswer: (kind, overview) => update(kind, overview, tenantId), onState });
+  watch = new Watch(tenantId, { onAnswer: (kind, overview) => update(kind, overview, tenantId), onState, onClock });
 }
 
 function update(kind, overview, tenantId) {
@@ -104,6 +104,12 @@ function update(kind, overview, tenantId) {
 function live() {
   const { time, zone } = view?.asOf ?? {};
   say("live", time ? `Live · as of ${at(time, "time", zone)}` : "Live · nothing yet");
+}
+
+/** The clock of this device may be wrong by minutes: lags are measured by the server's, which is told in whole seconds. */
+function onClock(serverMs) {
+  const aheadMs = serverMs - Date.now();
+  if (!Number.isNaN(aheadMs)) skewMs = Math.abs(aheadMs) < 3_000 ? 0 : aheadMs;
 }
 
 function onState(state, text, code) {
@@ -158,12 +164,6 @@ addEventListener("hashchange", () => {
   route();
   scrollTo(0, 0);
 });
-// The clock of this device may be wrong by minutes: lags are measured by the server's.
-const asked = Date.now();
-fetch("/healthz", { method: "HEAD", cache: "no-store" }).then((answer) => {
-  const date = Date.parse(answer.headers.get("date") ?? "");
-  if (!Number.isNaN(date)) skewMs = Math.abs(date - (asked + Date.now()) / 2) < 2_000 ? 0 : date - Date.now();
-}).catch(() => {});
 setInterval(() => view?.tick?.(skewMs), 1_000);
 theme();
 route();

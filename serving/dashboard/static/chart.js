@@ -26,6 +26,8 @@ export class Bars {
       key: (row) => row.key,
       empty: "No usage in this time.",
     });
+    this.points = [];
+    this.details = el("details", { ontoggle: () => this.list() }, el("summary", {}, "As a table"), this.table.node);
     this.name = el("figcaption", {}, title);
     this.node = el(
       "figure",
@@ -33,7 +35,7 @@ export class Bars {
       this.name,
       el("div", { class: "plot" }, this.most, this.svg),
       el("div", { class: "axis", "aria-hidden": "true" }, this.first, this.last),
-      el("details", {}, el("summary", {}, "As a table"), this.table.node),
+      this.details,
     );
   }
 
@@ -65,6 +67,12 @@ export class Bars {
     setText(this.most, used ? highest.text : "");
     setText(this.first, points[0]?.label ?? "");
     setText(this.last, points.at(-1)?.label ?? "");
-    this.table.update([...points].reverse().filter((point) => point.value > 0n));
+    this.points = points;
+    this.list();
+  }
+
+  /** What nobody looks at is not made. */
+  list() {
+    if (this.details.open) this.table.update([...this.points].reverse().filter((point) => point.value > 0n));
   }
 }

@@ -53,23 +53,33 @@ export function mean(part, whole) {
 /** Of `whole`, in thousandths, as a plain number: for lengths of bars alone. */
 export const share = (part, whole) => (whole > 0n && part > 0n ? Number((part * 1000n) / whole) : 0);
 
-const formats = new Map();
+const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+const two = (value) => String(value).padStart(2, "0");
+const zones = new Map();
 
-function format(kind, zone) {
-  const options = {
-    day: { day: "numeric", month: "short" },
-    date: { day: "numeric", month: "short", year: "numeric" },
-    time: { hour: "2-digit", minute: "2-digit", second: "2-digit" },
-    minute: { hour: "2-digit", minute: "2-digit" },
-    moment: { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" },
-  }[kind];
-  const key = `${kind} ${zone}`;
-  if (!formats.has(key)) formats.set(key, new Intl.DateTimeFormat("en-GB", { ...options, timeZone: zone, hourCycle: "h23" }));
-  return formats.get(key);
+/** What a clock and a calendar on a wall of the zone say. A browser takes its time to make what knows zones: UTC needs none. */
+function wall(text, zone) {
+  const date = new Date(text);
+  if (zone === "UTC") {
+    return { year: date.getUTCFullYear(), month: date.getUTCMonth() + 1, day: date.getUTCDate(), hour: date.getUTCHours(), minute: date.getUTCMinutes(), second: date.getUTCSeconds() };
+  }
+  if (!zones.has(zone)) {
+    const options = { year: "numeric", month: "numeric", day: "numeric", hour: "numeric", minute: "numeric", second: "numeric" };
+    zones.set(zone, new Intl.DateTimeFormat("en-GB", { ...options, calendar: "gregory", hourCycle: "h23", timeZone: zone }));
+  }
+  return Object.fromEntries(zones.get(zone).formatToParts(date).map(({ type, value }) => [type, Number(value)]));
 }
 
+const KINDS = {
+  day: ({ day, month }) => `${day} ${MONTHS[month - 1]}`,
+  date: (on) => `${KINDS.day(on)} ${on.year}`,
+  minute: ({ hour, minute }) => `${two(hour)}:${two(minute)}`,
+  time: (on) => `${KINDS.minute(on)}:${two(on.second)}`,
+  moment: (on) => `${KINDS.day(on)}, ${KINDS.minute(on)}`,
+};
+
 /** A time of an answer; a dash where there never was one. */
-export const at = (text, kind, zone = "UTC") => (text ? format(kind, zone).format(new Date(text)) : "–");
+export const at = (text, kind, zone = "UTC") => (text ? KINDS[kind](wall(text, zone)) : "–");
 
 /** Which day of a zone that is, as a text that can be compared. */
 export const dayOf = (text, zone = "UTC") => at(text, "date", zone);

@@ -2,7 +2,7 @@
 
 import { el, section, setText } from "./dom.js";
 import { at, count, dayOf, duration, mean, pico, short } from "./format.js";
-import { Alerts, OverTime, Ranked, Tiles, all, amount, average, money, number, plain, sums, tokens } from "./parts.js";
+import { Alerts, Below, OverTime, Ranked, Tiles, all, amount, average, money, number, plain, sums, tokens } from "./parts.js";
 import { Table } from "./table.js";
 
 export const tenantAddress = (tenantId) => (tenantId ? `#/tenant/${encodeURIComponent(tenantId)}` : null);
@@ -40,13 +40,14 @@ export class OperatorView {
       empty: "The database has no record yet: is the sink running?",
     });
     this.gpu = el("p");
-    this.node = el("div", { class: "view" },
-      el("h1", {}, "All tenants"), this.tiles.node, this.overTime.node, this.tenants.node, this.models.node,
+    this.below = new Below(
+      this.tenants.node, this.models.node,
       el("div", { class: "pair" },
         section("Refusals", "The last 30 days.", this.refused, this.rejected.node),
         section("GPU time", "The last 30 days.", this.gpu)),
       section("Pipeline", "How far the database is behind the ledger, and what has not come.", this.complete, this.partitions.node),
       this.alerts.node);
+    this.node = el("div", { class: "view" }, el("h1", {}, "All tenants"), this.tiles.node, this.overTime.node, this.below.node);
   }
 
   /** `skewMs`: how far the server's clock is ahead of this one's. */
@@ -71,6 +72,10 @@ export class OperatorView {
       { key: "alerts", name: "Active alerts", lines: [plain(overview.alerts.active)], note: critical ? `${critical} critical among the newest` : "", tone: critical ? "bad" : null },
     ]);
     this.overTime.update(overview.days, overview.minutes, latest, "UTC");
+    this.below.update(() => this.fill(overview, skewMs));
+  }
+
+  fill(overview, skewMs) {
     this.tenants.update(overview.tenants);
     this.models.update(overview.models);
     this.rejected.update(overview.rejected);

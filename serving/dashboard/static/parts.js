@@ -71,6 +71,24 @@ export const average = (rows) => {
   return { text: mean(tokens(row), served(row)) };
 };
 
+/** What is further down the page: filled and laid out when the first figures have been painted. */
+export class Below {
+  constructor(...children) {
+    this.node = el("div", { class: "below", hidden: true }, ...children);
+    this.fill = null;
+  }
+
+  update(fill) {
+    const isFirst = !this.fill;
+    this.fill = fill;
+    if (!this.node.hidden) fill();
+    else if (isFirst) requestAnimationFrame(() => setTimeout(() => {
+      this.node.hidden = false;
+      this.fill();
+    }));
+  }
+}
+
 const METRICS = {
   spend: { name: "Spend", of: (row) => pico(row.cost), text: (value, currency) => `${rounded(value)} ${currency}`, title: (value, currency) => `${exact(value)} ${currency}` },
   tokens: { name: "Tokens", of: tokens, text: (value) => short(value), title: (value) => count(value) },
@@ -138,6 +156,7 @@ function lastDays(end, zone) {
 /** A table of usage by name, the most expensive first, with how many more there are. */
 export class Ranked {
   constructor(title, head, { empty, note = null, unnamed = "(none)", href = null }) {
+    this.empty = empty;
     this.table = new Table({
       caption: title,
       columns: [
@@ -156,8 +175,10 @@ export class Ranked {
     this.node = section(title, note, this.table.node, this.more);
   }
 
+  /** Nothing: it has not come yet. */
   update(top) {
     const rows = top?.rows ?? [];
+    setText(this.table.empty, top ? this.empty : "Being counted …");
     const most = rows.reduce((highest, row) => (pico(row.cost) > highest ? pico(row.cost) : highest), 0n);
     this.table.update(rows.map((row) => ({ ...row, share: share(pico(row.cost), most) })));
     const more = BigInt(top?.names ?? 0) - BigInt(rows.length);

@@ -38,10 +38,11 @@ export const file = async (path, query = {}) => (await ask(path, query, AbortSig
 
 /** Watches one overview until it is closed; goes on by itself where a connection was lost. */
 export class Watch {
-  constructor(tenantId, { onAnswer, onState }) {
+  constructor(tenantId, { onAnswer, onState, onClock }) {
     this.tenantId = tenantId;
     this.onAnswer = onAnswer;
     this.onState = onState;
+    this.onClock = onClock;
     this.position = "";
     this.closed = false;
     this.onVisible = () => (document.hidden ? this.abort?.abort() : this.wake?.());
@@ -91,6 +92,7 @@ export class Watch {
     let silence = setTimeout(() => this.abort.abort(), SILENCE_MS);
     try {
       const answer = await ask("/v1/overview/watch", { tenant_id: this.tenantId, after: this.position }, this.abort.signal);
+      this.onClock(Date.parse(answer.headers.get("date") ?? ""));
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       let text = "";
       for (;;) {

@@ -2,7 +2,7 @@
 
 import { el, section, setText } from "./dom.js";
 import { at, count, dayOf, exact, pico, share, short } from "./format.js";
-import { Alerts, OverTime, Ranked, Tiles, all, amount, average, money, plain, sums, tokens } from "./parts.js";
+import { Alerts, Below, OverTime, Ranked, Tiles, all, amount, average, money, plain, sums, tokens } from "./parts.js";
 import { file } from "./stream.js";
 import { Table } from "./table.js";
 
@@ -43,12 +43,13 @@ export class TenantView {
     this.saved = el("p", { class: "note", role: "status" });
     this.alerts = new Alerts({ whose: null });
     this.zone = "UTC";
-    this.node = el("div", { class: "view" }, this.heading, this.period, this.tiles.node, this.overTime.node,
+    this.below = new Below(
       this.projects.node, this.models.node, this.users.node,
       el("div", { class: "pair" },
         section("Budgets", null, this.budgets.node),
         section("Invoices", "The newest; press a number to save it as PDF.", this.invoices.node, this.saved)),
       this.alerts.node);
+    this.node = el("div", { class: "view" }, this.heading, this.period, this.tiles.node, this.overTime.node, this.below.node);
   }
 
   update(overview) {
@@ -61,7 +62,8 @@ export class TenantView {
     const counts = all(overview.period);
     setText(this.heading, balance.display_name || balance.tenant_id);
     const until = new Date(Date.parse(overview.period_end) - 1).toISOString();
-    setText(this.period, `${balance.tenant_id} · ${balance.status} · ${balance.billing_mode} · billing period ${at(overview.period_start, "date", zone)} – ${at(until, "date", zone)} (${zone})`);
+    const period = `billing period ${at(overview.period_start, "date", zone)} – ${at(until, "date", zone)} (${zone})`;
+    setText(this.period, [balance.tenant_id, balance.status, balance.billing_mode, period].filter(Boolean).join(" · "));
     const left = pico(balance.balance) + pico(balance.credit_limit);
     const soon = burn.depleted && Date.parse(burn.depleted) - Date.parse(burn.end) < SOON_MS;
     this.tiles.update([
@@ -76,6 +78,10 @@ export class TenantView {
       { key: "alerts", name: "Active alerts", lines: [plain(overview.alerts.active)], note: "", tone: overview.alerts.alerts.some((row) => row.severity === "critical") ? "bad" : null },
     ]);
     this.overTime.update(overview.days, overview.minutes, now, zone);
+    this.below.update(() => this.fill(overview));
+  }
+
+  fill(overview) {
     this.projects.update(overview.projects);
     this.models.update(overview.models);
     this.users.update(overview.users);
