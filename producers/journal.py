@@ -7,7 +7,9 @@ for the next process, however this one ends; only a machine that loses its power
 
 The callers only put bytes into the pending group. One thread swaps that group for an empty one, numbers its events, commits
 it, settles its receipt, and takes the next: while the disk works on one group, the next one gathers. Numbers are given at the
-commit, so a group that failed leaves no gap.
+commit, so a group that failed leaves no gap. What comes from an event loop is committed when the loop has done what it has
+before it: one commit, and one wake, for all that it records in that time. Whoever blocks a thread for a receipt waits for
+no loop.
 
 A journal belongs to one process: it holds a lock on the file beside it, which the kernel lets go when the process ends,
 however it ends.
@@ -15,6 +17,7 @@ however it ends.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -36,7 +39,7 @@ from producers.errors import (
     JournalMismatch,
     JournalWriteFailed,
 )
-from producers.journal_group import Group, gather_s
+from producers.journal_group import BUSY_S, GATHER_MAX_S, Group, gather_s
 from producers.journal_store import EVENT_ENVELOPE_BYTES, JournalStore, OpenRow, Page, SegmentRow
 from producers.openings import Openings
 from producers.receipt import SETTLED, Receipt
@@ -110,7 +113,7 @@ class Journal:
         self._next_slot = max(self._open, default=0) + 1
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._group = Group()
+        self._group = Group(self._hurry)
         self._pending_bytes = 0
         self._to_free: dict[int, int] = {}
         self._free_not_before = 0.0
@@ -279,7 +282,37 @@ class Journal:
         self._recorded += 1
 
     def _wake(self, group: Group) -> None:
-        if not group.woken:
+        """Something is in the group: tell the writer, in an event loop once that has done what it has before it."""
+        if group.woken:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            group.woken = True
+            self._work.notify()
+            return
+        if group.woken_by is not loop:
+            group.woken_by = loop
+            now = time.monotonic()
+            loop.call_soon(self._look, group, loop, now, now)
+
+    def _look(self, group: Group, loop: asyncio.AbstractEventLoop, since: float, before: float) -> None:
+        """In the loop that filled the group: tell the writer when the loop has nothing else to do, or the time is over."""
+        now = time.monotonic()
+        if now - before > BUSY_S and now - since < GATHER_MAX_S and not group.woken:
+            loop.call_soon(self._look, group, loop, since, now)
+        elif pause_s := self._gather_s(now):
+            loop.call_later(pause_s, self._hurry, group)
+        else:
+            self._hurry(group)
+
+    def _gather_s(self, now: float) -> float:
+        return gather_s(len(self._open), self._commit_busy_s, now - self._committed_at)
+
+    def _hurry(self, group: Group) -> None:
+        if group.woken:
+            return
+        with self._lock:
             group.woken = True
             self._work.notify()
 
@@ -342,7 +375,7 @@ class Journal:
     def _take(self) -> Group | None:
         """Wait for work; None when the journal is closing and nothing is left."""
         with self._lock:
-            while self._group.is_empty and not self._closing:
+            while not (self._group.woken or self._closing):
                 if not self._store.has_reserve:
                     # Nothing may come that would wake us: whoever would open a request is refused.
                     self._work.wait(_FREE_RETRY_S)
@@ -355,12 +388,12 @@ class Journal:
                     break
             if self._closing and self._group.is_empty:
                 return None
-            if not (self._closing or self._group.is_empty):
-                siblings = len(self._open) - len(self._group.opened) - len(self._group.closed)
-                pause_s = gather_s(siblings, self._commit_busy_s, time.monotonic() - self._committed_at)
-                if pause_s:
-                    self._work.wait(pause_s)
-            group, self._group = self._group, Group()
+            # Where an event loop told of it, it has waited for others.
+            if not (self._closing or self._group.is_empty or self._group.woken_by) and (
+                pause_s := self._gather_s(time.monotonic())
+            ):
+                self._work.wait(pause_s)
+            group, self._group = self._group, Group(self._hurry)
             return group
 
     def _commit(self, group: Group) -> None:

@@ -10,6 +10,11 @@ statement gives up the interpreter's lock and has to win it back from callers th
 
 All writes and all checkpoints go through the writing connection, from one thread.
 
+What a commit costs is the wait for the disk. So it is `apsw`'s SQLite, which calls fdatasync where Python's own calls fsync,
+and the log, once it is in use, is written to its full length: a sync of bytes that overwrite others has nothing of the file
+system's own to write down with them. (docs/performance.md has what both are worth.) The two SQLites are two libraries that
+know nothing of each other's locks: no process may open a journal with the other one while it has it open.
+
 Freeing needs room as well, for the log of what is deleted, and so does what is owed: the end of a request that was taken. So a
 few megabytes are set aside in a file of their own, and given up when the disk is full and something is to be freed, or owed.
 Until they can be set aside again, no request is opened, and the journal uses the pages that it has and does not grow for
@@ -19,13 +24,15 @@ anything else: a full disk never keeps itself full.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
-import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import apsw
 
 from billing.v1.usage_pb2 import RawUsageBatch
 from producers.errors import JournalError, JournalFull, JournalUnreadable, JournalWriteFailed
@@ -41,13 +48,19 @@ _ROWS_MAX = 32
 _STATEMENTS_KEPT = 4 * _ROWS_MAX
 _FREED_ROWS_MAX = 1_000
 _CHECKPOINT_PAGES = 1_000
+# A page in the log has a header; a checkpoint comes behind the commit that goes over the bound.
+_LOG_BYTES = 32 + (_CHECKPOINT_PAGES + 64) * (4_096 + 24)
+# A journal that is only looked into needs none of it, and a small disk has better use for it.
+_COMMITS_BEFORE_LOG = 32
+_LOG_FREE_BYTES_MIN = 16 * _LOG_BYTES
+_BUSY_TIMEOUT_MS = 10_000
 # As large as the log may grow before a checkpoint, with pages of 4 KiB, and then some.
 _RESERVE_BYTES = 5 << 20
 # Opening the file makes its log and the log's index.
 _OPENING_BYTES = 1 << 20
 _PAGES_MAX = 0xFFFFFFFE
 # The second: no room for the log's index.
-_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"})
+_FULL = frozenset({apsw.SQLITE_FULL, apsw.SQLITE_IOERR_SHMSIZE})
 _Statement = tuple[str, tuple[Any, ...]]
 _SCHEMA = """
 CREATE TABLE marks (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -116,32 +129,32 @@ class JournalStore:
             try:
                 self._prepare()
                 self._reader = self._connect()
-                self._reader.execute("PRAGMA query_only = ON")
+                self._reader.pragma("query_only", "ON")
             except BaseException:
                 self._writer.close()
                 raise
-        except sqlite3.Error as error:
+        except apsw.Error as error:
             raise self._translate(error, JournalUnreadable) from error
         if not self.set_aside():
             self._stop_growing()
+        self._commits = 0
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path, isolation_level=None, check_same_thread=False, cached_statements=_STATEMENTS_KEPT, timeout=10.0
-        )
-        connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        connection.execute("PRAGMA synchronous = FULL")
+    def _connect(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self.path), statementcachesize=_STATEMENTS_KEPT)
+        connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
+        connection.pragma("journal_mode", "WAL")
+        connection.pragma("synchronous", "FULL")
         # Some builds overwrite what is deleted: freeing would cost as much as writing, and need as much room on a full disk.
-        connection.execute("PRAGMA secure_delete = OFF")
+        connection.pragma("secure_delete", "OFF")
         # macOS: without it, fsync leaves the data in the drive's cache.
-        connection.execute("PRAGMA fullfsync = ON")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+        connection.pragma("fullfsync", "ON")
+        connection.wal_autocheckpoint(_CHECKPOINT_PAGES)
         return connection
 
     def _prepare(self) -> None:
-        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        version = self._writer.pragma("user_version")
         if version == 0:
-            self._writer.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            self._writer.execute(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
             raise JournalUnreadable(
                 f"journal_path={self.path}: its format is {version}, this version writes {SCHEMA_VERSION}; "
@@ -173,6 +186,18 @@ class JournalStore:
                 self._transaction(statements)
             finally:
                 self._stop_growing()
+        self._commits += 1
+        if self._commits == _COMMITS_BEFORE_LOG:
+            self._lengthen_log()
+
+    def _lengthen_log(self) -> None:
+        """Write the log's file to its full length, behind all that it holds: zeros, which are no page of it."""
+        path = self.path.with_name(self.path.name + "-wal")
+        with contextlib.suppress(OSError), path.open("r+b", buffering=0) as log:
+            missing = _LOG_BYTES - os.fstat(log.fileno()).st_size
+            if missing > 0 and shutil.disk_usage(path.parent).free >= _LOG_FREE_BYTES_MIN:
+                log.seek(0, os.SEEK_END)
+                log.write(bytes(missing))
 
     def free(self, partition: int, covered_sequence: int) -> FreedPage:
         """Let go of segments whose last sequence is covered, a page of them; remember how far the numbering has gone."""
@@ -190,12 +215,13 @@ class JournalStore:
 
     def _free(self, partition: int, covered_sequence: int) -> FreedPage:
         try:
-            count, last, event_bytes = self._writer.execute(
+            ((count, last, event_bytes),) = self._rows(
+                self._writer,
                 "SELECT COUNT(*), MAX(last_sequence), COALESCE(SUM(LENGTH(events)), 0) FROM (SELECT last_sequence, events "
                 "FROM segments WHERE partition = ? AND last_sequence <= ? ORDER BY first_sequence LIMIT ?)",
                 (partition, covered_sequence, _FREED_ROWS_MAX),
-            ).fetchone()
-        except sqlite3.Error as error:
+            )
+        except apsw.Error as error:
             raise self._translate(error, JournalWriteFailed) from error
         if count == 0:
             return FreedPage(0, 0, is_last=True)
@@ -209,8 +235,8 @@ class JournalStore:
 
     def _checkpoint(self) -> None:
         try:
-            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        except sqlite3.Error as error:
+            self._writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.Error as error:
             raise self._translate(error, JournalWriteFailed) from error
 
     def set_aside(self) -> bool:
@@ -223,7 +249,7 @@ class JournalStore:
                 return False
             self._reserve_path.write_bytes(bytes(_RESERVE_BYTES))
             self._grow()
-        except (OSError, sqlite3.Error):
+        except (OSError, apsw.Error):
             with contextlib.suppress(OSError):
                 self._give_up_reserve()
             return False
@@ -235,13 +261,12 @@ class JournalStore:
         self._reserve_path.unlink(missing_ok=True)
 
     def _grow(self) -> None:
-        self._writer.execute(f"PRAGMA max_page_count = {_PAGES_MAX}").fetchone()
+        self._writer.pragma("max_page_count", _PAGES_MAX)
 
     def _stop_growing(self) -> None:
         try:
-            (pages,) = self._writer.execute("PRAGMA page_count").fetchone()
-            self._writer.execute(f"PRAGMA max_page_count = {pages}").fetchone()
-        except sqlite3.Error as error:
+            self._writer.pragma("max_page_count", self._writer.pragma("page_count"))
+        except apsw.Error as error:
             raise self._translate(error, JournalWriteFailed) from error
 
     def set_mark(self, name: str, value: str) -> None:
@@ -280,7 +305,7 @@ class JournalStore:
                 cursor = self._reader.execute(_READ, (partition, after_sequence, partition, after_sequence + 1))
                 with contextlib.closing(cursor):
                     return _page(cursor, after_sequence + 1, events_max, bytes_max)
-        except sqlite3.Error as error:
+        except apsw.Error as error:
             raise self._translate(error, JournalUnreadable) from error
 
     def close(self) -> None:
@@ -292,9 +317,13 @@ class JournalStore:
     def _read(self, sql: str, parameters: tuple[object, ...] = ()) -> list[Any]:
         try:
             with self._reader_lock:
-                return self._reader.execute(sql, parameters).fetchall()
-        except sqlite3.Error as error:
+                return self._rows(self._reader, sql, parameters)
+        except apsw.Error as error:
             raise self._translate(error, JournalUnreadable) from error
+
+    @staticmethod
+    def _rows(connection: apsw.Connection, sql: str, parameters: tuple[object, ...]) -> list[Any]:
+        return connection.execute(sql, parameters).fetchall()
 
     def _transaction(self, statements: Sequence[_Statement]) -> None:
         try:
@@ -310,15 +339,16 @@ class JournalStore:
             finally:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
-        except sqlite3.Error as error:
+        except apsw.Error as error:
             raise self._translate(error, JournalWriteFailed) from error
 
-    def _translate(self, error: sqlite3.Error, kind: type[JournalError]) -> JournalError:
-        name = getattr(error, "sqlite_errorname", type(error).__name__)
-        if name in _FULL:
+    def _translate(self, error: apsw.Error, kind: type[JournalError]) -> JournalError:
+        code = getattr(error, "extendedresult", getattr(error, "result", 0))
+        if code in _FULL:
             return JournalFull(
                 f"journal_path={self.path}: the disk is full, or nearly ({error}); free space on it, then record again"
             )
+        name = apsw.mapping_extended_result_codes.get(code) or apsw.mapping_result_codes.get(code) or type(error).__name__
         return kind(f"journal_path={self.path}: {name}: {error}; look at the disk and the file's permissions")
 
 

@@ -18,6 +18,7 @@ import mmap
 import os
 import secrets
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -32,8 +33,10 @@ __all__ = ["CELLS", "CELL_BYTES", "Openings"]
 CELL_BYTES: Final = 1_024
 CELLS: Final = 1_024
 _FILE_BYTES: Final = CELL_BYTES * (1 + CELLS)
-# With less than this left of the disk, openings go the way on which a full disk shows: this file has had its room.
+# With less than this left of the disk, openings go the way on which a full disk shows: this file has had its room. Looked at
+# again after so long: a disk fills up no faster than that, and whoever was taken a moment too late has the journal's reserve.
 _FREE_BYTES_MIN: Final = 16 << 20
+_ROOM_KNOWN_S: Final = 0.01
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 # Of what follows its checksum: length of the event, slot, partition.
 _CELL: Final = struct.Struct("<IIqi")
@@ -53,6 +56,7 @@ class Openings:
         self._cells: dict[int, int] = {}
         self._map: mmap.mmap | None = None
         self._folder = path.parent
+        self._has_room_until = 0.0
         self.token = token
         boot_id = _boot_id()
         if boot_id is None:
@@ -98,8 +102,13 @@ class Openings:
 
     def put(self, slot: int, partition: int, event: bytes) -> bool:
         """Take it; False: there is no place, or it is too large, or the disk is nearly full."""
-        if not self._free or len(event) > CELL_BYTES - _EVENT_AT or not _has_room(self._folder):
+        if not self._free or len(event) > CELL_BYTES - _EVENT_AT:
             return False
+        now = time.monotonic()
+        if now >= self._has_room_until:
+            if not _has_room(self._folder):
+                return False
+            self._has_room_until = now + _ROOM_KNOWN_S
         assert self._map is not None, "cells are a file's"
         cell = self._free.pop()
         head = _CELL.pack(_checksum(slot, partition, event), len(event), slot, partition)

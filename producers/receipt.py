@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 from producers.errors import JournalError, NotDurableInTime
 
@@ -65,9 +66,11 @@ class _Waiters:
 class Receipt:
     """Says when a group is durable, or why it is not. Safe to use from any thread and any event loop."""
 
-    __slots__ = ("_error", "_finished", "_lock", "_loops")
+    __slots__ = ("_error", "_finished", "_hurry", "_lock", "_loops")
 
-    def __init__(self) -> None:
+    def __init__(self, hurry: Callable[[], None] | None = None) -> None:
+        """`hurry`: has the group committed now, if it waits for its event loop."""
+        self._hurry = hurry
         self._finished = threading.Event()
         self._lock = threading.Lock()
         self._error: JournalError | None = None
@@ -85,8 +88,13 @@ class Receipt:
 
     def durable(self, timeout_s: float = 30.0) -> None:
         """Block until it is on disk. Raises the journal's error where the group failed, or `NotDurableInTime`."""
-        if not self._finished.wait(timeout_s):
-            raise _late(timeout_s)
+        if not self._finished.is_set():
+            hurry = self._hurry
+            if hurry is not None:
+                # The loop that would have it committed may be this thread's.
+                hurry()
+            if not self._finished.wait(timeout_s):
+                raise _late(timeout_s)
         self._raise_if_failed()
 
     async def wait(self, timeout_s: float = 30.0) -> None:
@@ -110,6 +118,7 @@ class Receipt:
             assert not self._finished.is_set(), "a group is settled once"
             self._error = error
             self._finished.set()
+        self._hurry = None
         for loop, waiters in self._loops.items():
             try:
                 loop.call_soon_threadsafe(waiters.wake)

@@ -216,7 +216,8 @@ def model_refusal(model: str) -> Refusal:
 
 def prompt_limit(plan_max: int, profile_max: int, gateway_max: int, *tighter: int) -> int:
     """The limit that holds: the plan's, else the model's, else the gateway's, never over a `tighter` one; 0 is none."""
-    return min((limit for limit in (plan_max or profile_max or gateway_max, *tighter) if limit), default=0)
+    limit = plan_max or profile_max or gateway_max
+    return min([each for each in (limit, *tighter) if each], default=0) if tighter else limit
 
 
 def prompt_refusal(tokens: int, limit: int, *, exact: bool) -> Refusal:

@@ -192,7 +192,8 @@ class RequestMeter:
         """Put the request into the journal. Raises the producer's errors; then nothing may be forwarded."""
         self._event.outcome = OUTCOME_INTERRUPTED
         self._open = self._parts.meter.open(self._event)
-        await self._open.receipt.wait(self._parts.durable_timeout_s)
+        if not self._open.receipt.is_durable:
+            await self._open.receipt.wait(self._parts.durable_timeout_s)
 
     @property
     def is_closed(self) -> bool:
@@ -389,7 +390,7 @@ class RequestMeter:
 
     def _usage(self) -> Usage:
         event = self._event
-        told = tuple((entry.unit, entry.quantity) for entry in event.units)
+        told = tuple([(entry.unit, entry.quantity) for entry in event.units]) if self._units else ()
         price = None if self._price_of is None else self._price_of(event)
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told, price)
 

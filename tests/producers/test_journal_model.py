@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import apsw
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -117,7 +117,8 @@ class JournalMachine(RuleBasedStateMachine):
     def the_disk_refuses(self, partition: int) -> None:
         before = self.journal.metrics()["journal_bytes"]
         # A table that is away is a write that fails after others of its transaction have succeeded.
-        surgeon = sqlite3.connect(self.folder / "journal", isolation_level=None, timeout=10)
+        surgeon = apsw.Connection(str(self.folder / "journal"))
+        surgeon.set_busy_timeout(10_000)
         surgeon.execute("ALTER TABLE open_requests RENAME TO away")
         name, event = self.event()
         appended = self.journal.append(partition, event)
@@ -134,7 +135,8 @@ class JournalMachine(RuleBasedStateMachine):
 
     @rule(partition=partitions)
     def the_disk_refuses_an_end(self, partition: int) -> None:
-        surgeon = sqlite3.connect(self.folder / "journal", isolation_level=None, timeout=10)
+        surgeon = apsw.Connection(str(self.folder / "journal"))
+        surgeon.set_busy_timeout(10_000)
         surgeon.execute("ALTER TABLE segments RENAME TO away")
         name, event = self.event()
         slot, opened = self.journal.open(partition, event, has_usage=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import apsw
 import pytest
 
 from billing.identity import partition_of
@@ -142,7 +142,7 @@ def test_many_updates_of_one_request_in_a_group_are_one_write(tmp_path: Path) ->
     meter = open_meter(tmp_path)
     request = meter.open(usage_event(1))
     request.receipt.durable()
-    blocker = sqlite3.connect(tmp_path / "usage.journal", isolation_level=None)
+    blocker = apsw.Connection(str(tmp_path / "usage.journal"))
     blocker.execute("BEGIN IMMEDIATE")
     # The writer takes the first; all that follows waits for it, in one group.
     first = request.progress(usage_event(1, output_tokens=1))
@@ -176,7 +176,7 @@ def test_a_request_takes_only_its_own_events_and_nothing_after_its_end(tmp_path:
 
 async def test_coroutines_wait_together_and_cancelling_one_leaves_the_others(tmp_path: Path) -> None:
     meter = open_meter(tmp_path)
-    blocker = sqlite3.connect(tmp_path / "usage.journal", isolation_level=None)
+    blocker = apsw.Connection(str(tmp_path / "usage.journal"))
     blocker.execute("BEGIN IMMEDIATE")
     receipts = [meter.record(usage_event(number)) for number in range(100)]
     waiting = [asyncio.create_task(receipt.wait()) for receipt in receipts]

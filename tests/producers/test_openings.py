@@ -11,7 +11,7 @@ from producers import openings
 from producers.journal import Journal, JournalSettings
 from producers.journal_store import OpenRow
 from producers.openings import CELL_BYTES, CELLS, Openings
-from tests.producers.support import usage_event
+from tests.producers.support import usage_event, wait_until
 
 EVENT = usage_event(1).SerializeToString()
 LATER = usage_event(2).SerializeToString()
@@ -143,6 +143,14 @@ def test_a_torn_opening_was_never_confirmed(tmp_path: Path) -> None:
     data[CELL_BYTES + 60] ^= 1
     (tmp_path / "open").write_bytes(data)
     assert Openings(tmp_path / "open", made.token).left({}) == [OpenRow(8, 1, EVENT)]
+
+
+def test_a_disk_that_fills_up_takes_no_more_openings_in_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Openings(tmp_path / "open", None)
+    assert made.put(1, 0, EVENT)
+    monkeypatch.setattr(openings, "_FREE_BYTES_MIN", 1 << 60)
+    wait_until(lambda: not made.put(2, 0, EVENT), "seen to be full")
+    made.close()
 
 
 @pytest.mark.parametrize("reason", ["no boot", "no room", "too large", "all taken"])

@@ -22,6 +22,7 @@ from billing.v1.usage_pb2 import (
     SERVICE_CLASS_STANDARD,
     UsageEvent,
 )
+from producers import openings
 from producers.errors import JournalFull
 from producers.meter import MeterSettings, UsageMeter
 from serving.gateway import GatewayServer, vllm
@@ -46,7 +47,9 @@ _BACK_TIMEOUT_S = 120.0
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # Whoever asks after the disk has filled up is refused, however fast that was.
+    monkeypatch.setattr(openings, "_ROOM_KNOWN_S", 0.0)
     try:
         with small_disk(tmp_path / "disk", 24) as folder:
             yield folder
