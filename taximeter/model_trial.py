@@ -194,8 +194,8 @@ async def _tokenizer_counts(
         return None, None
     prompt = asked.inputs.get(profile.text_inputs[0], [asked.prompt]) if profile.text_inputs else []
     texts = [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in prompt]
-    seen = await server.tokens.count_all(profile.tokenizer, texts, profile.framing)
+    seen = await server.tokens.count_all(profile.tokenizer, texts, profile.framing, "")
     if profile.text_output is None:
         return seen.tokens, None
-    written = await server.tokens.count_all(profile.tokenizer, [text], Framing.OUTPUT)
+    written = await server.tokens.count_all(profile.tokenizer, [text], Framing.OUTPUT, "")
     return seen.tokens, written.tokens

@@ -46,6 +46,7 @@ class GatewayConfig(Section):
     region: str = ""
     key_pepper: SecretStr | None = None
     key_pepper_file: Path | None = None
+    # Inferences at the same time, and as many streams that are open: in all, and of one tenant.
     requests_max: Annotated[int, Field(ge=1)] = 1_000
     tenant_requests_max: Annotated[int, Field(ge=1)] = 250
     # HOST:PORT where Prometheus asks; empty: nowhere. So in [ledger] for a worker, in [clickhouse] for the sink, in [api] and

@@ -275,12 +275,12 @@ _SHADOWED = frozenset(
 )
 
 
-def concurrency_refusal(whose: str, limit: int) -> Refusal:
-    """For one inference too many at the same time."""
+def concurrency_refusal(whose: str, limit: int, what: str = "concurrent requests") -> Refusal:
+    """For one inference, or one stream, too many at the same time."""
     return Refusal(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         REFUSAL_REASON_RATE,
-        f"concurrent requests: {limit} of {whose} are running: wait until one has ended",
+        f"{what}: {limit} of {whose} are running: wait until one has ended",
         True,
         1,
     )

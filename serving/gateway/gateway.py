@@ -416,7 +416,7 @@ class Gateway:
         if bound is not None and bound <= limit:
             return count
         if count is None and profile.tokenizer is not None and _size_bytes(prepared.prompts) <= limit * _TOKEN_BYTES_MAX:
-            count = await tokens.count_all(profile.tokenizer, prepared.prompts, prepared.framing)
+            count = await tokens.count_all(profile.tokenizer, prepared.prompts, prepared.framing, event.tenant_id)
             bound = count.tokens
         if bound is None:
             bound = _size_bytes(prepared.prompts)
@@ -479,6 +479,7 @@ class Gateway:
         return task
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until all bills are written."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+        """Wait until all bills are written, also those that begin meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        while self._tasks and (left_s := deadline - time.monotonic()) > 0:
+            await asyncio.wait(self._tasks, timeout=left_s)

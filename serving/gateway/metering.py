@@ -258,7 +258,7 @@ class RequestMeter:
         if tokenizer is None:
             # The back end counts for this model, and it has not spoken.
             return _UNKNOWN
-        return await self._parts.tokens.count_all(tokenizer, texts, framing)
+        return await self._parts.tokens.count_all(tokenizer, texts, framing, self._event.tenant_id)
 
     async def _delivered_text_tokens(self, parts: int) -> int:
         """The tokens of the text so far, in windows, so that a long answer is not counted anew with every chunk."""

@@ -99,7 +99,7 @@ class LimitSettings:
 
     message_bytes_max: int = MAX_MESSAGE_BYTES
     requests_max: int = 1_000
-    """Inferences at the same time; more are refused."""
+    """Inferences at the same time, and streams that are open; more are refused. So of a tenant."""
     tenant_requests_max: int = 250
     stream_requests_max: int = 64
     """Of one client stream; it is read no further beyond, so nothing is refused for it."""

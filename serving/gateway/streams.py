@@ -28,6 +28,7 @@ from serving import kserve
 from serving.gateway.chunks import Arrivals, StreamResponse, learn_form, read_response
 from serving.gateway.errors import CallError
 from serving.gateway.metering import tell_usage
+from serving.gateway.open_streams import OpenStreams
 from serving.gateway.stopping import await_end, can_stop
 from serving.gateway.upstream import ASKED_AGAIN, EOF, RETRY_DELAY_S
 from serving.kserve import FINAL_PARAMETER, SERVICE_NAME, TensorError
@@ -448,13 +449,19 @@ _ENDS_STREAM = frozenset(
 def make_model_stream_infer(gateway: Gateway, policy: Policy) -> Callable[[Any, Any], Awaitable[None]]:
     """The RPC's handler."""
 
+    open_streams = OpenStreams(gateway.settings.limits, gateway.metrics)
+
     async def model_stream_infer(_: Any, context: Any) -> None:
         caller = gateway.caller(context)
         try:
             # Also before each request: a key may be revoked while the stream is open.
-            gateway.authenticate(caller, policy)
+            key = gateway.authenticate(caller, policy)
+            open_streams.begin(key.tenant_id)
         except CallError as error:
             await error.abort(context)
-        await _ClientStream(gateway, caller, policy, context).run()
+        try:
+            await _ClientStream(gateway, caller, policy, context).run()
+        finally:
+            open_streams.end(key.tenant_id)
 
     return model_stream_infer

@@ -69,26 +69,26 @@ class TokenCounts:
             total += bound
         return total
 
-    async def count_all(self, tokenizer: str, texts: Iterable[str], framing: Framing) -> TextCount:
-        """How many tokens the texts have, counted one by one."""
+    async def count_all(self, tokenizer: str, texts: Iterable[str], framing: Framing, owner: str) -> TextCount:
+        """How many tokens the texts of a tenant have, counted one by one."""
         tokens, exact = 0, True
         for text in texts:
-            count = await self.count(tokenizer, text, framing)
+            count = await self.count(tokenizer, text, framing, owner)
             tokens += count.tokens
             exact = exact and count.exact
         return TextCount(tokens, exact)
 
-    async def count(self, tokenizer: str, text: str, framing: Framing) -> TextCount:
-        """How many tokens the text has."""
+    async def count(self, tokenizer: str, text: str, framing: Framing, owner: str) -> TextCount:
+        """How many tokens the text of a tenant has."""
         try:
-            return TextCount(await self._registry.count(tokenizer, text, framing), True)
+            return TextCount(await self._registry.count(tokenizer, text, framing, owner=owner), True)
         except ChatTemplateError:
-            return TextCount(await self._registry.count(tokenizer, text, Framing.PROMPT), False)
+            return TextCount(await self._registry.count(tokenizer, text, Framing.PROMPT, owner=owner), False)
         except TextTooLongError:
             tokens = 0
             for start in range(0, len(text), _PIECE_CHARS):
                 piece = text[start : start + _PIECE_CHARS]
-                tokens += await self._registry.count(tokenizer, piece, Framing.OUTPUT)
+                tokens += await self._registry.count(tokenizer, piece, Framing.OUTPUT, owner=owner)
             return TextCount(tokens, False)
 
     def fingerprint(self, tokenizer: str) -> str:

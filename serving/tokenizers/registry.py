@@ -2,7 +2,8 @@
 
 One tokenizer a model, loaded when the registry is made: a tokenizer that is missing or unreadable stops the start, and
 no request ever loads or fetches one. Counts run on a few threads; how many may wait is bounded, and so are a text's
-length and the cache. The cache knows a text by a hash of all of it, because counts of a prefix and a rest do not add.
+length and the cache. The cache knows a text by a hash of all of it, because counts of a prefix and a rest do not add; and by
+whose it is, or how long an answer takes would tell one tenant what another has sent.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class TokenizerRegistry:
             self._models[entry.model] = loaded[path]
         self._pool = ThreadPoolExecutor(self._settings.threads, thread_name_prefix="tokenizer")
         self._slots = threading.BoundedSemaphore(self._settings.max_pending)
-        self._cache: OrderedDict[tuple[str, Framing, bytes], int] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, Framing, bytes], int] = OrderedDict()
         self.cache_hits = 0
         self.cache_misses = 0
 
@@ -100,10 +101,10 @@ class TokenizerRegistry:
         """A cheap number that `count` never exceeds; None where only counting can tell."""
         return self.tokenizer(model).upper_bound(text, framing)
 
-    async def count(self, model: str, text: str, framing: Framing = Framing.PROMPT) -> int:
-        """How many tokens the model sees in the text, framed as said."""
+    async def count(self, model: str, text: str, framing: Framing = Framing.PROMPT, *, owner: str = "") -> int:
+        """How many tokens the model sees in the text, framed as said; what is known of it is its owner's."""
         tokenizer = self.tokenizer(model)
-        key = (tokenizer.fingerprint, framing, self._digest(text))
+        key = (owner, tokenizer.fingerprint, framing, self._digest(text))
         cached = self._cache.get(key)
         if cached is not None:
             self._cache.move_to_end(key)

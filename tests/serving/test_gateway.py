@@ -405,3 +405,20 @@ async def test_a_stop_bills_what_it_cuts_off(tmp_path: Path, back_end: str) -> N
 
 async def one(entry: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     yield entry
+
+
+async def test_a_stop_waits_for_bills_that_begin_while_it_waits(server: GatewayServer) -> None:
+    written: list[str] = []
+
+    async def bill() -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        written.append("bill")
+
+    async def request() -> None:
+        await asyncio.sleep(0)
+        server.gateway.spawn(bill())
+
+    server.gateway.spawn(request())
+    await server.gateway.drain(180)
+    assert written == ["bill"]

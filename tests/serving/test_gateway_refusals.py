@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from billing.v1.usage_pb2 import (
 from producers.meter import MeterSettings
 from serving.gateway import GatewayServer, LimitSettings
 from serving.gateway.directory import Directory
+from serving.kserve import SERVICE_NAME
 from tests.serving.gateway_support import (
     HEADERS,
     PARTITIONS,
+    SECRET,
     account,
     answers,
     api_key,
     gateway_settings,
     journalled,
+    known_directory,
     now_ms,
     put_account,
     put_key,
@@ -139,6 +143,33 @@ async def test_concurrency_is_bounded_per_tenant(tmp_path: Path, back_end: str) 
         reasons = {event.client_request_id: event.refusal_reason for event in await settled(server, 2)}
         assert reasons == {"slow": 0, "refused": REFUSAL_REASON_RATE}
         assert told((await answers(client, slow))[-1][0]) is not None
+
+
+async def test_idle_streams_of_one_tenant_take_no_place_from_others(tmp_path: Path, back_end: str) -> None:
+    """gRPC bounds the calls of a process, probes included, whether or not anything is asked on them."""
+    directory = known_directory()
+    put_key(directory, api_key("key-b", "secret-b", "tenant-b"))
+    put_account(directory, account("tenant-b"))
+    settings = gateway_settings(tmp_path, back_end, limits=LimitSettings(requests_max=4, tenant_requests_max=3))
+    async with running(settings, directory) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        open_stream: Any = channel.stream_stream(f"/{SERVICE_NAME}/ModelStreamInfer", None, None)
+
+        def stream_of(secret: str) -> Any:
+            return open_stream(metadata=(("x-api-key", secret),))
+
+        # More than there are places in the whole process.
+        ends = [asyncio.ensure_future(call.code()) for call in [stream_of(SECRET) for _ in range(300)]]
+        async with asyncio.timeout(180):
+            while sum(end.done() for end in ends) < 297:
+                await asyncio.wait([end for end in ends if not end.done()], return_when=asyncio.FIRST_COMPLETED)
+        assert {end.result() for end in ends if end.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            headers = {"x-api-key": "secret-b"}
+            entry = {"model_name": "trace", "inputs": trace_inputs(1, 1)}
+            assert told((await answers(client, entry, headers=headers))[-1][0]) is not None
+        assert server.gateway.metrics["refused_rate"] == 297
+        for end in ends:
+            end.cancel()
 
 
 async def test_a_full_journal_refuses_before_the_inference(tmp_path: Path, back_end: str, direct: Any) -> None:

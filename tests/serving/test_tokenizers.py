@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
+from serving.gateway.tokens import TokenCounts
 from serving.model_server import find_smollm2_weights
 from serving.tokenizers import (
     ChatTemplateError,
@@ -235,6 +236,15 @@ def test_a_tokenizer_that_cannot_be_read_stops_the_start(tmp_path: Path, name: s
         path.mkdir()
     with pytest.raises(TokenizerLoadError, match=re.escape(str(path))):
         TokenizerRegistry([TokenizerSettings("m", path)])
+
+
+async def test_what_is_known_of_a_text_is_its_owner_s() -> None:
+    """A count that is there already comes sooner: of another tenant's text nobody is to learn that it was sent."""
+    async with TokenizerRegistry([TokenizerSettings("smollm2", find_smollm2_weights())]) as registry:
+        counts = TokenCounts(registry)
+        for owner in ("tenant-a", "tenant-b", "tenant-a"):
+            assert (await counts.count_all("smollm2", ["a text that one of them sends"], Framing.PROMPT, owner)).exact
+        assert (registry.cache_hits, registry.cache_misses) == (1, 2)
 
 
 async def test_registry_counts_caches_and_bounds() -> None:
