@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from confluent_kafka import KafkaError, KafkaException
 
 from billing.chain import UnreadableRecord
@@ -11,12 +13,26 @@ from serving.notifier.errors import NotifierError
 from sinks.errors import SinkError
 from stream_processors.errors import WorkerError
 from taximeter.embedded.process import ChildError
+from taximeter.kafka_trouble import kafka_trouble
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from taximeter.config import Config
 
 __all__ = ["explain"]
 
 
-def explain(error: BaseException) -> str | None:
-    """One sentence, or None: then it is a bug and keeps its traceback."""
+def explain(error: BaseException, config: Callable[[], Config] | None = None) -> str | None:
+    """One sentence, or None: then it is a bug and keeps its traceback. Of what Kafka refused `config` says more."""
+    known = _known(error)
+    if known is not None and config is not None and isinstance(error.__cause__ or error, KafkaException):
+        trouble = kafka_trouble(config().kafka)
+        return f"{known}: {trouble}" if trouble else known
+    return known
+
+
+def _known(error: BaseException) -> str | None:
     if isinstance(error, KafkaException):
         return _kafka(error)
     if isinstance(
@@ -29,5 +45,5 @@ def explain(error: BaseException) -> str | None:
 def _kafka(error: KafkaException) -> str:
     detail = error.args[0] if error.args else error
     if isinstance(detail, KafkaError):
-        return f"Kafka answers {detail.name()} ({detail.str()}): see that kafka.bootstrap is right and the broker runs"
+        return f"Kafka answers {detail.name()} ({detail.str()})"
     return f"Kafka: {detail}"

@@ -21,6 +21,7 @@ from taximeter import compose
 from taximeter.completeness_report import mend_silent
 from taximeter.errors import TaximeterError
 from taximeter.failures import explain
+from taximeter.kafka_trouble import kafka_trouble
 from taximeter.times import now_ms, show_time
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def _kafka(config: Config) -> Check:
             timeout=_KAFKA_TIMEOUT_S
         )
     except KafkaException as error:
-        return Check(name, State.ILL, f"{config.kafka.bootstrap}: {explain(error)}", "start the broker, or set kafka.bootstrap")
+        trouble = kafka_trouble(config.kafka)
+        return Check(name, State.ILL, f"{config.kafka.bootstrap}: {explain(error)}", trouble or "look again: it answers now")
     names = compose.topic_names(config)
     wanted = [names.events, names.commands, names.ledger, names.accounts, names.keys]
     wanted += [names.progress, names.alerts, names.rejected]

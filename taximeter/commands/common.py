@@ -101,7 +101,7 @@ def command(function: Callable[..., None], *, imports_more: bool = False) -> Cal
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except Exception as error:
-            known = explain(error)
+            known = explain(error, context.config)
             if known is None:
                 raise
             fail(context.output, known, TaximeterError.exit_code, as_json=arguments.get("json", False) is True)

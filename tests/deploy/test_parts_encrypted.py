@@ -40,6 +40,7 @@ from taximeter import compose
 from taximeter.config import load
 from taximeter.embedded.process import Child, free_port
 from taximeter.health import State, examine
+from taximeter.kafka_trouble import kafka_trouble
 from tests.services import require
 from tests.services.brokers import consumer_of, read_to_end
 from tests.services.certificates import Authority, Issued
@@ -404,6 +405,34 @@ def clients_of_kafka_without_the_right_credentials_are_refused(installation: Ins
     ]
     for settings, codes in cases:
         wait_until_refused({**settings, "bootstrap.servers": bootstrap, "log_level": "0"}, codes)
+    what_is_wrong_is_told_by_its_setting(installation)
+
+
+def what_is_wrong_is_told_by_its_setting(installation: Installation) -> None:
+    kafka, wrong = load(installation.configuration).kafka, installation.folder / "wrong"
+    wrong.write_text("a wrong password")
+    stranger = installation.outside.certificate
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, ""),
+        (
+            {"sasl_password_file": wrong},
+            f"kafka.sasl_username '{USER}': the broker refuses this user or the password (kafka.sasl_p",
+        ),
+        ({"sasl_username": "nobody"}, "kafka.sasl_username 'nobody': the broker refuses this user"),
+        ({"sasl_mechanism": "PLAIN"}, "kafka.sasl_mechanism 'PLAIN': the broker takes SCRAM-SHA-512; set that"),
+        (
+            {"ssl_ca_file": stranger},
+            f"kafka.ssl_ca_file {stranger}: the certificate of 127.0.0.1:{installation.kafka_port} is not",
+        ),
+        ({"security_protocol": "SASL_PLAINTEXT"}, "kafka.security_protocol 'SASL_PLAINTEXT': "),
+    ]
+    for changes, beginning in cases:
+        # A listener of another protocol says nothing, however long it is waited for.
+        told = kafka_trouble(kafka.model_copy(update=changes), 1.0 if "security_protocol" in changes else 60.0)
+        assert told.startswith(beginning), told
+        assert bool(told) == bool(beginning)
+        assert "a wrong password" not in told
+        assert installation.secret("kafka_password") not in told
 
 
 def wait_until_refused(settings: dict[str, str], codes: tuple[int, ...]) -> None:
