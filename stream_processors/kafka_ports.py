@@ -164,7 +164,7 @@ class KafkaLogWriter:
         self,
         topic: str,
         partition: int,
-        value: bytes,
+        value: bytes | None,
         on_done: Callable[[int, str], None],
         key: bytes | None = None,
         *,
@@ -172,7 +172,7 @@ class KafkaLogWriter:
     ) -> None:
         """Send; `on_done(offset, problem)` follows on the event loop, problem empty when it was acknowledged.
 
-        `time_ms` is the message's time; 0: the client's clock.
+        `time_ms` is the message's time; 0: the client's clock. Without a value, compaction takes out what the key had.
         """
         try:
             self._producer.produce(

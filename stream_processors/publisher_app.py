@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,8 @@ class Batch:
 
     states: dict[tuple[str, str], bytes] = field(default_factory=dict)
     notices: list[tuple[str, str, bytes]] = field(default_factory=list)
+    # States of which nothing more is to be kept, once whoever follows has been told so.
+    ended: set[tuple[str, str]] = field(default_factory=set)
     place: Progress | None = None
     # Of the record at `place`.
     log_time_ms: int = 0
@@ -78,7 +80,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        return len(self.states) + len(self.notices)
+        return len(self.states) + len(self.notices) + len(self.ended)
 
 
 def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
@@ -93,8 +95,10 @@ def messages_of(record: LedgerRecord, topics: TopicNames, batch: Batch) -> None:
             update = AccountUpdate(lease=lease)
             batch.states[topics.accounts, _key("lease", lease.tenant_id, lease.holder_id)] = update.SerializeToString()
     for budget in record.budgets:
-        place = _key("budget", budget.tenant_id, budget.project_id, budget.user_id)
-        batch.states[topics.accounts, place] = AccountUpdate(budget=budget).SerializeToString()
+        place = topics.accounts, _key("budget", budget.tenant_id, budget.project_id, budget.user_id)
+        batch.states[place] = AccountUpdate(budget=budget).SerializeToString()
+        # A user's ID is in it, and compaction would keep that for good.
+        (batch.ended.add if budget.gone else batch.ended.discard)(place)
     for project in record.projects:
         update = AccountUpdate(project=project)
         batch.states[topics.accounts, _key("project", project.tenant_id, project.project_id)] = update.SerializeToString()
@@ -371,7 +375,10 @@ class PublisherApp:
             self._batches[partition] = Batch()
             if self._gate is not None:
                 await self._gate(partition, batch.place.position.sequence)
-            sends = [(topic, key, value) for (topic, key), value in batch.states.items()] + batch.notices
+            sends: list[tuple[str, str, bytes | None]] = [(*place, value) for place, value in batch.states.items()]
+            sends += batch.notices
+            # Without a value: Kafka's compaction takes out what stood under the key, and then this.
+            sends += [(*place, None) for place in sorted(batch.ended)]
             await self._send_all(partition, sends)
             progress = (self.settings.topics.progress, f"reader/{READER_NAME}/{partition}", batch.place.SerializeToString())
             await self._send_all(partition, [progress])
@@ -379,7 +386,7 @@ class PublisherApp:
             for event in batch.events:
                 event.ack()
 
-    async def _send_all(self, partition: int, sends: list[tuple[str, str, bytes]]) -> None:
+    async def _send_all(self, partition: int, sends: Sequence[tuple[str, str, bytes | None]]) -> None:
         if not sends:
             return
         all_done = asyncio.get_running_loop().create_future()

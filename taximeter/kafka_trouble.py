@@ -90,6 +90,6 @@ def _said(kafka: KafkaConfig, told: list[KafkaError]) -> str:
     if code == KafkaError._TRANSPORT and "refused" in text:
         return f"kafka.bootstrap {kafka.bootstrap!r}: nobody listens there; start the broker, or correct the address"
     return (
-        f"kafka.security_protocol {kafka.security_protocol!r}: {kafka.bootstrap} does not answer in it; if the broker runs, its "
-        "listener there speaks another one"
+        f"kafka.security_protocol {kafka.security_protocol!r}: {kafka.bootstrap} does not answer in it; if the broker "
+        "runs, its listener there speaks another one"
     )

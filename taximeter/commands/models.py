@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from billing.v1.usage_pb2 import CountSource, Outcome
-from taximeter import compose
+from taximeter import compose_serving
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.errors import EXIT_WRONG, InputFileError, MisuseError
 
@@ -41,8 +41,8 @@ def check(
         known = ", ".join(sorted(config.models.profiles)) or "none"
         raise MisuseError(f"model {model!r} has no profile: add [models.profiles.{model}], or name one of: {known}")
     asked = TrialRequest(prompt, output_tokens, dict(_read_input(entry) for entry in input_ or ()))
-    tls = compose.upstream_tls(config)
-    made = compose.model_profile(model, profile)
+    tls = compose_serving.upstream_tls(config)
+    made = compose_serving.model_profile(model, profile)
     trial = asyncio.run(try_profile(made, config.models.tokenizers, upstream or config.gateway.upstream, asked, tls))
     values = _values(trial)
     if json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from taximeter import compose
+from taximeter import compose, compose_serving
 from taximeter.collectors import sink_spans, worker_spans
 from taximeter.commands.common import Context, all_is_imported, command
 from taximeter.config import read_secret
@@ -41,7 +41,7 @@ def gateway(context: Context, log_level: LogLevelOption = "info", log_format: Lo
     all_is_imported()
     start_logging("gateway", log_level, log_format)
     config = context.config()
-    settings = compose.gateway_settings(config)
+    settings = compose_serving.gateway_settings(config)
     with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=new_event_loop) as runner:
 
         def watch(server: Any) -> None:
@@ -148,7 +148,7 @@ def api(
     all_is_imported()
     start_logging("api", log_level, log_format)
     config = context.config()
-    settings = compose.api_settings(config)
+    settings = compose_serving.api_settings(config)
     with contextlib.ExitStack() as stack:
 
         def watch(server: Any) -> None:
@@ -176,7 +176,7 @@ def notifier(
     all_is_imported()
     start_logging("notifier", log_level, log_format)
     config = context.config()
-    settings = compose.notifier_settings(config)
+    settings = compose_serving.notifier_settings(config)
     with contextlib.ExitStack() as stack:
 
         def watch(notifier: Any) -> None:
@@ -196,7 +196,7 @@ def model_server(context: Context, log_level: LogLevelOption = "info") -> None:
 
     all_is_imported()
     start_logging("model-server", log_level)
-    asyncio.run(until_told(serve(compose.model_server_settings(context.config()))))
+    asyncio.run(until_told(serve(compose_serving.model_server_settings(context.config()))))
 
 
 async def until_told(work: Coroutine[Any, Any, None]) -> None:

@@ -95,17 +95,18 @@ def wrap_worker(points: Points) -> None:
         self: KafkaLogWriter,
         topic: str,
         partition: int,
-        value: bytes,
+        value: bytes | None,
         on_done: Callable[[int, str], None],
         *rest: Any,
         **more: Any,
     ) -> None:
-        if not topic.endswith("usage.ledger"):
+        if value is None or not topic.endswith("usage.ledger"):
             write(self, topic, partition, value, on_done, *rest, **more)
             return
+        stored = value
 
         def stake() -> dict[str, object] | None:
-            return _stake([LedgerRecord.FromString(value)])
+            return _stake([LedgerRecord.FromString(stored)])
 
         def done(offset: int, problem: str) -> None:
             if not problem:

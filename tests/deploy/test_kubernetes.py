@@ -19,7 +19,12 @@ BASE = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text())
 OBJECTS: list[dict[str, Any]] = [
     each for name in BASE["resources"] for each in yaml.safe_load_all((FOLDER / "base" / name).read_text())
 ]
-WORKLOADS = {each["metadata"]["name"]: each for each in OBJECTS if each["kind"] in {"StatefulSet", "Deployment", "Job"}}
+# What a CronJob makes is a Job like others.
+WORKLOADS = {
+    each["metadata"]["name"]: each["spec"]["jobTemplate"] if each["kind"] == "CronJob" else each
+    for each in OBJECTS
+    if each["kind"] in {"StatefulSet", "Deployment", "Job", "CronJob"}
+}
 # What each part reads: without one of these files it ends with an error, and with more it could do more than it has to.
 SECRETS = {
     "taximeter-topics": {"seal_key", "command_key"},
@@ -28,6 +33,7 @@ SECRETS = {
     "taximeter-gateway": {"key_pepper", "lease_key"},
     "taximeter-api": {"key_pepper", "command_key", "clickhouse_password"},
     "taximeter-notifier": set(),
+    "taximeter-backup": {"seal_key"},
 }
 KEYS = {
     "taximeter-ledger": {"seal_key", "command_key"},
@@ -71,11 +77,13 @@ def test_every_part_is_there() -> None:
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_each_container_runs_a_command_that_there_is(name: str) -> None:
     command = typer.main.get_command(application())
-    for word in container(name)["args"]:
-        commands = getattr(command, "commands", {})
-        assert word in commands, f"{name}: `{word}` is no command"
-        command = commands[word]
-    assert not hasattr(command, "commands")
+    words = list(container(name)["args"])
+    while hasattr(command, "commands"):
+        word = words.pop(0)
+        assert word in command.commands, f"{name}: `{word}` is no command"
+        command = command.commands[word]
+    # What is left are its arguments, as it takes them.
+    command.make_context(name, words)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -175,10 +183,23 @@ def test_what_must_outlive_a_pod_lies_on_a_claim_that_stays(name: str, path: str
         assert config.gateway.replicas == spec["replicas"]
 
 
+def test_backups_are_taken_one_at_a_time_onto_a_claim_that_is_no_pods(config: Config) -> None:
+    (cron,) = named("CronJob").values()
+    assert re.fullmatch(r"\d+ \* \* \* \*", cron["schedule"]), "hourly, as docs/operating.md says"
+    assert cron["concurrencyPolicy"] == "Forbid"
+    folder = Path(container("taximeter-backup")["args"][-1])
+    (mount,) = [mount for mount in container("taximeter-backup")["volumeMounts"] if mount["name"] == "backup"]
+    assert folder.is_relative_to(mount["mountPath"])
+    assert folder != Path(mount["mountPath"]), "a volume's own folder has what its file system keeps there"
+    (volume,) = [volume for volume in pod("taximeter-backup")["volumes"] if volume["name"] == "backup"]
+    assert volume["persistentVolumeClaim"]["claimName"] in named("PersistentVolumeClaim")
+    assert config.ledger.anchor_file is None, "else it is to be mounted here, too"
+
+
 def test_selectors_find_the_pods_that_they_mean() -> None:
     labels = {name: each["spec"]["template"]["metadata"]["labels"] for name, each in WORKLOADS.items()}
     for name, each in WORKLOADS.items():
-        if each["kind"] != "Job":
+        if "selector" in each["spec"]:
             assert each["spec"]["selector"]["matchLabels"].items() <= labels[name].items()
     for name, budget in named("PodDisruptionBudget").items():
         assert budget == {"maxUnavailable": 1, "selector": {"matchLabels": {"app.kubernetes.io/name": name}}}

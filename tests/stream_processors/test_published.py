@@ -54,3 +54,21 @@ def test_a_name_with_a_delimiter_takes_nobody_elses_place() -> None:
         "tick": 1,
     }
     assert (TOPICS.accounts, "lease/a%2Fb/c") in published.states
+
+
+def test_of_a_budget_that_has_ended_nothing_is_kept_unless_there_is_one_again() -> None:
+    ledger = Ledger(0, LedgerSettings(partitions=1, dedupe_key=b"k" * 32))
+    ledger.tenant("a")
+    published = Batch()
+
+    def budget(user_id: str, amount: int) -> None:
+        said = BudgetUpsert(tenant_id="a", amount=to_amount(amount), user_id=user_id)
+        messages_of(ledger.command(budget_upsert=said).record, TOPICS, published)
+
+    for user_id, amount in (("maria", 1), ("maria", 0), ("peter", 1), ("peter", 0), ("peter", 2)):
+        budget(user_id, amount)
+    ended = TOPICS.accounts, "budget/a//maria"
+    assert published.ended == {ended}
+    # Who follows is told first: compaction comes later.
+    assert AccountUpdate.FromString(published.states[ended]).budget.gone
+    assert not AccountUpdate.FromString(published.states[TOPICS.accounts, "budget/a//peter"]).budget.gone

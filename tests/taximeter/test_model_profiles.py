@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from serving.gateway.profiles import KINDS, ModelProfile, ocr, vllm
 from serving.gateway.units import AudioMilliseconds
-from taximeter.compose import model_profile
+from taximeter.compose_serving import model_profile
 from taximeter.errors import ConfigError
 from taximeter.serving_config import ModelProfileConfig
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from standardwebhooks import Webhook
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED
 from producers.calls import CallMeter, Identity, Used
 from producers.meter import MeterSettings, UsageMeter
+from taximeter.compose import topic_names
+from taximeter.config import load
+from tests.services.brokers import consumer_of, read_to_end
 from tests.serving.notifier.support import SECRET, Receiver, Request, receiving, secret_line
 from tests.taximeter.support import ROOT, SAMPLE, Up, environment, until
 
@@ -371,6 +375,21 @@ def test_a_user_is_erased_after_the_rows_were_shown_and_comes_back_as_nobody(up:
     assert (again["pseudonym"], set(again["rows"].values())) == (erased["pseudonym"], {0})
     audited = up.json("audit")
     assert (audited["findings"], audited["redacted_records"] > 0) == ([], True)
+    until(lambda: kept_of_budgets(up, "forgetful") == {None}, what="the tombstone of the user's budget")
+
+
+def kept_of_budgets(up: Up, tenant_id: str) -> set[bytes | str | None]:
+    """What compaction leaves of the tenant's budgets on `billing.accounts`: the last value of each key."""
+    state = up.data_dir.running()
+    assert state is not None
+    config = load(state.config_path)
+    last: dict[bytes | str | None, bytes | str | None] = {}
+    with closing(consumer_of(config.kafka.bootstrap)) as consumer:
+        for partition in range(config.ledger.partitions):
+            messages, _ = read_to_end(consumer, topic_names(config).accounts, partition, 0)
+            last |= {message.key(): message.value() for message in messages}
+    beginning = f"budget/{tenant_id}/".encode()
+    return {value for key, value in last.items() if isinstance(key, bytes) and key.startswith(beginning)}
 
 
 def test_a_book_is_shown_edited_checked_compared_and_applied(up: Up, tmp_path: Path) -> None:

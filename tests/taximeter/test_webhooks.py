@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from serving.notifier.deliveries import EndpointQueue
 from serving.notifier.journal import Journal, NewDelivery
 from serving.notifier.notifier import Notifier
-from taximeter import compose
+from taximeter import compose_serving
 from taximeter.cli import application
 from taximeter.config import load
 from taximeter.errors import ConfigError
@@ -35,7 +35,7 @@ def configured(folder: Path, secret: str = GOOD, **keys: Any) -> Path:
 
 def test_an_endpoint_is_read_with_its_secrets_and_shows_none(tmp_path: Path) -> None:
     path = configured(tmp_path, f"whsec_{GOOD}\n\n{OTHER}\n", rules=["token_burst"], severities=["critical"], tenants=["a"])
-    settings = compose.notifier_settings(load(path))
+    settings = compose_serving.notifier_settings(load(path))
     [endpoint] = settings.endpoints
     assert (endpoint.name, endpoint.secrets) == ("ops", (b"s" * 32, b"t" * 24))
     filters = [*endpoint.rules, *endpoint.severities, *endpoint.tenants]
@@ -77,13 +77,13 @@ def test_an_endpoint_that_cannot_be_is_refused_and_named(tmp_path: Path, keys: d
 )
 def test_a_secret_that_is_none_is_refused_and_not_shown(tmp_path: Path, secret: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem) as refused:
-        compose.notifier_settings(load(configured(tmp_path, secret)))
+        compose_serving.notifier_settings(load(configured(tmp_path, secret)))
     assert not secret or secret not in str(refused.value)
 
 
 def test_without_endpoints_there_is_nothing_to_run() -> None:
     with pytest.raises(ConfigError, match=r"add \[notifier\.endpoints\.NAME\]"):
-        compose.notifier_settings(load())
+        compose_serving.notifier_settings(load())
 
 
 def run(path: Path, *arguments: str, exit_code: int = 0) -> Any:
@@ -115,7 +115,7 @@ def test_dead_letters_are_listed_retried_and_dropped_from_the_command_line(tmp_p
 
 
 async def test_each_endpoint_is_scraped_by_its_name(tmp_path: Path) -> None:
-    settings = compose.notifier_settings(load(configured(tmp_path)))
+    settings = compose_serving.notifier_settings(load(configured(tmp_path)))
     notifier = Notifier(settings)
     journal = Journal(settings.journal_path, dead_max=9)
     journal.take("a", [NewDelivery("ops", "a-r1", "a", b"{}", "no room"), NewDelivery("ops", "b-r1", "b", b"{}")])
