@@ -182,7 +182,7 @@ class Rules:
                 f"{len(evidence.oversized)} prompt(s) of tenant {account.tenant_id} over the limit; the largest has "
                 f"{worst} tokens" + (f", {limit} are allowed" if limit else ""),
                 [request_id for request_id, _ in evidence.oversized],
-                {"prompt_tokens": worst, "limit": limit, "requests": len(evidence.oversized)},
+                {"prompt_tokens": worst, "limit": min(limit, _FIGURE_MAX), "requests": len(evidence.oversized)},
             )
         if evidence.outliers:
             worst = max(tokens for _, tokens in evidence.outliers)

@@ -191,6 +191,11 @@ class Alerts:
         alert.updated_ms = alert.told_ms = record.log_time_ms
         alert.index = len(record.alerts)
         alert.position.CopyFrom(LedgerPosition(generation=record.generation, sequence=record.sequence))
+        # A replay sets what is told before what only moved: of an alert that did both, in that order, the latter is over.
+        moved = [each for each in record.alert_states if _name_of(each) != _name_of(alert)]
+        if len(moved) < len(record.alert_states):
+            del record.alert_states[:]
+            record.alert_states.extend(moved)
         told = record.alerts.add()
         told.CopyFrom(alert)
         self.set(told)

@@ -17,7 +17,7 @@ from billing.prices import PriceBookRefused
 from billing.registrations import register, registration_problem
 from billing.rule_limits import completed, rules_problem
 from billing.state import DAY_MS, LedgerState
-from billing.tenant_step import check_key, check_operator_key, close_tenant, upsert_budget, upsert_project
+from billing.tenant_step import check_key, check_operator_key, close_tenant, plan_problem, upsert_budget, upsert_project
 from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
 from billing.v1.alert_pb2 import ALERT_RULE_STALE_COMMAND, ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import (
@@ -155,8 +155,7 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     plan = completed(upsert.plan, state.settings.default_plan)
     if plan.ByteSize() > PLAN_BYTES_MAX:
         raise CommandRefused(f"plan: {plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
-    problem = rules_problem(plan.rules)
-    if problem:
+    if problem := plan_problem(plan) or rules_problem(plan.rules):
         raise CommandRefused(problem)
     if account is None:
         account = state.accounts[upsert.tenant_id] = AccountState(upsert.tenant_id, currency, plan=state.settings.default_plan)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from billing.accounts import AccountState
-from billing.amounts import format_pico
+from billing.amounts import format_pico, from_amount
 from billing.commands import CommandRefused
 from billing.limits import CLOSED_KEYS_MAX, ID_CHARS_MAX, PROJECTS_MAX
 from billing.state import LedgerState
-from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, KEY_SCOPE_METER, ApiKey, LedgerPosition, Project
+from billing.v1.account_pb2 import ACCOUNT_STATUS_CLOSED, KEY_SCOPE_METER, ApiKey, LedgerPosition, Plan, Project
 from billing.v1.command_pb2 import BudgetUpsert, ProjectUpsert
 from billing.v1.ledger_pb2 import LedgerRecord
+
+_AMOUNT_PICO_MAX = 10**30
+# Alerts state it in a signed field.
+_PROMPT_TOKENS_MAX = 2**63 - 1
+
+
+def plan_problem(plan: Plan) -> str:
+    """What nobody downstream could hold, for a person; empty: nothing."""
+    limit_pico = from_amount(plan.credit_limit)
+    if not 0 <= limit_pico <= _AMOUNT_PICO_MAX:
+        return f"credit_limit: {limit_pico} pico; give 0 to 10^18 units, 0 is no limit"
+    if plan.prompt_tokens_max > _PROMPT_TOKENS_MAX:
+        return f"prompt_tokens_max: {plan.prompt_tokens_max}; give at most {_PROMPT_TOKENS_MAX}, 0 is no limit"
+    return ""
 
 
 def close_tenant(state: LedgerState, account: AccountState, record: LedgerRecord, *, expire_credit: bool) -> str:

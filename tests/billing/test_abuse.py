@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from billing.v1 import alert_pb2 as alerts
@@ -40,6 +42,9 @@ def test_a_prompt_that_a_gateway_refused_by_its_own_limit_is_raised_too(ledger: 
     refusal = {"outcome": u.OUTCOME_REJECTED, "refusal_reason": u.REFUSAL_REASON_PROMPT_TOO_LARGE}
     (alert,) = raised(ledger, batch([usage("big", B, **refusal)]))
     assert (alert.rule, alert.tenant_id) == (alerts.ALERT_RULE_PROMPT_OVER_LIMIT, B)
+    # Whatever a ledger was founded with, the step goes on.
+    founded = Ledger(settings=replace(ledger.settings, default_prompt_tokens_max=2**64 - 1))
+    assert founded.usage(batch([usage("big", B, **refusal)])).record.alerts[-1].figures["limit"] == 2**63 - 1
 
 
 def test_a_rule_is_quiet_about_a_tenant_while_it_cools_down(ledger: Ledger) -> None:

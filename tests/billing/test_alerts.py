@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from billing import replay
+from billing.amounts import to_amount
 from billing.founding import found_again
 from billing.rule_limits import rule_limits
 from billing.state import LedgerState, MemorySeenKeys
 from billing.v1 import alert_pb2 as a
 from billing.v1 import usage_pb2 as u
-from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, Plan, RuleAction
+from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, BILLING_MODE_PREPAID, Plan, RuleAction
 from billing.v1.alert_pb2 import Alert
-from billing.v1.command_pb2 import AlertAcknowledgement, TenantUpsert
+from billing.v1.command_pb2 import AlertAcknowledgement, CreditGrant, TenantUpsert
 from stream_processors.local_store import Acknowledged, LocalStore
 from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
 
@@ -57,6 +58,22 @@ def test_what_is_told_is_ordered_by_its_record_and_place(ledger: Ledger) -> None
     told = ledger.usage(batch(events)).record.alerts
     assert [(alert.position.sequence, alert.index) for alert in told] == [(ledger.state.sequence, n) for n in range(4)]
     assert len({alert.alert_id for alert in told}) == 4
+
+
+def test_what_moved_and_was_told_by_one_record_is_after_a_replay_what_was_told(ledger: Ledger) -> None:
+    """The first minute of a batch only moves the figures of an active alert, its second makes it critical."""
+    ledger.tenant(A, Plan(billing_mode=BILLING_MODE_PREPAID))
+    ledger.command(credit_grant=CreditGrant(tenant_id=A, amount=to_amount(1_000 * 1_400_000), currency="USD"))
+    minutes_ms = [NOW_MS + number * 60_000 for number in range(-20, 0)]
+    for number, minute_ms in enumerate(minutes_ms[:8]):
+        ledger.usage(batch([usage(f"r{number}", A, started_ms=1, ended_ms=minute_ms)]), NOW_MS + number)
+    moderate = usage("moderate", A, started_ms=1, ended_ms=minutes_ms[8])
+    heavy = usage("heavy", A, started_ms=1, ended_ms=minutes_ms[9], uncached_input_tokens=56_000)
+    record = ledger.usage(batch([moderate, heavy]), NOW_MS + 60_000).record
+    [told] = [alert for alert in record.alerts if alert.rule == a.ALERT_RULE_BURN_RATE]
+    assert (told.state, told.severity, told.revision) == (a.ALERT_STATE_UPDATED, a.SEVERITY_CRITICAL, 2)
+    assert not record.alert_states
+    assert ledger.replayed().digest() == ledger.state.digest()
 
 
 def test_subjects_beyond_a_few_share_one_alert(ledger: Ledger) -> None:

@@ -11,7 +11,7 @@ from billing.amounts import PICO, to_amount
 from billing.key_ring import KeyRing
 from billing.state import DAY_MS
 from billing.step import CommandInput, LedgerKeys, step
-from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, Amount, ApiKey
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, Amount, ApiKey, Plan
 from billing.v1.alert_pb2 import ALERT_RULE_STALE_COMMAND, ALERT_RULE_UNSIGNED_COMMAND
 from billing.v1.command_pb2 import Command, CreditGrant, KeyUpsert, Price, PriceBook, SignedCommand, TenantUpsert
 from billing.v1.usage_pb2 import OUTCOME_REJECTED
@@ -78,6 +78,15 @@ def test_a_grant_counts_once_however_often_it_comes(ledger: Ledger) -> None:
         ({"key_upsert": key(tenant_id=B)}, "create the tenant"),
         ({"price_book": PriceBook(version=2, currency="USD", prices=[Price(model="m")])}, "version: 2"),
         ({"price_book": PriceBook(version=1, currency="USD")}, "prices: 0"),
+        *(
+            ({"tenant_upsert": TenantUpsert(tenant_id=A, plan=plan)}, names)
+            for plan, names in (
+                (Plan(credit_limit=to_amount(10**30 + 1)), "credit_limit: 1000000000000000000000000000001 pico"),
+                (Plan(credit_limit=to_amount(-1)), "credit_limit: -1 pico"),
+                # More than an alert can say, which would end the step of whoever is refused.
+                (Plan(prompt_tokens_max=2**63), "prompt_tokens_max: 9223372036854775808; give at most"),
+            )
+        ),
         ({}, "action"),
     ],
 )
