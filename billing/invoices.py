@@ -40,6 +40,7 @@ from billing.v1.invoice_pb2 import (
     RoundingRule,
     TaxLine,
 )
+from billing.v1.usage_pb2 import SERVICE_CLASS_TEST
 
 __all__ = [
     "AT_THE_CLOSE",
@@ -160,7 +161,9 @@ def draw(
     paid: Sequence[CreditApplied],
     issue: Issue,
 ) -> Invoice:
-    """The invoice of `period` over `lines`, which hold everything that it is to take; `paid` of it by credit."""
+    """The invoice of `period` over `lines`, which hold everything that it is to take; `paid` of it by credit. What test keys
+    used is free, and stands on none."""
+    lines = [line for line in lines if line.key.service_class != SERVICE_CLASS_TEST]
     invoice = _draw_in_full(said, payer, period, lines, paid, issue)
     if invoice.ByteSize() > INVOICE_BYTES_MAX:
         # Nobody reads tens of thousands of lines: one for each price, whatever the project and model.

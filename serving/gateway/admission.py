@@ -164,10 +164,12 @@ def money_refusal(account: AccountView) -> Refusal:
         f"balance: {balance}, of which {leased} is set aside for requests that run: not enough for this request's longest "
         "answer: allow fewer output tokens, wait, or add credit",
         True,
+        # Those that run give back what they did not need.
+        1 if account.leased_pico > 0 else 0,
     )
 
 
-def budget_refusal(stop: BudgetView, currency: str) -> Refusal:
+def budget_refusal(stop: BudgetView, currency: str, now_ms: int) -> Refusal:
     """For a request of someone whose budget is used up."""
     whose = f"project {stop.project_id}" if stop.project_id else f"user {stop.user_id}" if stop.user_id else "the account"
     until = datetime.fromtimestamp(stop.period_end_ms / 1_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -177,7 +179,12 @@ def budget_refusal(stop: BudgetView, currency: str) -> Refusal:
         f"budget of {whose}: {format_pico(stop.amount_pico, currency)} is used up until {until}: wait for the next period, or "
         "ask whoever set it to raise it",
         True,
+        _until_s(stop.period_end_ms, now_ms),
     )
+
+
+def _until_s(end_ms: int, now_ms: int) -> int:
+    return max(1, -(-(end_ms - now_ms) // 1_000))
 
 
 def restriction_refusal(key: KeyView, account: AccountView, now_ms: int) -> Refusal | None:
@@ -190,7 +197,7 @@ def restriction_refusal(key: KeyView, account: AccountView, now_ms: int) -> Refu
         REFUSAL_REASON_SUSPENDED,
         f"{f'API key {held.key_id}' if held.key_id else 'account'}: stopped by the rule {held}: wait, or ask the operator",
         True,
-        max(1, -(-(held.until_ms - now_ms) // 1_000)),
+        _until_s(held.until_ms, now_ms),
     )
 
 

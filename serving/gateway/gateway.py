@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections import Counter
@@ -128,9 +129,9 @@ class Gateway:
         """The caller's key. Raises CallError; of an inference, a key that has a tenant but may not be used leaves a record."""
         if self.journal_full:
             self.metrics["journal_full"] += 1
-            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"usage cannot be recorded: {self.journal_full}")
+            raise self._full(self.journal_full)
         if not self.ready:
-            raise CallError(grpc.StatusCode.UNAVAILABLE, "keys are still being read: try again in a moment")
+            raise CallError(grpc.StatusCode.UNAVAILABLE, "keys are still being read: try again in a moment", retry_after_s=1)
         key = None if caller.secret_hash is None else self._directory.find_key(caller.secret_hash)
         refusal = admission.key_refusal(key, policy.scopes, now_ms())
         if refusal is not None:
@@ -365,13 +366,19 @@ class Gateway:
                 return refusal
         # A test key's usage costs nothing.
         stop = None if key.test else self._directory.find_stop(key, now_ms())
-        return None if stop is None else admission.budget_refusal(stop, "" if account is None else account.currency)
+        return None if stop is None else admission.budget_refusal(stop, "" if account is None else account.currency, now_ms())
 
     def _not_opened(self, error: ProducerError) -> CallError:
         if isinstance(error, JournalFull):
             self.metrics["journal_full"] += 1
-            return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"usage cannot be recorded: {error}")
+            return self._full(str(error))
         return self.unrecorded(error)
+
+    @staticmethod
+    def _full(why: str) -> CallError:
+        # It frees itself as the ledger takes events, and asks its disk as often.
+        status = grpc.StatusCode.RESOURCE_EXHAUSTED
+        return CallError(status, f"usage cannot be recorded: {why}", retry_after_s=math.ceil(_FULL_RETRY_S))
 
     async def _set_aside(
         self,

@@ -40,7 +40,7 @@ from billing.v1.invoice_pb2 import (
     Invoice,
     TaxRate,
 )
-from billing.v1.usage_pb2 import OUTCOME_REJECTED
+from billing.v1.usage_pb2 import OUTCOME_REJECTED, SERVICE_CLASS_STANDARD, SERVICE_CLASS_TEST
 from tests.billing.ledgers import KEYS, PRICES, Ledger, batch, tenants_in, usage
 
 ONE, TWO = tenants_in(1)[:2]
@@ -119,6 +119,20 @@ def test_an_invoice_takes_lines_and_open_windows_once(ledger: Ledger) -> None:
     assert (drawn.period_start_ms, drawn.period_end_ms, drawn.time_zone) == (NOVEMBER, DECEMBER, "UTC")
     assert owed(ledger.state, ONE) == 1_400_000
     assert ledger.replayed().digest() == ledger.state.digest()
+
+
+def test_what_a_test_key_used_is_metered_and_on_no_invoice(ledger: Ledger) -> None:
+    use(ledger, "r1", NOVEMBER + DAY_MS)
+    use(ledger, "tried", NOVEMBER + DAY_MS, service_class=SERVICE_CLASS_TEST)
+    metered = [window for window in ledger.state.windows.values() if window.key.service_class == SERVICE_CLASS_TEST]
+    assert [(window.events, window.cost_pico) for window in metered] == [(1, 0)]
+    drawn = invoice(ledger, DECEMBER)
+    assert [(line.key.service_class, from_units(line.part.units)) for line in drawn.lines] == [
+        (SERVICE_CLASS_STANDARD, 10),
+        (SERVICE_CLASS_STANDARD, 100),
+    ]
+    assert from_amount(drawn.net_exact) == 1_400_000
+    assert owed(ledger.state, ONE) == 0
 
 
 def test_a_draft_shows_the_same_and_changes_nothing(ledger: Ledger) -> None:

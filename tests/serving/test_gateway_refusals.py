@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import grpc
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from billing.amounts import PICO, to_amount
@@ -23,6 +25,7 @@ from billing.v1.usage_pb2 import (
     REFUSAL_REASON_SUSPENDED,
 )
 from producers.meter import MeterSettings
+from serving import kserve
 from serving.gateway import GatewayServer, LimitSettings
 from serving.gateway.directory import Directory
 from serving.kserve import SERVICE_NAME
@@ -94,6 +97,8 @@ async def test_a_budget_that_is_used_up_and_a_closed_project_are_refused_by_name
     budget.period_end_ms = 4_102_444_800_000
     told = "RESOURCE_EXHAUSTED.*budget of project project: 25.00 USD is used up until 2100-01-01T00:00:00Z"
     assert await refusal(AccountUpdate(budget=budget), told) == REFUSAL_REASON_BUDGET
+    left_s = budget.period_end_ms // 1_000 - time.time()
+    assert left_s - 60 < await retry_after_s(server.port) <= left_s + 60
     budget.gone = True
     directory.on_account(b"update", AccountUpdate(budget=budget).SerializeToString(), 0)
     project = Project(tenant_id="tenant-a", project_id="project", closed=True)
@@ -181,11 +186,23 @@ async def test_a_full_journal_refuses_before_the_inference(tmp_path: Path, back_
     ):
         with pytest.raises(InferenceServerException, match=r"RESOURCE_EXHAUSTED.*usage cannot be recorded"):
             await infer_until_refused(client)
+        assert await retry_after_s(server.port) == 1
         done = len(journalled(server.meter))
         assert done > 0
     after = await direct.get_inference_statistics("trace-unary")
     counts = [statistics.model_stats[0].inference_count for statistics in (before, after)]
     assert counts[1] - counts[0] == done
+
+
+async def retry_after_s(port: int) -> int:
+    """What the refusal of an inference says; 0: nothing."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        request = service_pb2.ModelInferRequest(model_name="trace-unary")
+        kserve.add_bytes_input(request, "sampling_parameters", [b'{"context_tokens": 1, "output_tokens": 1}'])
+        call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, metadata=tuple(HEADERS.items()))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+        return int(str(dict(await call.trailing_metadata()).get("retry-after", 0)))
 
 
 async def infer_until_refused(client: Any) -> None:
