@@ -24,7 +24,7 @@ from billing.v1.account_pb2 import (
     ApiKey,
     Plan,
 )
-from billing.v1.usage_pb2 import UsageEvent
+from billing.v1.usage_pb2 import COUNT_SOURCE_BACKEND, UsageEvent
 from producers.meter import MeterSettings
 from serving import kserve
 from serving.gateway import AdmissionSettings, DirectorySettings, GatewayServer, hash_secret
@@ -72,6 +72,8 @@ class Trial:
     tokenizer_input: int | None
     tokenizer_output: int | None
     """What the tokenizer counts of the same texts, where there is one."""
+    fingerprint: str
+    """The tokenizer's."""
 
 
 async def try_profile(
@@ -146,7 +148,18 @@ async def _try(
     text = _text(profile, responses)
     counted = await _tokenizer_counts(server, profile, asked, text)
     event = UsageEvent.FromString(events[0]) if events else None
-    return Trial(problems, event, said, text[:_ANSWER_CHARS], len(responses), *counted)
+    if event is not None and event.count_source == COUNT_SOURCE_BACKEND:
+        problems += _differences(profile, counted[0], event.uncached_input_tokens)
+    fingerprint = "" if profile.tokenizer is None else server.tokens.fingerprint(profile.tokenizer)
+    return Trial(problems, event, said, text[:_ANSWER_CHARS], len(responses), *counted, fingerprint)
+
+
+def _differences(profile: ModelProfile, counted: int | None, told: int) -> tuple[str, ...]:
+    """What is wrong where the tokenizer and the back end count one prompt."""
+    if counted in (None, told):
+        return ()
+    what = f"tokenizer {profile.tokenizer!r} counts {counted} tokens of a prompt of which the back end counts {told}"
+    return (f"{what}: it is not the model's, or the model puts something around the prompt",)
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:

@@ -202,16 +202,22 @@ class ModelProfileConfig(Section):
 
 
 class ModelsConfig(Section):
-    """Models by name, and tokenizers by name: the path of a tokenizer.json, a GGUF file, or a folder."""
+    """Models by name, and tokenizers by name: the path of a tokenizer.json, a GGUF file, or a folder; or their name on the
+    Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION, whose files must lie in this machine's cache.
+    """
 
     profiles: dict[str, ModelProfileConfig] = Field(default_factory=dict)
     tokenizers: dict[str, Path] = Field(default_factory=dict)
+    # Of tokenizers, as `taximeter models check` shows them: a gateway does not start with another one.
+    fingerprints: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _tokenizers_are_there(self) -> ModelsConfig:
         for name, profile in self.profiles.items():
             if profile.tokenizer and profile.tokenizer not in self.tokenizers:
                 raise ValueError(f"profiles.{name} counts with tokenizer {profile.tokenizer!r}: add it to [models.tokenizers]")
+        for name in self.fingerprints.keys() - self.tokenizers.keys():
+            raise ValueError(f"fingerprints.{name} is of no tokenizer: add it to [models.tokenizers], or take it out")
         return self
 
 

@@ -159,7 +159,7 @@ class GatewayServer:
         self._settings = settings
         self._follows = directory is None
         self._directory = directory or Directory(settings.directory.partitions)
-        self.tokens = TokenCounts(make_registry(settings.tokenizers, settings.limits.requests_max))
+        self.tokens = TokenCounts(make_registry(settings.tokenizers, settings.fingerprints, settings.limits.requests_max))
         self._followers: list[TopicFollower] = []
         self._publisher: Publisher | None = None
         self._worth = Worth()

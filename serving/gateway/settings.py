@@ -170,6 +170,8 @@ class GatewaySettings:
     models: Mapping[str, ModelProfile]
     """By model name; a model that is not here is not served."""
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """What tokenizers must be, by their names; one that is another stops the start."""
     """By the name that profiles use; all are loaded before the first request."""
     publisher: PublisherSettings | None = None
     """None: another process sends the journal."""

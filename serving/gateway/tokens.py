@@ -35,10 +35,11 @@ class TextCount:
     exact: bool
 
 
-def make_registry(tokenizers: Mapping[str, Path], requests_max: int) -> TokenizerRegistry:
-    """Load all tokenizers. A request waits for at most one count at a time, so none is ever refused for a full queue."""
+def make_registry(tokenizers: Mapping[str, Path], fingerprints: Mapping[str, str], requests_max: int) -> TokenizerRegistry:
+    """Load all tokenizers, each with the fingerprint that was recorded, if one was. A request waits for at most one count at a
+    time, so none is ever refused for a full queue."""
     return TokenizerRegistry(
-        (TokenizerSettings(name, path) for name, path in tokenizers.items()),
+        (TokenizerSettings(name, path, fingerprints.get(name, "")) for name, path in tokenizers.items()),
         RegistrySettings(max_pending=2 * requests_max + 64),
     )
 

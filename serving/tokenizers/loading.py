@@ -1,4 +1,4 @@
-"""Load a model's tokenizer from what lies on the disk: a directory, a tokenizer.json or a GGUF file.
+"""Load a model's tokenizer from what lies on the disk: a directory, a tokenizer.json, a GGUF file, or the hub's cache.
 
 Nothing is ever fetched. What comes back is never changed again, so threads share it: counting goes through the
 `tokenizers` object alone, because transformers' own `__call__` changes it ("Already borrowed").
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from serving.tokenizers.errors import ChatTemplateError, TokenizerLoadError
 from serving.tokenizers.gguf import load_gguf_tokenizer
+from serving.tokenizers.hub import locate, stay_offline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,10 +152,9 @@ def _load(path: Path) -> tuple[Any, str]:
 
 def load_tokenizer(path: Path) -> ModelTokenizer:
     """Load the tokenizer; any failure is a `TokenizerLoadError` that says where and what."""
-    # transformers reads both when it is first imported: it must not reach for the network, nor advise to install torch.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    stay_offline()
     try:
+        path = locate(path)
         wrapper, fingerprint = _load(path)
         fast: Tokenizer = wrapper.backend_tokenizer
         fast.no_truncation()

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Self
 
-from serving.tokenizers.errors import TextTooLongError, TokenizerBusyError, TokenizerError, UnknownModelError
+from serving.tokenizers.errors import (
+    TextTooLongError,
+    TokenizerBusyError,
+    TokenizerError,
+    TokenizerLoadError,
+    UnknownModelError,
+)
+from serving.tokenizers.hub import locate
 from serving.tokenizers.loading import Framing, ModelTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,10 +35,12 @@ __all__ = ["RegistrySettings", "TokenizerRegistry", "TokenizerSettings"]
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSettings:
-    """Which tokenizer stands for a model: a directory, a tokenizer.json or a GGUF file."""
+    """Which tokenizer stands for a model: a directory, a tokenizer.json, a GGUF file, or its name on the hub."""
 
     model: str
     path: Path
+    fingerprint: str = ""
+    """What it must be; empty: whatever is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +70,16 @@ class TokenizerRegistry:
         for entry in tokenizers:
             if entry.model in self._models:
                 raise ValueError(f"model: {entry.model!r}: has two tokenizers: name one")
-            path = entry.path.resolve()
+            path = locate(entry.path)
             if path not in loaded:
                 loaded[path] = load_tokenizer(path)
+            found = loaded[path].fingerprint
+            if entry.fingerprint not in ("", found):
+                raise TokenizerLoadError(
+                    entry.path,
+                    f"its fingerprint is {found}, and {entry.model!r} is to have {entry.fingerprint}",
+                    "bring back the tokenizer that was recorded, or record this one if the model changed with it",
+                )
             self._models[entry.model] = loaded[path]
         self._pool = ThreadPoolExecutor(self._settings.threads, thread_name_prefix="tokenizer")
         self._slots = threading.BoundedSemaphore(self._settings.max_pending)

