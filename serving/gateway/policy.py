@@ -62,6 +62,9 @@ _REPOSITORY: Final = _operated(
 _SHARED_MEMORY: Final = _operated(
     "shared-memory", "shared memory hides what is metered and is shared by all tenants; send tensors in the request"
 )
+_STATISTICS: Final = _operated(
+    "model-statistics", "statistics count the requests of all tenants together; the billing API tells a tenant its own"
+)
 _SETTINGS: Final = _operated(
     "server-settings", "trace and log settings are those of all tenants; change them on the back end itself"
 )
@@ -73,7 +76,7 @@ _KSERVE: Final[dict[str, Policy]] = {
     "ModelReady": _METADATA,
     "ModelMetadata": _METADATA,
     "ModelConfig": _METADATA,
-    "ModelStatistics": _METADATA,
+    "ModelStatistics": _STATISTICS,
     "RepositoryIndex": _METADATA,
     "ModelInfer": _INFERENCE,
     "ModelStreamInfer": _INFERENCE,

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from billing.v1.account_pb2 import KeyScope
+from billing.v1.account_pb2 import KEY_SCOPE_OPERATE, KeyScope
 from serving.gateway import GatewayServer
 from serving.gateway.directory import Directory
 from serving.gateway.policy import POLICIES, REFLECTION_SERVICES, Access
@@ -96,6 +96,13 @@ async def test_metadata_passes_as_it_is_and_control_is_denied_by_name(client: An
     ):
         with pytest.raises(InferenceServerException, match=f"PERMISSION_DENIED.*denied by policy {policy}"):
             await work
+
+
+async def test_no_tenant_s_key_tells_what_others_asked(client: Any, directory: Directory) -> None:
+    """The back end's statistics are one count for all: who reads them twice knows how much others asked in between."""
+    put_key(directory, api_key(scopes=[scope for scope in KeyScope.values() if scope != KEY_SCOPE_OPERATE]))
+    with pytest.raises(InferenceServerException, match=r"PERMISSION_DENIED.*denied by policy model-statistics.*billing API"):
+        await client.get_inference_statistics("trace", headers=HEADERS)
 
 
 async def test_health(server: GatewayServer) -> None:
