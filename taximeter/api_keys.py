@@ -46,7 +46,7 @@ def read_keys(config: Config, *, until: str = "") -> dict[str, ApiKey]:
 
 
 def find_key(config: Config, key_id: str) -> ApiKey:
-    """One key. TaximeterError where there is none, or none that is in force."""
+    """One key. TaximeterError where there is none, or one that is revoked."""
     key = read_keys(config, until=key_id).get(key_id)
     if key is None:
         raise TaximeterError(f"key {key_id!r} is not known: `taximeter key list TENANT` shows a tenant's keys")

@@ -27,6 +27,7 @@ from tritonclient.grpc.aio import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from billing.identity import partition_of
+from serving.addresses import authority
 from sinks import queries
 from sinks.errors import EngineUnavailable
 from taximeter.commanding import Commander, PlanTerms
@@ -111,7 +112,7 @@ class _Replay:
         self._prefix = prefix
         self._model = model
         self._concurrency = concurrency
-        self._url = f"{config.gateway.host}:{config.gateway.port}"
+        self._url = authority(config.gateway.host, config.gateway.port)
         self._unknown: list[_Sent] = []
         self._answered = 0
         self._settled = 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
+from serving.addresses import authority, bare_host
 from sinks import migrate, queries
 from sinks.completeness import completeness
 from taximeter import compose
@@ -227,7 +228,7 @@ def _gateway(config: Config) -> Check:
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
     gateway = config.gateway
-    address = f"{gateway.host}:{gateway.port}"
+    address = authority(gateway.host, gateway.port)
     if not config.models.profiles:
         return Check("gateway", State.SKIPPED, "no models are configured")
     if gateway.tls_certificate_file is None:
@@ -267,7 +268,7 @@ def _name_shown(gateway: GatewayConfig, certificate: Path) -> str:
     trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     trusting.check_hostname = False
     with (
-        socket.create_connection((gateway.host, gateway.port), timeout=_GRPC_TIMEOUT_S) as raw,
+        socket.create_connection((bare_host(gateway.host), gateway.port), timeout=_GRPC_TIMEOUT_S) as raw,
         trusting.wrap_socket(raw) as connection,
     ):
         shown: dict[str, Any] = connection.getpeercert() or {}

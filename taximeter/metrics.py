@@ -107,8 +107,9 @@ def serve_metrics(setting: str, address: str, source: Source, ready: Readiness =
 
     try:
         server = make_server(host, int(port), answer, _Server, _Handler)
-    except OSError as error:
-        raise ConfigError(f"{setting} {address!r} cannot be listened on ({error.strerror}): name a free one") from None
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{setting} {address!r} cannot be listened on ({why}): name a free one") from None
     thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True)
     thread.start()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 import uvicorn
 
+from serving.addresses import authority, bare_host
 from serving.api.calls import Calls
 from serving.api.grpc_server import make_grpc_server
 from serving.api.http_server import make_http_app
@@ -61,14 +62,15 @@ class ApiServer:
         """Listen, and read the keys. Raises OSError for an address that is taken, TimeoutError if the keys cannot be read."""
         settings = self._settings
         self._grpc = make_grpc_server(self.calls)
-        address = f"{settings.host}:{settings.grpc_port}"
+        address = authority(settings.host, settings.grpc_port)
         if settings.tls is None:
             self.grpc_port = self._grpc.add_insecure_port(address)
         else:
             pair = (settings.tls.key.read_bytes(), settings.tls.certificate.read_bytes())
             self.grpc_port = self._grpc.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.create_server((settings.host, settings.http_port), family=family)
+        host = bare_host(settings.host)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, settings.http_port), family=family)
         self.http_port = listener.getsockname()[1]
         limits = settings.limits
         self._http = _Http(

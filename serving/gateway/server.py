@@ -23,6 +23,7 @@ from producers.errors import JournalFull
 from producers.follower import TopicFollower
 from producers.meter import UsageMeter
 from producers.publisher import Publisher
+from serving.addresses import authority
 from serving.gateway import chunks, streams, unary
 from serving.gateway.directory import Directory
 from serving.gateway.errors import CallError
@@ -202,7 +203,7 @@ class GatewayServer:
         )
         for service, handlers in _method_handlers(self.gateway).items():
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-        address = f"{settings.host}:{settings.port}"
+        address = authority(settings.host, settings.port)
         if settings.tls is None:
             self.port = self._server.add_insecure_port(address)
         else:

@@ -10,7 +10,7 @@ from taximeter.commanding import Commander
 from taximeter.commands.accounts import check_id, issuer, tell
 from taximeter.commands.common import Context, JsonOption, command
 from taximeter.compose import open_reader
-from taximeter.errors import MisuseError
+from taximeter.errors import MisuseError, TaximeterError
 from taximeter.limit_options import LimitOption, parse_limits
 from taximeter.times import now_ms, parse_time_ms, show_time
 
@@ -104,6 +104,8 @@ def rotate(
     """Make a key that may do what the old one may, and let the old one end."""
     config = context.config()
     known = find_key(config, key)
+    if 0 < known.expires_ms <= now_ms():
+        raise TaximeterError(f"key {key} expired at {show_time(known.expires_ms)}, and so would its successor: create another")
     commander = Commander(config, issuer())
     fresh = commander.key(
         known.tenant_id,

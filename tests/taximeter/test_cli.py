@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
+from billing.v1.account_pb2 import ApiKey
 from taximeter.cli import application
 from taximeter.commands import parts
 from taximeter.errors import TaximeterError
@@ -48,6 +49,17 @@ OF_ROLES = (
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_key_that_has_expired_is_not_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successor would end when it did: whoever got that secret could do nothing with it."""
+    expired = ApiKey(key_id="key-1", tenant_id="acme", expires_ms=1_000_000_000_000)
+    monkeypatch.setattr("taximeter.commands.keys.find_key", lambda _config, _key: expired)
+    (tmp_path / "taximeter.toml").write_text('[ledger]\ncommand_key = "k"\n')
+    result = CliRunner().invoke(application(), ["key", "rotate", "key-1", "--json"])
+    assert result.exit_code == 1
+    error = json.loads(result.stdout)["error"]
+    assert error == "key key-1 expired at 2001-09-09T01:46:40.000Z, and so would its successor: create another"
 
 
 @pytest.mark.parametrize("arguments", READING, ids=lambda arguments: arguments[0])

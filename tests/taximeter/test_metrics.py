@@ -145,6 +145,11 @@ async def test_an_api_is_scraped_by_method_and_says_how_full_it_is(serve: Callab
     only.calls.close()
 
 
+def test_a_port_that_there_is_not_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"ledger\.metrics_address '127\.0\.0\.1:99999' cannot be listened on .*65535"):
+        serve_metrics("ledger.metrics_address", "127.0.0.1:99999", list)
+
+
 def test_an_address_that_is_taken_is_named(serve: Callable[..., str]) -> None:
     address = serve(sink_metrics(SinkStatus()))
     with pytest.raises(ConfigError, match=rf"ledger\.metrics_address '{address}' cannot be listened on"):
