@@ -61,7 +61,9 @@ class TopicFollower:
             "auto.offset.reset": "earliest",
             "allow.auto.create.topics": False,
             "fetch.queue.backoff.ms": 5,
-            "fetch.wait.max.ms": 100,
+            # Kafka answers a fetch that waits as soon as there is something. The embedded broker looks a few times while it
+            # waits; every fetch costs it a millisecond, and a process has several followers.
+            "fetch.wait.max.ms": 250,
             "reconnect.backoff.max.ms": 1_000,
             "log.connection.close": False,
             **(security or {}),

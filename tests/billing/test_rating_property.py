@@ -88,12 +88,23 @@ quantities = st.one_of(st.integers(0, 6), st.integers(0, 2**40))
 bounds = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 2**41)), max_size=4, unique=True).map(sorted)
 
 
+# Each is made once: to make one costs as much as to draw from it a few times, and a book draws from them hundreds of times.
+modes = st.sampled_from((GRADUATED, VOLUME, PACKAGE))
+free_units = st.one_of(st.just(0), st.integers(1, 8))
+package_units = st.one_of(st.integers(1, 10), st.integers(1, 10**6))
+few_quantities = st.lists(st.sampled_from(CLASSES + UNITS), max_size=3, unique=True)
+band_quantities = st.lists(st.sampled_from(CLASSES + UNITS), min_size=1, max_size=3, unique=True)
+band_bounds = st.lists(st.integers(1, 300), max_size=2, unique=True).map(sorted)
+minimums = st.one_of(st.just(0), picos)
+flags = st.booleans()
+
+
 @st.composite
 def schedules(draw: st.DrawFn, quantity: str) -> Schedule:
-    mode = draw(st.sampled_from((GRADUATED, VOLUME, PACKAGE)))
-    free = draw(st.one_of(st.just(0), st.integers(1, 8)))
+    mode = draw(modes)
+    free = draw(free_units)
     if mode == PACKAGE:
-        units = draw(st.one_of(st.integers(1, 10), st.integers(1, 10**6)))
+        units = draw(package_units)
         return Schedule(
             quantity=quantity, mode=PACKAGE, free_units=free, package_units=units, package_pico=draw(picos) * 2 % PICO_MAX
         )
@@ -106,52 +117,67 @@ def schedules(draw: st.DrawFn, quantity: str) -> Schedule:
     )
 
 
+of_quantity = {name: schedules(name) for name in CLASSES + UNITS}
+
+
 @st.composite
 def prices(draw: st.DrawFn, model: str, tenant_id: str) -> Price:
     price = Price(model=model, tenant_id=tenant_id)
-    scheduled = draw(st.lists(st.sampled_from(CLASSES + UNITS), max_size=3, unique=True))
+    scheduled = draw(few_quantities)
     for name, field in zip(CLASSES, FLAT, strict=True):
         if name not in scheduled:
             setattr(price, field, draw(picos))
     for unit in UNITS:
-        if unit not in scheduled and draw(st.booleans()):
+        if unit not in scheduled and draw(flags):
             price.unit_pico[unit] = draw(picos)
-    price.schedules.extend(draw(schedules(name)) for name in scheduled)
+    price.schedules.extend(draw(of_quantity[name]) for name in scheduled)
     if not scheduled:
-        price.minimum_pico = draw(st.one_of(st.just(0), picos))
-    for above in sorted(draw(st.lists(st.integers(1, 300), max_size=2, unique=True))):
-        names = draw(st.lists(st.sampled_from(CLASSES + UNITS), min_size=1, max_size=3, unique=True))
+        price.minimum_pico = draw(minimums)
+    for above in draw(band_bounds):
+        names = draw(band_quantities)
         price.context_bands.append(
             ContextBand(above_tokens=above, prices=[UnitPrice(quantity=name, unit_pico=draw(picos)) for name in names])
         )
-    if draw(st.booleans()):
+    if draw(flags):
         price.class_factors.append(ClassFactor(service_class=3, factor_millionths=500_000))
-    if draw(st.booleans()):
+    if draw(flags):
         price.class_factors.append(ClassFactor(service_class=2, factor_millionths=1_500_000))
     return price
 
 
-@st.composite
-def books(draw: st.DrawFn, currency: str) -> PriceBook:
-    lines = [draw(prices(model, "")) for model in ("cheap-*", "long", "*")]
-    lines += [draw(prices("cheap-1", "UTC")), draw(prices("*", "Asia/Shanghai"))]
-    return PriceBook(version=1, currency=currency, prices=lines)
+book_lines = st.tuples(
+    *(prices(model, "") for model in ("cheap-*", "long", "*")), prices("cheap-1", "UTC"), prices("*", "Asia/Shanghai")
+)
+
+
+def books(currency: str) -> st.SearchStrategy[PriceBook]:
+    return book_lines.map(lambda lines: PriceBook(version=1, currency=currency, prices=lines))
+
+
+tenants = st.sampled_from(tuple(ZONES))
+models = st.sampled_from(MODELS)
+service_classes = st.sampled_from((SERVICE_CLASS_STANDARD, SERVICE_CLASS_PRIORITY, SERVICE_CLASS_BATCH))
+outcomes = st.sampled_from((OUTCOME_COMPLETED, OUTCOME_COMPLETED, OUTCOME_CANCELLED, OUTCOME_REJECTED))
+# Around the month's end: some zones are still in March when others are in April.
+ends_ms = st.integers(APRIL - 20 * 3_600_000, APRIL + 20 * 3_600_000)
+contexts = st.one_of(st.just(0), st.integers(1, 400))
+used_classes = st.lists(st.sampled_from(CLASSES), max_size=4, unique=True)
+used_units = st.lists(st.sampled_from(UNITS), max_size=2, unique=True)
 
 
 @st.composite
 def usage_events(draw: st.DrawFn) -> UsageEvent:
     event = UsageEvent(
-        tenant_id=draw(st.sampled_from(tuple(ZONES))),
-        model=draw(st.sampled_from(MODELS)),
-        service_class=draw(st.sampled_from((SERVICE_CLASS_STANDARD, SERVICE_CLASS_PRIORITY, SERVICE_CLASS_BATCH))),
-        outcome=draw(st.sampled_from((OUTCOME_COMPLETED, OUTCOME_COMPLETED, OUTCOME_CANCELLED, OUTCOME_REJECTED))),
-        # Around the month's end: some zones are still in March when others are in April.
-        ended_ms=draw(st.integers(APRIL - 20 * 3_600_000, APRIL + 20 * 3_600_000)),
-        context_tokens=draw(st.one_of(st.just(0), st.integers(1, 400))),
+        tenant_id=draw(tenants),
+        model=draw(models),
+        service_class=draw(service_classes),
+        outcome=draw(outcomes),
+        ended_ms=draw(ends_ms),
+        context_tokens=draw(contexts),
     )
-    for name in draw(st.lists(st.sampled_from(CLASSES), max_size=4, unique=True)):
+    for name in draw(used_classes):
         setattr(event, name, draw(quantities))
-    for unit in draw(st.lists(st.sampled_from(UNITS), max_size=2, unique=True)):
+    for unit in draw(used_units):
         event.units.append(UnitQuantity(unit=unit, quantity=draw(quantities)))
     return event
 
