@@ -1,16 +1,12 @@
 """An upgrade while it runs: workers and sinks of the version before, beside those of this one, on one ledger.
 
-The version before is a commit of this repository's history, its code taken out of it; a copy without that history (a shallow
-clone, an archive) skips this. What no test can show for a version to come is held by a rule instead: who would lose a part of
-what a newer version wrote does not go on (`test_ledger_host.py`, `test_local_store.py`).
+What no test can show for a version to come is held by a rule instead: who would lose a part of what a newer version wrote does
+not go on (`test_ledger_host.py`, `test_local_store.py`). Gateways of both versions: `tests/taximeter/test_up.py`.
 """
 
 from __future__ import annotations
 
-import io
-import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,33 +14,19 @@ import pytest
 from billing.v1.account_pb2 import Progress
 from taximeter.embedded.broker import TansuBroker
 from taximeter.embedded.process import Child
+from tests.services.version_before import tree_before
 from tests.stream_processors.harness import ROOT, Ledger, event
 from tests.stream_processors.worker_main import SEAL_KEY
 
 pytestmark = pytest.mark.timeout(900)
 
-# The last release's commit; until there is one, a commit whose ledgers this version must take over. It moves with a release.
-VERSION_BEFORE = "0ee13c93c44c77d0760b97979e8c2774f9195b83"
 SINK = "sink/clickhouse"
 
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tree of the version before."""
-    known = subprocess.run(
-        ["git", "cat-file", "-e", f"{VERSION_BEFORE}^{{commit}}"], cwd=ROOT, capture_output=True, check=False
-    )
-    if known.returncode:
-        pytest.skip(f"this copy has no commit {VERSION_BEFORE[:12]} (a shallow clone?): fetch the history to run this")
-    folders = ["billing", "producers", "proto", "serving", "sinks", "stream_processors", "taximeter", "tests"]
-    archive = subprocess.run(["git", "archive", VERSION_BEFORE, *folders], cwd=ROOT, capture_output=True, check=True).stdout
-    tree = tmp_path_factory.mktemp("before")
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        files.extractall(tree, filter="data")
-    told = "import billing, sinks, tests.sinks.loop_process as t; print(billing.__file__, sinks.__file__, t.__file__)"
-    found = subprocess.run([sys.executable, "-c", told], cwd=tree, capture_output=True, check=True, text=True).stdout.split()
-    assert [path for path in found if not Path(path).is_relative_to(tree)] == []
-    return tree
+    return tree_before(tmp_path_factory.mktemp("before"))
 
 
 def sink(ledger: Ledger, name: str, tree: Path) -> Child:

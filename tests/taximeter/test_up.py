@@ -21,6 +21,7 @@ from taximeter.compose import topic_names
 from taximeter.config import load
 from tests.services.brokers import consumer_of, read_to_end
 from tests.serving.notifier.support import SECRET, Receiver, Request, receiving, secret_line
+from tests.taximeter.gateway_before import gateway_before
 from tests.taximeter.support import ROOT, SAMPLE, Up, environment, until
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ def test_alerts_are_followed_as_they_come_and_reach_the_webhook(up: Up, hook: Re
     assert up.json("webhooks", "dead", "list") == []
 
 
-def test_the_gateway_serves_and_bills_on_after_the_broker_forgot(tmp_path: Path) -> None:
+def test_the_gateway_serves_and_bills_on_after_the_broker_forgot_and_beside_one_of_the_version_before(tmp_path: Path) -> None:
     with Up(tmp_path / "data", gateway=True) as up:
         gateway = up.pids()["gateway"]
         for kills in range(2):
@@ -323,7 +324,13 @@ def test_the_gateway_serves_and_bills_on_after_the_broker_forgot(tmp_path: Path)
                 up.kill9("broker")
                 until(lambda: "sink" in up.pids(), what="the sink's return")
         assert up.pids()["gateway"] == gateway
+        with gateway_before(up, tmp_path) as port:
+            asked = ("replay", SAMPLE, "--tenants", "2", "--through", "gateway", "--start", "1d")
+            assert up.json(*asked, "--set", f"gateway.port={port}")["answered"] == 200
+            assert up.json(*asked)["answered"] == 200
+            in_database(up, 800)
         assert up.json("audit")["findings"] == []
+        assert up.json("audit", "--completeness")["missing"] == []
 
 
 def test_a_second_up_in_the_same_folder_is_refused(up: Up) -> None:
