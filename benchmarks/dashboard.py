@@ -67,6 +67,9 @@ INSERT INTO usage_totals (tenant_id, minute, project_id, model, operation, servi
 SELECT arrayJoin({tenants}), toDateTime({minute}, 'UTC'), 'project-0', 'model-0', 'chat', 'standard', '{run}', {version},
     1, 1, 100, 10, toDecimal128('0.0001', 12), 'USD', {version}, {version}
 """
+_STATED = """
+INSERT INTO usage_days_stated SELECT arrayJoin({tenants}), toStartOfDay(toDateTime({minute}, 'UTC')), 0, {version}
+"""
 _ACCOUNTS = """
 INSERT INTO accounts (tenant_id, status, currency, credit, spend, events, version)
 SELECT tenant_id, status, currency, credit, spend + toDecimal128('0.0001', 12), events + 1, {version} FROM accounts FINAL
@@ -100,7 +103,7 @@ class _Ledger:
         self._sequence += 1
         version = version_of(self._ordinal, self._sequence)
         stated = {"tenants": list(WATCHED), "version": version, "minute": NOW_S // 60 * 60, "run": f"run {self._ordinal}"}
-        for sql in (_USAGE, _ACCOUNTS):
+        for sql in (_STATED, _USAGE, _ACCOUNTS):
             self._engine.execute(sql.format(**stated))
         keys = LedgerKeys(seal_key=SEAL, command_key=b"c" * 32)
         result = step(self._state, TickInput(), NOW_S * 1_000 + self._sequence, keys=keys, writer="bench")
@@ -124,8 +127,8 @@ def run() -> list[Measurement]:
 def make(engine: ChdbEngine) -> None:
     """Fill the database, if it is not."""
     # Late usage is made last: what has none was not made to its end.
-    [[stated]] = engine.query("SELECT max(version) FROM usage_days_stated").rows
-    if stated != month.DAYS + 1:
+    [[late]] = engine.query(f"SELECT count() FROM usage_days_stated WHERE version = {month.DAYS + 1}").rows
+    if not late:
         month.build(engine)
         for table in ("usage_totals", "usage_by_minute"):
             engine.execute(f"OPTIMIZE TABLE {table} FINAL")

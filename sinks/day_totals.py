@@ -16,7 +16,7 @@ from typing import cast
 from sinks.engine import Engine, Reader, decimal_to_pico
 from sinks.tables import TOKEN_COLUMNS, USAGE_DAYS, USAGE_DAYS_SUMMED
 
-__all__ = ["COUNTS", "DAY_S", "TrustedDays", "sum_days", "summed_until", "trusted_days"]
+__all__ = ["COUNTS", "DAY_S", "DayMarks", "TrustedDays", "day_marks", "sum_days", "summed_until", "trusted_days"]
 
 DAY_S = 86_400
 _TENANTS_AT_ONCE = 50
@@ -41,8 +41,32 @@ class TrustedDays:
     stale_s: tuple[int, ...] = ()
 
 
-def trusted_days(reader: Reader, tenant_id: str, start_s: int) -> TrustedDays:
-    """What may be read by day of the tenant's usage since then."""
+@dataclass(frozen=True, slots=True)
+class DayMarks:
+    """Of a tenant's days: which are summed, by partition, and up to which version; and which had a minute stated, and when."""
+
+    start_s: int
+    summed: dict[int, tuple[int, int]]
+    # Partition, the second in which the day begins, the highest version.
+    stated: tuple[tuple[int, int, int], ...]
+
+    def trusted(self) -> TrustedDays:
+        """What may be read by day of the tenant's usage since then."""
+        before_s = max((before_s for before_s, _ in self.summed.values()), default=0)
+        stale_s = set()
+        for partition, day_s, version in self.stated:
+            until_s, summed_version = self.summed.get(partition, (0, 0))
+            if day_s < before_s and (day_s >= until_s or version > summed_version):
+                stale_s.add(day_s)
+        return TrustedDays(before_s, tuple(sorted(stale_s))) if before_s > self.start_s else TrustedDays()
+
+    def stated_before(self, before_s: int) -> tuple[tuple[int, int, int], ...]:
+        """What was stated of days before that. While it is the same, and the database has all of it, their minutes are."""
+        return tuple(row for row in self.stated if row[1] < before_s)
+
+
+def day_marks(reader: Reader, tenant_id: str, start_s: int) -> DayMarks:
+    """Those of the tenant's days from the one in which `start_s` lies."""
     # One question: what it costs to ask is more than what there is to read.
     rows = reader.query(
         "SELECT 1 AS summed, ledger_partition, toUInt32(before_day), version FROM usage_days_summed FINAL UNION ALL "
@@ -52,13 +76,12 @@ def trusted_days(reader: Reader, tenant_id: str, start_s: int) -> TrustedDays:
     ).rows
     marks = cast("list[tuple[int, int, int, int]]", rows)
     summed = {partition: (before_s, version) for is_mark, partition, before_s, version in marks if is_mark}
-    before_s = max((before_s for before_s, _ in summed.values()), default=0)
-    stale_s = set()
-    for is_mark, partition, day_s, version in marks:
-        until_s, summed_version = summed.get(partition, (0, 0))
-        if not is_mark and day_s < before_s and (day_s >= until_s or version > summed_version):
-            stale_s.add(day_s)
-    return TrustedDays(before_s, tuple(sorted(stale_s))) if before_s > start_s else TrustedDays()
+    return DayMarks(start_s, summed, tuple(sorted(row[1:] for row in marks if not row[0])))
+
+
+def trusted_days(reader: Reader, tenant_id: str, start_s: int) -> TrustedDays:
+    """What may be read by day of the tenant's usage since then."""
+    return day_marks(reader, tenant_id, start_s).trusted()
 
 
 def summed_until(reader: Reader) -> dict[int, tuple[int, int]]:

@@ -8,7 +8,7 @@ of all tenants come from where they lie in the order of time (`usage_by_minute`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import NamedTuple, cast
@@ -19,17 +19,19 @@ from sinks.rows import UsageRow
 
 __all__ = [
     "GPU_UNIT",
+    "SUMMED",
     "AccountSum",
     "InstallationUsage",
     "Stated",
     "Sums",
     "UsageSums",
     "account_sums",
-    "added",
+    "minutes_of",
     "rejected_sums",
     "stated_until",
     "sums_of",
     "top",
+    "totals_of",
 ]
 
 # In which producers may state the time of GPUs that a request took.
@@ -40,9 +42,15 @@ _KEPT_S = 30 * 60
 _TIMEOUT_S = 30.0
 _INPUT = ("uncached_input_tokens", "cache_read_tokens", "cache_write_tokens", "image_input_tokens", "audio_input_tokens")
 _OUTPUT = ("output_tokens", "reasoning_tokens", "audio_output_tokens")
-_SUMMED = ("events", "refused_events", "unrated_events", "input", "output", "gpu_ms", "cost")
+SUMMED = ("events", "refused_events", "unrated_events", "input", "output", "gpu_ms", "cost")
 # Beyond the array, for units that are not there: 0.
 _GPU_MS = f"unit_quantities[indexOf(unit_names, '{GPU_UNIT}')] AS gpu_ms"
+_COUNTED = {name: f"counts[{place}]" for place, name in enumerate(COUNTS, 1)}
+_OF_COUNTS = (
+    f"{', '.join(f'{_COUNTED[name]} AS {name}' for name in SUMMED[:3])}, "
+    f"{' + '.join(_COUNTED[name] for name in _INPUT)} AS input, "
+    f"{' + '.join(_COUNTED[name] for name in _OUTPUT)} AS output, {_GPU_MS}"
+)
 
 
 class _Key(NamedTuple):
@@ -53,7 +61,7 @@ class _Key(NamedTuple):
     currency: str
 
 
-# In the order of `_SUMMED`; the last one in pico.
+# In the order of `SUMMED`; the last one in pico.
 _Counts = tuple[int, ...]
 _Found = dict[_Key, _Counts]
 
@@ -167,7 +175,7 @@ class InstallationUsage:
         written = dict(_versions(reader, "sink_positions", "1"))
         pairs = f"(SELECT DISTINCT tenant_id, day FROM usage_days_stated WHERE {stale})"  # noqa: S608
         tenants = f"(SELECT DISTINCT tenant_id FROM usage_days_stated WHERE {stale})"  # noqa: S608
-        of_minutes = _by_tenant(
+        of_minutes = minutes_of(
             f"{_minutes(start_s, before_s)} AND tenant_id IN {tenants} AND (tenant_id, toStartOfDay(minute)) IN {pairs}"
         )
         corrections = _ask(reader, of_minutes, before_s)
@@ -235,26 +243,27 @@ def _in_time(where: str) -> str:
     )
 
 
-def _by_tenant(where: str) -> str:
-    """Minutes of some tenants."""
+def minutes_of(where: str) -> str:
+    """Minutes of some tenants, as a table of what is summed."""
     return (
-        f"SELECT tenant_id, model, currency, minute, events, refused_events, unrated_events, {' + '.join(_INPUT)} AS input, "  # noqa: S608
+        f"SELECT tenant_id, project_id, model, currency, minute, events, refused_events, unrated_events, "  # noqa: S608
+        f"{' + '.join(_INPUT)} AS input, "
         f"{' + '.join(_OUTPUT)} AS output, {_GPU_MS}, cost FROM usage_totals FINAL PREWHERE {where}"
     )
 
 
+def totals_of(source: str) -> str:
+    """What is summed of a table as `queries.totals_between` gives it."""
+    return f"SELECT tenant_id, project_id, model, currency, minute, {_OF_COUNTS}, cost FROM {source}"  # noqa: S608
+
+
 def _days(where: str) -> str:
-    counted = {name: f"counts[{place}]" for place, name in enumerate(COUNTS, 1)}
-    plain = ", ".join(f"{counted[name]} AS {name}" for name in _SUMMED[:3])
-    return (
-        f"SELECT tenant_id, model, currency, day AS minute, {plain}, {' + '.join(counted[name] for name in _INPUT)} AS input, "  # noqa: S608
-        f"{' + '.join(counted[name] for name in _OUTPUT)} AS output, {_GPU_MS}, cost FROM usage_days FINAL WHERE {where}"
-    )
+    return f"SELECT tenant_id, model, currency, day AS minute, {_OF_COUNTS}, cost FROM usage_days FINAL WHERE {where}"  # noqa: S608
 
 
 def _ask(reader: Reader, source: str, minutes_from_s: int) -> _Found:
     """The sums of `source` by day, by minute from `minutes_from_s` on, by tenant and by model; read once."""
-    sums = ", ".join(f"sum({name}) AS {name}" for name in _SUMMED)
+    sums = ", ".join(f"sum({name}) AS {name}" for name in SUMMED)
     spans = f"if(minute >= {_time(minutes_from_s)}, minute, toStartOfDay(minute))"
     rows = reader.query(
         "SELECT grouping(tenant_id), grouping(model), toString(tenant_id), toString(model), toUnixTimestamp(span), currency, "  # noqa: S608
@@ -304,22 +313,6 @@ def sums_of(row: UsageRow, name: str) -> Sums:
         used.all_output_tokens,
         used.units.get(GPU_UNIT, 0),
         row.cost_pico,
-    )
-
-
-def added(rows: Sequence[Sums]) -> Sums:
-    """Rows of one name and currency as one."""
-    first = rows[0]
-    return Sums(
-        first.name,
-        first.currency,
-        sum(row.events for row in rows),
-        sum(row.refused_events for row in rows),
-        sum(row.unrated_events for row in rows),
-        sum(row.input_tokens for row in rows),
-        sum(row.output_tokens for row in rows),
-        sum(row.gpu_ms for row in rows),
-        sum(row.cost_pico for row in rows),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, cast
 
+from billing.v1.account_pb2 import Calendar
 from sinks.day_totals import COUNTS, DAY_S, TrustedDays, trusted_days
 from sinks.engine import Parameter, Reader, decimal_to_pico
 from sinks.errors import ParameterError
@@ -40,6 +41,7 @@ __all__ = [
     "positions",
     "rejected",
     "totals",
+    "totals_between",
     "usage",
 ]
 
@@ -110,8 +112,8 @@ def balances(
         parameters["limit"] = limit
     rows = reader.query(
         "SELECT tenant_id, display_name, status, currency, credit, spend, events, duplicates, conflicts, unrated_events, "  # noqa: S608
-        f"plan_id, billing_mode, {_ms('log_time')}, credit_limit, leased "
-        f"FROM accounts FINAL{_where(where)} ORDER BY tenant_id{limited}",
+        f"plan_id, billing_mode, {_ms('log_time')}, credit_limit, leased, time_zone, "
+        f"calendar_from_months, calendar_offset_minutes FROM accounts FINAL{_where(where)} ORDER BY tenant_id{limited}",
         parameters,
     ).rows
     return [
@@ -131,6 +133,11 @@ def balances(
             log_time_ms=_int(row[12]),
             credit_limit_pico=_pico(row[13]),
             leased_pico=_pico(row[14]),
+            calendar=Calendar(
+                time_zone=_text(row[15]),
+                from_month=cast("list[int]", row[16]),
+                offset_minutes=cast("list[int]", row[17]),
+            ),
         )
         for row in rows
     ]
@@ -183,7 +190,7 @@ def usage(
         start_s, end_s = min(start_ms // 1000, 2**32 - 1), min(-(-end_ms // 1000), 2**32 - 1)
         by_day = tenant_id is not None and not {"hour", "minute"} & set(by) and (bucket is None or bucket.is_of_days)
         days = trusted_days(reader, tenant_id, start_s) if by_day and tenant_id is not None else TrustedDays()
-        source, time = _totals_between(start_s, end_s, days, _where(conditions)), "minute"
+        source, time = totals_between(start_s, end_s, days, _where(conditions)), "minute"
         conditions = []
         counts, unit_sums = "sumForEach(counts)", _UNIT_SUMS
     groups = [(_GROUPS | _EVENT_GROUPS)[name].replace("{time}", time) for name in by]
@@ -223,8 +230,9 @@ def _usage_row(group: Sequence[object], currency: object, counts: object, units:
     )
 
 
-def _totals_between(start_s: int, end_s: int, days: TrustedDays, where: str) -> str:
-    """The totals of [start_s, end_s) and `where`: days that are trusted as one row for each name, the rest by the minute."""
+def totals_between(start_s: int, end_s: int, days: TrustedDays, where: str) -> str:
+    """The totals of [start_s, end_s) and `where`, as a table: days that are trusted as one row for each name, the rest by the
+    minute. Columns: minute, tenant, names, currency, units, cost, and `counts` in the order of `COUNTS`."""
     first_s, last_s = -(-start_s // DAY_S) * DAY_S, min(end_s // DAY_S * DAY_S, days.before_s)
     joined = f"{where} AND" if where else " WHERE"
     if first_s >= last_s:

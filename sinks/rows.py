@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from billing.v1.account_pb2 import Calendar
 
 __all__ = ["AlertRow", "Balance", "EventRow", "Freshness", "Quantities", "RejectedRow", "Totals", "UsageRow"]
 
@@ -29,6 +31,8 @@ class Balance:
     credit_limit_pico: int = 0
     # What gateways hold of the balance.
     leased_pico: int = 0
+    # Of its billing periods.
+    calendar: Calendar = field(default_factory=Calendar)
 
     @property
     def balance_pico(self) -> int:

@@ -44,18 +44,15 @@ from sinks.day_totals import DAY_S
 from sinks.errors import LedgerError
 from sinks.invoices import invoice_summaries
 from sinks.overview import Stated, Sums
-from sinks.queries import Bucket
-from sinks.rated_usage import payers
+from sinks.tenant_usage import Asked, TenantUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from google.protobuf.message import Message
 
-    from billing.periods import Period
-    from billing.v1.account_pb2 import Calendar
     from serving.api.calls import Call
-    from sinks.rows import Balance, UsageRow
+    from sinks.rows import Balance
 
 __all__ = ["burn", "get_overview", "watch_overview"]
 
@@ -120,8 +117,11 @@ def _overview(call: Call, named: str, *, whole: bool) -> _Made:
         quick = _share(call, "installation", mark, lambda: _Part(_installation(call)))
     else:
         mark = of_tenant = stated.get(partition_of(tenant_id, call.partitions), Stated(0, 0, 0))
+        written = {partition: of.position for partition, of in stated.items()}
         seldom = _seldom(call, ("users", tenant_id), mark, lambda: _users(call, tenant_id, of_tenant), whole=whole)
-        quick = _share(call, ("tenant", tenant_id), mark, lambda: _Part(_tenant(call, tenant_id, of_tenant)))
+        quick = _share(
+            call, ("tenant", tenant_id), mark, lambda: _Part(_tenant(call, tenant_id, of_tenant.log_time_ms, written))
+        )
     return _share(call, ("overview", tenant_id), (quick, seldom), lambda: _joined(quick, seldom))
 
 
@@ -207,75 +207,34 @@ def _completeness(call: Call) -> Completeness:
     )
 
 
-def _tenant(call: Call, tenant_id: str, stated: Stated) -> TenantOverview:
+def _tenant(call: Call, tenant_id: str, as_of_ms: int, written: Mapping[int, int]) -> TenantOverview:
     """Of one tenant, but for what is seldom asked."""
-    reader, as_of_ms = call.reader, stated.log_time_ms
-    account, calendar = _known(call, tenant_id)
+    reader = call.reader
+    account = find_balance(call, tenant_id)
+    calendar = account.calendar
     zone = calendar.time_zone or "UTC"
     at_ms = as_of_ms or account.log_time_ms
     period = period_at(calendar, at_ms)
-    # Whole days: what a period begins with is a day's beginning there.
-    days_from_ms = _days_from_ms(zone, at_ms)
-    of_period = _of_period(call, tenant_id, period, Bucket("day", zone))
-    days = [row for row in of_period.days if int(row.name) * 1_000 >= days_from_ms]
-    if days_from_ms < period.start_ms:
-        earlier = queries.usage(reader, tenant_id, (), days_from_ms, period.start_ms, bucket=Bucket("day", zone))
-        days[:0] = [overview.sums_of(row, row.group[0]) for row in earlier]
     minutes_from_ms = max(at_ms // _MINUTE_MS - _MINUTES + 1, 0) * _MINUTE_MS
-    minutes = queries.usage(reader, tenant_id, (), minutes_from_ms, bucket=Bucket("minute"))
+    asked = Asked(zone, period, _days_from_ms(zone, at_ms), minutes_from_ms, at_ms)
+    kept = _share(call, ("tenant usage", tenant_id), None, TenantUsage)
+    usage = kept.since(reader, tenant_id, asked, written)
     return TenantOverview(
         balance=tenant_balance(account),
         time_zone=zone,
         as_of=to_time(as_of_ms),
         period_start=to_time(period.start_ms),
         period_end=to_time(period.end_ms),
-        period=map(_row, of_period.total),
-        minutes=[_row(overview.sums_of(row, row.group[0]), is_span=True) for row in minutes],
-        days=[_row(row, is_span=True) for row in days],
-        projects=_top(of_period.projects),
-        models=_top(of_period.models),
-        burn=_burn(account, at_ms, days),
+        period=map(_row, usage.total),
+        minutes=[_row(row, is_span=True) for row in usage.minutes],
+        days=[_row(row, is_span=True) for row in usage.days],
+        projects=_top(usage.projects),
+        models=_top(usage.models),
+        burn=_burn(account, at_ms, usage.days),
         budgets=budget_entries(reader, account),
         invoices=map(invoice_summary, invoice_summaries(reader, tenant_id)[:_INVOICES]),
         alerts=_alerts(call, tenant_id),
     )
-
-
-def _known(call: Call, tenant_id: str) -> tuple[Balance, Calendar]:
-    """The account and its calendar. Raises ApiError."""
-    account = find_balance(call, tenant_id)
-    [payer] = payers(call.reader, tenant_id)
-    return account, payer.calendar
-
-
-@dataclass(frozen=True, slots=True)
-class _PeriodUsage:
-    total: list[Sums]
-    days: list[Sums]
-    projects: list[Sums]
-    models: list[Sums]
-
-
-def _of_period(call: Call, tenant_id: str, period: Period, bucket: Bucket) -> _PeriodUsage:
-    """The period's usage in each way, read once where its rows are not too many."""
-
-    def read(by: Sequence[str], bucket: Bucket | None = None) -> list[UsageRow]:
-        return queries.usage(call.reader, tenant_id, by, *period, bucket=bucket)
-
-    rows = read(("project", "model"), bucket)
-    if len(rows) < queries.ROWS_MAX:
-        return _PeriodUsage(*(_summed(rows, place) for place in (None, 0, 1, 2)))
-    by = ((read(()), None), (read((), bucket), 0), (read(("project",)), 0), (read(("model",)), 0))
-    return _PeriodUsage(*(_summed(found, place) for found, place in by))
-
-
-def _summed(rows: Sequence[UsageRow], place: int | None) -> list[Sums]:
-    """Rows of the same name at `place` of their groups as one, for each currency; None: all of them."""
-    found: dict[tuple[str, str], list[Sums]] = {}
-    for row in rows:
-        name = "" if place is None else row.group[place]
-        found.setdefault((name, row.currency), []).append(overview.sums_of(row, name))
-    return [overview.added(found[key]) for key in sorted(found)]
 
 
 def _days_from_ms(zone: str, at_ms: int) -> int:
@@ -286,8 +245,8 @@ def _days_from_ms(zone: str, at_ms: int) -> int:
 
 def _users(call: Call, tenant_id: str, stated: Stated) -> OverviewTop:
     """Who used what in the period, from its events."""
-    account, calendar = _known(call, tenant_id)
-    period = period_at(calendar, stated.log_time_ms or account.log_time_ms)
+    account = find_balance(call, tenant_id)
+    period = period_at(account.calendar, stated.log_time_ms or account.log_time_ms)
     rows = queries.usage(call.reader, tenant_id, ("user",), *period)
     return _top([overview.sums_of(row, row.group[0]) for row in rows])
 

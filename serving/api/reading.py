@@ -170,10 +170,9 @@ def get_tenant(call: Call, request: GetTenantRequest) -> GetTenantResponse:
     """Who a tenant is: plan, months, projects, budgets."""
     tenant_id = call.principal.tenant(request.tenant_id)
     account = find_balance(call, tenant_id)
-    [payer] = payers(call.reader, tenant_id)
     return GetTenantResponse(
         balance=tenant_balance(account),
-        time_zone=payer.calendar.time_zone or "UTC",
+        time_zone=account.calendar.time_zone or "UTC",
         keys_in_force=account_queries.key_count(call.reader, tenant_id),
         projects=[
             ProjectEntry(project_id=name, display_name=display, closed=closed)
