@@ -66,6 +66,15 @@ def _named_key(signed: SignedCommand, keys: Keys) -> bytes:
     return key
 
 
+def key_id_of(command: bytes, signature: bytes, keys: Keys) -> str:
+    """Which key signed a command, of which a record keeps bytes and signature; where none did, the one that signs now."""
+    for ring in (as_ring(keys), as_ring(lease_key(keys))):
+        for key_id, key in ring.keys.items():
+            if key is not None and hmac.compare_digest(signature, hmac.digest(key, command, "sha256")):
+                return key_id
+    return as_ring(keys).signing[0]
+
+
 def check_time(command: Command, log_time_ms: int, remembered_ms: int, ahead_ms: int) -> None:
     """Refuse what was issued before the IDs that are remembered, or far ahead: a repeat of it would not be known as one."""
     age_ms = log_time_ms - command.issued_ms

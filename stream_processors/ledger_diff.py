@@ -17,6 +17,8 @@ from google.protobuf.message import Message
 
 from billing import replay
 from billing.chain import Chain, UnreadableRecord
+from billing.commands import key_id_of
+from billing.key_ring import Keys
 from billing.state import LedgerState, MemorySeenKeys
 from billing.step import CommandInput, Input, LedgerKeys, TickInput, UsageInput, step
 from billing.v1.command_pb2 import SignedCommand
@@ -106,7 +108,7 @@ class _Again:
 
     def take(self, record: LedgerRecord, stored: bytes, found: LedgerDiff) -> None:
         found.records += 1
-        source = None if record.HasField("founding") else input_of(record, self._names)
+        source = None if record.HasField("founding") else input_of(record, self._names, self._keys.command_key)
         replay.apply(self._stated, record, stored)
         if source is None:
             found.skipped += not record.HasField("founding")
@@ -124,14 +126,16 @@ class _Again:
         self._taken.record_hash = self._stated.record_hash
 
 
-def input_of(record: LedgerRecord, names: TopicNames) -> Input | None:
-    """What the record was made from; None: not all of it was kept."""
+def input_of(record: LedgerRecord, names: TopicNames, command_keys: Keys | None = None) -> Input | None:
+    """What the record was made from; None: not all of it was kept. With the keys, a command names the one that signed it."""
     offsets = {position.topic: position.offset for position in record.inputs}
     match record.WhichOneof("source"):
         case "usage":
             return UsageInput(names.events, offsets[names.events], record.usage.batch)
         case "command":
-            signed = SignedCommand(command=record.command.command, signature=record.command.signature)
+            command, signature = record.command.command, record.command.signature
+            key_id = "" if command_keys is None else key_id_of(command, signature, command_keys)
+            signed = SignedCommand(command=command, signature=signature, key_id=key_id)
             return CommandInput(names.commands, offsets[names.commands], signed.SerializeToString())
         case "tick":
             tick = record.tick

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Final
+from urllib.parse import unquote
 
 from google.protobuf.message import DecodeError
 
@@ -197,7 +198,7 @@ class Directory:
         # Project and user, "" for all of them, to the budget; and projects that are closed. By tenant: few have any.
         self._stops: dict[str, dict[tuple[str, str], BudgetView]] = {}
         self._closed: dict[str, set[str]] = {}
-        self._versions: dict[tuple[str, str, str], LedgerPosition] = {}
+        self._versions: dict[tuple[str, ...], LedgerPosition] = {}
         self._log_times_ms: dict[int, int] = {}
         self.unreadable = 0
 
@@ -231,7 +232,9 @@ class Directory:
     def on_account(self, key: bytes, value: bytes, partition: int) -> None:
         """Take a message of `billing.accounts`: an account or a partition's tick."""
         if not value:
-            self._accounts.pop(key.decode(errors="replace"), None)
+            # Within a name a slash is written "%2F": a key that has one is no account's.
+            if b"/" not in key:
+                self._accounts.pop(unquote(key.decode(errors="replace")), None)
             return
         try:
             update = AccountUpdate.FromString(value)
@@ -263,7 +266,7 @@ class Directory:
         self._see(partition_of(account.tenant_id, self._partitions), account.log_time_ms)
 
     def _on_budget(self, budget: BudgetState) -> None:
-        if self._is_older(("budget", budget.tenant_id, f"{budget.project_id}/{budget.user_id}"), budget.version):
+        if self._is_older(("budget", budget.tenant_id, budget.project_id, budget.user_id), budget.version):
             return
         stops = dict(self._stops.get(budget.tenant_id, {}))
         stops.pop((budget.project_id, budget.user_id), None)
@@ -286,7 +289,7 @@ class Directory:
         else:
             self._closed.pop(project.tenant_id, None)
 
-    def _is_older(self, name: tuple[str, str, str], version: LedgerPosition) -> bool:
+    def _is_older(self, name: tuple[str, ...], version: LedgerPosition) -> bool:
         """Whether something newer of the same generation is known; else `version` is what is known."""
         known = self._versions.get(name)
         if known is not None and known.generation == version.generation and version.sequence < known.sequence:

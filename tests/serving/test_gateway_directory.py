@@ -148,6 +148,27 @@ def test_a_budget_of_others_stops_nobody(whose: dict[str, str]) -> None:
     assert directory.find_stop(key, 999) is None
 
 
+def test_a_slash_in_a_name_makes_it_nobody_elses() -> None:
+    directory = Directory(PARTITIONS)
+    named_key = api_key()
+    named_key.user_id = "x/"
+    put_key(directory, named_key)
+    directory.on_account(b"budget", budget(5, project_id="/x", used_up=False).SerializeToString(), 0)
+    directory.on_account(b"budget", budget(4, user_id="x/").SerializeToString(), 0)
+    key = directory.find_key(HASH)
+    assert key is not None
+    assert directory.find_stop(key, 999) is not None
+    # A budget that ended leaves the topic; a tenant may be called as its key is.
+    for tenant_id, gone in (("budget/tenant-a/x/", b"budget%2Ftenant-a%2Fx%2F"), ("a%2Fb", b"a%252Fb")):
+        named = account()
+        named.account.tenant_id = tenant_id
+        put_account(directory, named)
+        directory.on_account(tenant_id.encode(), b"", 0)
+        assert directory.find_account(tenant_id) is not None
+        directory.on_account(gone, b"", 0)
+        assert directory.find_account(tenant_id) is None
+
+
 def test_a_project_is_closed_and_opened_again() -> None:
     directory = known_directory()
     for sequence, closed in ((2, True), (1, False), (3, False)):

@@ -8,12 +8,16 @@ import pytest
 
 from billing import chain, usage_step
 from billing.amounts import to_amount
-from billing.v1.command_pb2 import CreditGrant
+from billing.commands import lease_key
+from billing.key_ring import KeyRing
+from billing.step import LedgerKeys
+from billing.v1.command_pb2 import CreditGrant, LeaseRequest, TenantUpsert
 from billing.v1.ledger_pb2 import LedgerRecord
 from stream_processors.errors import RefusedToStart
 from stream_processors.ledger_diff import LedgerDiff, compare
 from stream_processors.settings import TopicNames
-from tests.billing.ledgers import KEYS, NOW_MS, Ledger, batch, tenants_in, usage
+from tests.billing import ledgers
+from tests.billing.ledgers import COMMAND_KEY, KEYS, NOW_MS, Ledger, batch, tenants_in, usage
 
 DAY_MS = 86_400_000
 [TENANT, *_] = tenants_in(1)
@@ -64,6 +68,23 @@ async def test_the_same_version_writes_the_same(ledger: Ledger) -> None:
     assert found.records == len(ledger.stored)
     # The long message that was kept in part.
     assert found.skipped == 1
+
+
+async def test_commands_of_every_key_of_a_ring_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record keeps a command's signature, and not which key made it."""
+    ring = KeyRing({"new": b"n" * 32, "": COMMAND_KEY})
+    keys = LedgerKeys(KEYS.seal_key, ring)
+    monkeypatch.setattr(ledgers, "KEYS", keys)
+    ledger = Ledger()
+    ledger.command(key=KEYS.command_key, tenant_upsert=TenantUpsert(tenant_id=TENANT))
+    ledger.command(key=ring, credit_grant=CreditGrant(tenant_id=TENANT, amount=to_amount(10**12), currency="USD"))
+    lease = LeaseRequest(tenant_id=TENANT, holder_id="g", epoch=1, request_number=1, duration_ms=1_000)
+    ledger.command(key=lease_key(ring), lease_request=lease)
+    ledger.command(key=b"x" * 32, tenant_upsert=TenantUpsert(tenant_id=TENANT))
+    assert [record.command.applied for record in ledger.records()[1:]] == [True, True, True, False]
+    found = LedgerDiff()
+    await compare(Log(ledger.stored), TopicNames(), 1, keys, found)
+    assert (found.records, found.differences) == (5, [])
 
 
 async def test_a_rule_that_is_another_is_named_field_by_field_and_does_not_spread(
