@@ -14,6 +14,7 @@ import contextlib
 import json
 import secrets
 import shutil
+import ssl
 import sys
 import threading
 import urllib.request
@@ -29,6 +30,7 @@ import tritonclient.grpc as triton
 import yaml
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
+from standardwebhooks import Webhook
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from billing.v1.billing_service_pb2 import GetBalanceRequest
@@ -47,6 +49,7 @@ from tests.services.certificates import Authority, Issued
 from tests.services.clickhouse import MISSING_MESSAGE, ClickHouseServer, server_command
 from tests.services.kafka import KafkaCluster
 from tests.services.triton import TritonServer, TritonUnavailableError, triton_environment
+from tests.serving.notifier.support import Request, receiving
 from tests.sinks.old_server import count, create_tables
 from tests.taximeter.support import ROOT, environment, said, until
 
@@ -59,10 +62,10 @@ pytestmark = [
 
 COMPOSE: Final = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 MODEL: Final = ROOT / "tests" / "serving" / "triton" / "repository" / "smollm2"
-PARTS: Final = ("worker", "sink", "gateway", "api")
+PARTS: Final = ("worker", "sink", "gateway", "api", "notifier")
 USER: Final = "taximeter"
 # Keys of the installation, each in a file of this name.
-KEYS: Final = ("seal_key", "command_key", "key_pepper", "loopback_token", "kafka_password")
+KEYS: Final = ("seal_key", "command_key", "key_pepper", "loopback_token", "kafka_password", "hook_secret")
 WAIT_S: Final = 300.0
 NOTHING_ANSWERS: Final = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN)
 
@@ -109,6 +112,14 @@ http_port = {http}
 grpc_port = {grpc}
 tls_certificate_file = "{api_shows.certificate}"
 tls_key_file = "{api_shows.key}"
+[notifier]
+journal_path = "{folder}/notifier.sqlite"
+metrics_address = "{notifier_health}"
+[notifier.endpoints.hook]
+url = "{hook}"
+secret_file = "{secrets}/hook_secret"
+ca_file = "{outside}"
+allow_private = true
 [models.profiles.llama]
 backend = "vllm"
 """
@@ -117,7 +128,7 @@ backend = "vllm"
 class Installation:
     """Services, configuration and parts. All that is secret lies in `secrets`, and nothing else does."""
 
-    def __init__(self, folder: Path, kafka_libs: Path, triton_installed: Path) -> None:
+    def __init__(self, folder: Path, kafka_libs: Path, triton_installed: Path, stack: contextlib.ExitStack) -> None:
         self.folder = folder
         self.secrets = folder / "secrets"
         self.parts: dict[str, Child] = {}
@@ -150,6 +161,9 @@ class Installation:
         self.clickhouse = ClickHouseServer(
             folder / "clickhouse", password=self.secret("clickhouse_password"), shows=self.inside.issue("clickhouse")
         )
+        hook_shows, tls = self.outside.issue("hook"), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(hook_shows.certificate, hook_shows.key)
+        self.hook = stack.enter_context(receiving(tls))
         self.ports = {name: free_port() for name in ("gateway", "http", "grpc", "loopback")}
         self.health = {name: f"127.0.0.1:{free_port()}" for name in PARTS if name != "api"}
         self.configuration = folder / "taximeter.toml"
@@ -159,6 +173,7 @@ class Installation:
                 secrets=self.secrets,
                 inside=self.inside.certificate,
                 outside=self.outside.certificate,
+                hook=self.hook.url,
                 kafka=f"127.0.0.1:{self.kafka_port}",
                 user=USER,
                 triton=self.triton.address,
@@ -212,8 +227,8 @@ def installation(tmp_path: Path, apache_kafka_libs: Path) -> Iterator[Installati
     except TritonUnavailableError as error:
         require(False, str(error))
         raise
-    made = Installation(tmp_path, apache_kafka_libs, triton_installed)
     with contextlib.ExitStack() as stack:
+        made = Installation(tmp_path, apache_kafka_libs, triton_installed, stack)
         for service, end in (
             (made.kafka, made.kafka.close),
             (made.triton, made.triton.stop),
@@ -231,6 +246,7 @@ def test_all_encrypted_it_bills_keeps_strangers_out_and_writes_no_secret(
     keys = bring_up(installation)
     counted = ask(installation, keys["meter"])
     wait_until_billed(installation, counted)
+    the_budgets_warning_comes_signed_over_tls(installation)
     the_api_says_so_over_tls(installation, keys["meter"], counted)
     the_server_has_it_too(installation)
     clients_without_the_right_certificate_are_refused(installation, keys["meter"])
@@ -257,6 +273,8 @@ def bring_up(installation: Installation) -> dict[str, str]:
     installation.run("prices", "apply", ROOT / "deploy" / "prices.toml")
     installation.run("tenant", "create", "acme")
     installation.run("credit", "grant", "acme", "5")
+    # Whatever is used reaches it.
+    installation.run("budget", "set", "acme", "0.000001", "--warn-at", "1")
     created = installation.json("key", "create", "acme", "--scope", "meter", "--scope", "read")
     return {"meter": created["secret"]}
 
@@ -312,6 +330,16 @@ def wait_until_billed(installation: Installation, counted: dict[str, int]) -> No
     audited = installation.json("audit", "--anchors", anchors)
     assert audited["findings"] == []
     assert audited["anchors"] > 0
+
+
+def the_budgets_warning_comes_signed_over_tls(installation: Installation) -> None:
+    def of_budget() -> list[Request]:
+        about = [(request, request.values["data"]) for request in list(installation.hook.requests)]
+        return [request for request, alert in about if (alert["rule"], alert["tenant_id"]) == ("budget", "acme")]
+
+    until(of_budget, WAIT_S, "the webhook")
+    for request in list(installation.hook.requests):
+        Webhook(installation.secret("hook_secret")).verify(request.body, request.headers)
 
 
 def the_api_says_so_over_tls(installation: Installation, key: str, counted: dict[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import ssl
 import threading
 import time
 from collections import deque
@@ -63,7 +64,7 @@ class Request:
 class Receiver:
     """Keeps what comes. `answer` decides; else each request takes the next of `answers`, and 200 when there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[Request] = []
         self.answers: deque[Answer] = deque()
         self.answer: Callable[[Request], Answer] | None = None
@@ -104,6 +105,9 @@ class Receiver:
                 """A client that is gone is what some tests want."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
+        self._scheme = "http" if tls is None else "https"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
@@ -113,7 +117,7 @@ class Receiver:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/hook"
+        return f"{self._scheme}://127.0.0.1:{self.port}/hook"
 
     def take(self, request: Request) -> Answer:
         with self._lock:
@@ -136,8 +140,8 @@ class Receiver:
 
 
 @contextlib.contextmanager
-def receiving() -> Iterator[Receiver]:
-    receiver = Receiver()
+def receiving(tls: ssl.SSLContext | None = None) -> Iterator[Receiver]:
+    receiver = Receiver(tls)
     try:
         yield receiver
     finally:
