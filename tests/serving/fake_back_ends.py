@@ -260,10 +260,12 @@ def _named(response: Response, request: Any, *, final: bool, error: str = "") ->
 
 
 @asynccontextmanager
-async def serving_models(models: Mapping[str, FakeModel]) -> AsyncIterator[str]:
-    """A server with these models; gives its address."""
+async def serving_models(
+    models: Mapping[str, FakeModel], compression: grpc.Compression = grpc.Compression.NoCompression
+) -> AsyncIterator[str]:
+    """A server with these models, whose answers are compressed so; gives its address."""
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    server = grpc.aio.server(options=options)
+    server = grpc.aio.server(options=options, compression=compression)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(kserve.SERVICE_NAME, _handlers(models)),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

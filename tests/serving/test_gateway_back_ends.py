@@ -391,6 +391,21 @@ def _tensor(name: str, value: Any) -> Any:
     return tensor
 
 
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_answers_that_a_back_end_compresses_are_billed_and_delivered(
+    tmp_path: Path, compression: grpc.Compression
+) -> None:
+    request = ask("m", 1, (1,), typed=False, stream=True)
+    async with (
+        serving_models({"m": Vllm()}, compression) as address,
+        running(settings(tmp_path, address, vllm("m"))) as server,
+    ):
+        [(through, plain)] = await through_and_direct(f"127.0.0.1:{server.port}", address, [request])
+        (event,) = await settled(server)
+    assert [hidden_usage(response) for response in through] == plain
+    assert billed(event)[1:] == (prompt_tokens(PROMPT), len(ANSWER))
+
+
 async def test_messages_far_beyond_grpcs_default_pass_and_are_billed(tmp_path: Path) -> None:
     size = 48 << 20
     profile = ocr("wide", text_output="lines")

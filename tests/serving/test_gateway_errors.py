@@ -24,7 +24,7 @@ from billing.v1.usage_pb2 import (
     UsageEvent,
 )
 from serving import kserve
-from serving.gateway import GatewaySettings, generic, vllm
+from serving.gateway import GatewaySettings, LimitSettings, generic, vllm
 from tests.serving.gateway_support import (
     HEADERS,
     billed,
@@ -45,7 +45,7 @@ ENTRY = {"model_name": "trace", "inputs": [tensor("text_input", "a prompt")], "r
 
 
 async def play(
-    settings: GatewaySettings, *entries: dict[str, Any], headers: dict[str, str] | None = None
+    settings: GatewaySettings, *entries: dict[str, Any], headers: dict[str, str] | None = None, **options: Any
 ) -> tuple[list[tuple[Any, Any]], list[UsageEvent], grpc.StatusCode | None]:
     """What a client gets of one stream, the bills, and the status if the stream ended with one."""
     found: list[tuple[Any, Any]] = []
@@ -53,7 +53,8 @@ async def play(
     async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
         try:
             async with asyncio.timeout(180):
-                async for result, error in client.stream_infer(_each(entries), headers={**HEADERS, **(headers or {})}):
+                headers = {**HEADERS, **(headers or {})}
+                async for result, error in client.stream_infer(_each(entries), headers=headers, **options):
                     found.append((None if result is None else result.get_response(), error))
         except grpc.aio.AioRpcError as error:
             status = error.code()
@@ -191,6 +192,21 @@ async def test_only_one_upstream_request_a_stream_and_no_credentials_in_it(tmp_p
     assert ("x-trace", "kept") in metadata
     assert not {"authorization", "x-api-key"} & {key for key, _ in metadata}
     assert not any(HEADERS["authorization"] in str(value) for _, value in metadata)
+
+
+@pytest.mark.parametrize("deadline_s", [90.0, None], ids=["the client's", "the setting's"])
+async def test_the_back_end_is_told_how_long_the_client_waits(tmp_path: Path, deadline_s: float | None) -> None:
+    left_s: list[float] = []
+
+    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+        left_s.append(context.time_remaining())
+        yield vllm_response("x", input_tokens=1, new_tokens=1, final=True)
+
+    async with scripted_back_end(script) as address:
+        settings = gateway_settings(tmp_path, address, limits=LimitSettings(upstream_timeout_s=500.0))
+        await play(settings, ENTRY, stream_timeout=deadline_s)
+    [told_s] = left_s
+    assert 0 < told_s <= 90 if deadline_s else 90 < told_s <= 500
 
 
 async def test_whose_a_request_is_its_key_says_and_nothing_else(tmp_path: Path) -> None:
