@@ -39,7 +39,7 @@ from producers.errors import (
     JournalMismatch,
     JournalWriteFailed,
 )
-from producers.journal_group import BUSY_S, GATHER_MAX_S, Group, gather_s
+from producers.journal_group import Group, gather_s
 from producers.journal_store import EVENT_ENVELOPE_BYTES, JournalStore, OpenRow, Page, SegmentRow
 from producers.openings import Openings
 from producers.receipt import SETTLED, Receipt
@@ -117,8 +117,9 @@ class Journal:
         self._pending_bytes = 0
         self._to_free: dict[int, int] = {}
         self._free_not_before = 0.0
-        # Of the last commit: when it began, and how much of the processor it took.
+        # Of the last commit: when it began, of how many requests it was, and how much of the processor it took.
         self._committed_at = 0.0
+        self._commit_requests = 0
         self._commit_busy_s = 0.0
         self._closing = False
         self._writer_error: BaseException | None = None
@@ -293,21 +294,19 @@ class Journal:
             return
         if group.woken_by is not loop:
             group.woken_by = loop
-            now = time.monotonic()
-            loop.call_soon(self._look, group, loop, now, now)
+            loop.call_soon(self._look, group, loop)
 
-    def _look(self, group: Group, loop: asyncio.AbstractEventLoop, since: float, before: float) -> None:
-        """In the loop that filled the group: tell the writer when the loop has nothing else to do, or the time is over."""
-        now = time.monotonic()
-        if now - before > BUSY_S and now - since < GATHER_MAX_S and not group.woken:
-            loop.call_soon(self._look, group, loop, since, now)
-        elif pause_s := self._gather_s(now):
+    def _look(self, group: Group, loop: asyncio.AbstractEventLoop) -> None:
+        """In the loop that filled the group, after all that was ready with it: tell the writer, now or when others have had
+        time to join."""
+        pause_s = self._gather_s(time.monotonic())
+        if pause_s:
             loop.call_later(pause_s, self._hurry, group)
         else:
             self._hurry(group)
 
     def _gather_s(self, now: float) -> float:
-        return gather_s(len(self._open), self._commit_busy_s, now - self._committed_at)
+        return gather_s(self._commit_requests, self._commit_busy_s, now - self._committed_at)
 
     def _hurry(self, group: Group) -> None:
         if group.woken:
@@ -431,6 +430,7 @@ class Journal:
                 for slot, (partition, _) in group.closed.items():
                     self._openings.note_end(slot, partition, 0)
         group.receipt.settle(error)
+        self._commit_requests = len(group.opened) + len(group.closed)
         self._commit_busy_s = time.thread_time() - began_s
         if error is None:
             for event in self._subscribers:

@@ -1,8 +1,8 @@
 """A group of the journal: what is committed together, and how long a commit waits for others to join.
 
-While several requests are under way, a commit waits a little for more of them to join (as PostgreSQL's commit_delay with its
-commit_siblings): a commit costs the processor about the same for one request as for ten, and time that the writer takes is
-taken from those who serve. With few of them nobody waits for anybody.
+A commit costs the processor about the same for one request as for ten, and time that the writer takes is taken from those who
+serve. So while commits have several requests each, the next one waits a little for more to join (as PostgreSQL's commit_delay
+does, which asks how many are open: here it is how many came). Where few come, nobody waits for anybody.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from producers.receipt import Receipt
 
 __all__ = ["Group", "gather_s"]
 
-# Requests under way from which on a commit waits for them: for each of them so many times as long as the last commit took of
-# the processor, since that began, and no longer than the bound.
-_UNDER_WAY_MIN: Final = 4
-_GATHER_FACTOR: Final = 4
-GATHER_MAX_S: Final = 0.008
-# A round of an event loop that takes longer had something to do.
-BUSY_S: Final = 0.000_1
+# Requests of a commit from which on the next one waits: for each of them so many times as long as the commit took of the
+# processor, since that began, and no longer than the bound. So a wait that brings nobody is the last one.
+_JOINED_MIN: Final = 2
+_GATHER_FACTOR: Final = 8
+_GATHER_MAX_S: Final = 0.016
 
 
 class Group:
@@ -50,9 +48,9 @@ class Group:
         return not (self.count or self.opened or self.closed)
 
 
-def gather_s(under_way: int, busy_s: float, passed_s: float) -> float:
-    """How long a commit waits for others to join: so many requests are under way, the last commit took `busy_s` of the
-    processor, and began `passed_s` ago."""
-    if under_way < _UNDER_WAY_MIN:
+def gather_s(joined: int, busy_s: float, passed_s: float) -> float:
+    """How long a commit waits for others to join: the last one was of so many requests, took `busy_s` of the processor, and
+    began `passed_s` ago."""
+    if joined < _JOINED_MIN:
         return 0.0
-    return max(0.0, min(_GATHER_FACTOR * under_way * busy_s, GATHER_MAX_S) - passed_s)
+    return max(0.0, min(_GATHER_FACTOR * joined * busy_s, _GATHER_MAX_S) - passed_s)
