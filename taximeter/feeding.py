@@ -9,6 +9,7 @@ everything again. Its place counts what the file gives, what it leaves out too, 
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -24,11 +25,30 @@ if TYPE_CHECKING:
 
     from billing.v1.usage_pb2 import UsageEvent
 
-__all__ = ["Fed", "Feed"]
+__all__ = ["Fed", "Feed", "read_place", "write_place"]
 
 _PLACE_EVERY: Final = 1_000
 _FULL_PAUSE_S: Final = 0.05
 _LOOK_S: Final = 0.02
+
+
+def write_place(path: Path, events: int) -> None:
+    """Put the place on disk, whole: a power loss leaves the one before or this one."""
+    fresh = path.with_suffix(".new")
+    with fresh.open("w") as file:
+        json.dump({"events": events}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def read_place(path: Path) -> int:
+    """The place that was written last. 0 where there is none or it can't be read: from there everything is recorded again,
+    and what the ledger has is a duplicate."""
+    try:
+        return int(json.loads(path.read_text())["events"])
+    except (FileNotFoundError, ValueError):
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +75,7 @@ class Feed:
 
     def place(self) -> int:
         """How many events of the file are known to be durable from a run that was cut off."""
-        try:
-            return int(json.loads(self._place_path.read_text())["events"])
-        except FileNotFoundError:
-            return 0
+        return read_place(self._place_path)
 
     def run(
         self,
@@ -127,9 +144,7 @@ class Feed:
         if receipt is None:
             return
         receipt.durable(self._timeout_s)
-        fresh = self._place_path.with_suffix(".new")
-        fresh.write_text(json.dumps({"events": events}))
-        fresh.replace(self._place_path)
+        write_place(self._place_path, events)
 
     def _await_covered(self, stalled_s: float, on_covered: Callable[[int], None]) -> None:
         last = self._publisher.metrics()["uncovered"]
