@@ -123,6 +123,7 @@ class SimLedgerApp(_Member, LedgerApp):
         self.failure = failure
         self.hosts = {}
         self.tally = Tally()
+        self.on_recorded = lambda _: None
         self.reader = worker.client  # type: ignore[assignment]
         self.writer = worker.client  # type: ignore[assignment]
         self._host_settings = HostSettings(
