@@ -39,7 +39,7 @@ from producers.errors import (
     JournalMismatch,
     JournalWriteFailed,
 )
-from producers.journal_group import Group, gather_s
+from producers.journal_group import Busy, Group, gather_s
 from producers.journal_store import EVENT_ENVELOPE_BYTES, JournalStore, OpenRow, Page, SegmentRow
 from producers.openings import Openings
 from producers.receipt import SETTLED, Receipt
@@ -121,6 +121,7 @@ class Journal:
         self._committed_at = 0.0
         self._commit_requests = 0
         self._commit_busy_s = 0.0
+        self._busy = Busy()
         self._closing = False
         self._writer_error: BaseException | None = None
         self._subscribers: list[threading.Event] = []
@@ -306,6 +307,8 @@ class Journal:
             self._hurry(group)
 
     def _gather_s(self, now: float) -> float:
+        if not self._busy.now:
+            return 0.0
         return gather_s(self._commit_requests, self._commit_busy_s, now - self._committed_at)
 
     def _hurry(self, group: Group) -> None:
@@ -397,6 +400,7 @@ class Journal:
 
     def _commit(self, group: Group) -> None:
         self._committed_at, began_s = time.monotonic(), time.thread_time()
+        self._busy.look(self._committed_at, time.process_time())
         highest, segments = self._number(group)
         opened = [OpenRow(slot, partition, event) for slot, (partition, event) in group.opened.items()]
         # Many a request ends without ever having had a row.

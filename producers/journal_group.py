@@ -1,8 +1,9 @@
 """A group of the journal: what is committed together, and how long a commit waits for others to join.
 
 A commit costs the processor about the same for one request as for ten, and time that the writer takes is taken from those who
-serve. So while commits have several requests each, the next one waits a little for more to join (as PostgreSQL's commit_delay
-does, which asks how many are open: here it is how many came). Where few come, nobody waits for anybody.
+serve. So while this process is busy and commits have several requests each, the next one waits a little for more to join (as
+PostgreSQL's commit_delay does, which asks how many are open: here it is how many came). Where few come, or the processor has
+time, nobody waits for anybody: there a wait would bring the next one, as more come the longer it is.
 """
 
 from __future__ import annotations
@@ -15,13 +16,35 @@ from typing import Final
 
 from producers.receipt import Receipt
 
-__all__ = ["Group", "gather_s"]
+__all__ = ["Busy", "Group", "gather_s"]
 
 # Requests of a commit from which on the next one waits: for each of them so many times as long as the commit took of the
 # processor, since that began, and no longer than the bound. So a wait that brings nobody is the last one.
 _JOINED_MIN: Final = 2
 _GATHER_FACTOR: Final = 8
 _GATHER_MAX_S: Final = 0.016
+# Of a core, by all threads of this process, from which on it is busy. Python runs one of them at a time, so that one core is
+# about all that it can have; at half of the requests that it can serve it needs half.
+_BUSY_MIN: Final = 0.75
+_BUSY_WINDOW_S: Final = 0.1
+
+
+class Busy:
+    """Whether this process had little time to spare in the last window that is over."""
+
+    __slots__ = ("_began_s", "_cpu_s", "now")
+
+    def __init__(self) -> None:
+        self.now = False
+        self._began_s = self._cpu_s = 0.0
+
+    def look(self, now_s: float, cpu_s: float) -> bool:
+        """At a commit: by the clock, and by what this process has had of the processor since it began."""
+        passed_s = now_s - self._began_s
+        if passed_s >= _BUSY_WINDOW_S:
+            self.now = cpu_s - self._cpu_s >= _BUSY_MIN * passed_s
+            self._began_s, self._cpu_s = now_s, cpu_s
+        return self.now
 
 
 class Group:

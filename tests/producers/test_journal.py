@@ -26,7 +26,7 @@ from producers.errors import (
     NotDurableInTime,
 )
 from producers.journal import Journal, JournalSettings
-from producers.journal_group import gather_s
+from producers.journal_group import Busy, gather_s
 from producers.publisher import Publisher
 from producers.receipt import Receipt
 from tests.producers.support import PARTITIONS, LedgerStandIn, Topics, journaled, open_meter, usage_event, wait_until
@@ -434,6 +434,17 @@ def test_a_commit_waits_only_where_several_came_and_never_long() -> None:
     assert gather_s(2, busy_s=0.00025, passed_s=0.004) == 0.0
     assert gather_s(1_000, busy_s=1.0, passed_s=0.0) == 0.016
     assert gather_s(1_000, busy_s=1.0, passed_s=0.016) == 0.0
+
+
+def test_a_process_is_busy_by_the_last_window_that_is_over() -> None:
+    busy = Busy()
+    assert not busy.look(100.0, 5.0)
+    assert not busy.look(100.05, 5.05), "a window is longer"
+    assert busy.look(100.2, 5.16), "0.16 s of 0.2"
+    assert busy.look(100.25, 5.16), "until the next is over"
+    assert not busy.look(100.4, 5.30), "0.14 s of 0.2"
+    assert busy.look(200.0, 105.0)
+    assert not busy.look(300.0, 105.1)
 
 
 async def test_what_an_event_loop_records_at_once_is_one_commit(tmp_path: Path) -> None:
