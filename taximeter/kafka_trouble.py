@@ -21,10 +21,8 @@ __all__ = ["kafka_trouble"]
 
 _TIMEOUT_S = 5.0
 _ASKED_FOR_S = 0.25
-# Of these a repeat says nothing more.
-_DECISIVE = frozenset(
-    {KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._RESOLVE, KafkaError._TRANSPORT, KafkaError._INVALID_ARG}
-)
+# Of these a repeat says nothing more. A connection that broke does not say why: the next one may.
+_DECISIVE = frozenset({KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._RESOLVE, KafkaError._INVALID_ARG})
 _FILES = {
     "ssl.ca.location": "ssl_ca_file",
     "ssl.certificate.location": "ssl_certificate_file",
@@ -46,7 +44,7 @@ def kafka_trouble(kafka: KafkaConfig, timeout_s: float = _TIMEOUT_S) -> str:
     except KafkaException as error:
         return _said(kafka, [error.args[0]])
     deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s and not any(error.code() in _DECISIVE for error in told):
+    while time.monotonic() < deadline_s and not any(map(_is_decisive, told)):
         try:
             client.list_topics(timeout=_ASKED_FOR_S)
         except KafkaException:
@@ -56,8 +54,12 @@ def kafka_trouble(kafka: KafkaConfig, timeout_s: float = _TIMEOUT_S) -> str:
     return _said(kafka, told)
 
 
+def _is_decisive(error: KafkaError) -> bool:
+    return error.code() in _DECISIVE or (error.code() == KafkaError._TRANSPORT and "refused" in error.str())
+
+
 def _said(kafka: KafkaConfig, told: list[KafkaError]) -> str:
-    error = next((error for error in told if error.code() in _DECISIVE), None)
+    error = next(filter(_is_decisive, told), None)
     code, text = (None, "") if error is None else (error.code(), error.str())
     if code == KafkaError._INVALID_ARG:
         for option, name in _FILES.items():
@@ -87,7 +89,7 @@ def _said(kafka: KafkaConfig, told: list[KafkaError]) -> str:
         return f"kafka.ssl_certificate_file {kafka.ssl_certificate_file}: {kafka.bootstrap} refuses it ({text})"
     if code == KafkaError._RESOLVE:
         return f"kafka.bootstrap {kafka.bootstrap!r}: there is no host of that name; correct it"
-    if code == KafkaError._TRANSPORT and "refused" in text:
+    if code == KafkaError._TRANSPORT:
         return f"kafka.bootstrap {kafka.bootstrap!r}: nobody listens there; start the broker, or correct the address"
     return (
         f"kafka.security_protocol {kafka.security_protocol!r}: {kafka.bootstrap} does not answer in it; if the broker "
