@@ -216,7 +216,7 @@ def _tenant(call: Call, tenant_id: str, as_of_ms: int, written: Mapping[int, int
     at_ms = as_of_ms or account.log_time_ms
     period = period_at(calendar, at_ms)
     minutes_from_ms = max(at_ms // _MINUTE_MS - _MINUTES + 1, 0) * _MINUTE_MS
-    asked = Asked(zone, period, _days_from_ms(zone, at_ms), minutes_from_ms, at_ms)
+    asked = Asked(zone, period, _days_from_ms(zone, at_ms, _DAYS), minutes_from_ms, at_ms)
     kept = _share(call, ("tenant usage", tenant_id), None, TenantUsage)
     usage = kept.since(reader, tenant_id, asked, written)
     return TenantOverview(
@@ -230,17 +230,17 @@ def _tenant(call: Call, tenant_id: str, as_of_ms: int, written: Mapping[int, int
         days=[_row(row, is_span=True) for row in usage.days],
         projects=_top(usage.projects),
         models=_top(usage.models),
-        burn=_burn(account, at_ms, usage.days),
+        burn=_burn(account, zone, at_ms, usage.days),
         budgets=budget_entries(reader, account),
         invoices=map(invoice_summary, invoice_summaries(reader, tenant_id)[:_INVOICES]),
         alerts=_alerts(call, tenant_id),
     )
 
 
-def _days_from_ms(zone: str, at_ms: int) -> int:
-    """Midnight before the last days, in the zone; the ledger's word on zones is asked for where it is about money."""
+def _days_from_ms(zone: str, at_ms: int, days: int) -> int:
+    """Midnight before the last `days`, today among them, in the zone; the ledger's word on zones is where it is about money."""
     today = datetime.fromtimestamp(at_ms / 1_000, ZoneInfo(zone)).replace(hour=0, minute=0, second=0, microsecond=0)
-    return max(int((today - timedelta(days=_DAYS - 1)).timestamp()) // 60, 0) * _MINUTE_MS
+    return max(int((today - timedelta(days=days - 1)).timestamp()) // 60, 0) * _MINUTE_MS
 
 
 def _users(call: Call, tenant_id: str, stated: Stated) -> OverviewTop:
@@ -251,12 +251,13 @@ def _users(call: Call, tenant_id: str, stated: Stated) -> OverviewTop:
     return _top([overview.sums_of(row, row.group[0]) for row in rows])
 
 
-def _burn(account: Balance, at_ms: int, days: Sequence[Sums]) -> Burn:
+def _burn(account: Balance, zone: str, at_ms: int, days: Sequence[Sums]) -> Burn:
     """From the last seven days, or from the first of them on that has usage where none before it has."""
+    # Of days only the whole cost is known, so the time begins where the first of them does.
+    first_s = _days_from_ms(zone, at_ms, _BURN_DAYS) // 1_000
     # The minute that runs counts as one.
     end_ms = (at_ms // _MINUTE_MS + 1) * _MINUTE_MS
     mine = [row for row in days if row.currency == account.currency]
-    first_s = end_ms // 1_000 - _BURN_DAYS * DAY_S
     recent = [row for row in mine if int(row.name) >= first_s]
     start_s = int(recent[0].name) if recent and len(recent) == len(mine) else first_s
     start_ms = min(max(start_s, 0) * 1_000, end_ms - _HOUR_MS)

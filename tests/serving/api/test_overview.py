@@ -17,6 +17,7 @@ from billing.v1.billing_service_pb2 import WatchOverviewRequest, WatchOverviewRe
 from serving.api import overview
 from serving.api.errors import ApiError
 from serving.api.sharing import Shared
+from sinks.overview import Sums
 from sinks.rows import Balance
 from tests.billing.ledgers import NOW_MS, batch, tenants_in, usage
 from tests.serving.api.worlds import KeysOnly, World, get
@@ -216,6 +217,20 @@ def test_the_day_of_depletion_is_when_the_rate_has_used_up_what_is_left(
         assert cost * spent_ms <= left * span_ms < cost * (spent_ms + 1)
     else:
         assert cost == 0 or left * span_ms >= cost * 100 * 365 * DAY_MS
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/St_Johns"])
+@pytest.mark.parametrize("since_midnight_ms", [0, 60_000, 43_200_000, DAY_MS - 60_000])
+def test_the_rate_of_steady_usage_is_its_rate_at_any_time_of_day(zone: str, since_midnight_ms: int) -> None:
+    """A pico each second for ten days and the one that runs, which begins in the zone at midnight."""
+    account = Balance("t", "", "active", "USD", 0, 0, 0, 0, 0, 0, "", "postpaid", 0)
+    midnight_s = NOW_MS // DAY_MS * 86_400 + (0 if zone == "UTC" else 12_600)
+    at_ms = midnight_s * 1_000 + since_midnight_ms
+    costs = [*[86_400] * 10, since_midnight_ms // 1_000 + 60]
+    days = [Sums(str(midnight_s - (10 - n) * 86_400), "USD", 1, 0, 0, 0, 0, 0, cost) for n, cost in enumerate(costs)]
+    found = overview._burn(account, zone, at_ms, days)
+    assert parse_decimal_to_pico(found.cost_per_day) == 86_400
+    assert found.start.ToSeconds() == midnight_s - 6 * 86_400
 
 
 def test_a_postpaid_tenant_without_a_limit_never_runs_dry() -> None:
