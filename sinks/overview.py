@@ -129,6 +129,8 @@ class InstallationUsage:
         self._days, self._corrections, self._today = _Kept(), _Kept(), _Kept()
         # Which days the corrections are of; None: of none for long.
         self._corrected: _Kept | None = None
+        # Of `_days`: what a round of sums had written that was not over then.
+        self._under_way: list[tuple[int, int, int]] = []
         self._settled_s = 0
         # From when to when `_today` is; nothing is yet.
         self._today_s = -1, -1
@@ -163,10 +165,12 @@ class InstallationUsage:
     def _over(self, reader: Reader, start_s: int, before_s: int, summed: Mapping[int, tuple[int, int]]) -> None:
         """Keep the days from `start_s` to before `before_s`."""
         between = f"day >= {_time(start_s)} AND day < {_time(before_s)}"
-        if not self._days.holds(reader, "usage_days", between):
+        under_way = _under_way(reader, between, summed)
+        if under_way != self._under_way or not self._days.holds(reader, "usage_days", between):
             # Looked at before the sums are made, here and below: what is stated meanwhile is found the next time.
             versions = _versions(reader, "usage_days", between)
             self._days = _Kept(between, versions, _ask(reader, _days(between), before_s))
+            self._under_way = under_way
         stale = between + "".join(_stated_after(partition, *of, before_s) for partition, of in sorted(summed.items()))
         # Whoever states a minute late states it of the tenant's day first; when a position says so, it is in the minutes.
         late = _versions(reader, "usage_days_stated", stale)
@@ -184,7 +188,8 @@ class InstallationUsage:
         _add(corrections, {key: tuple(-count for count in counts) for key, counts in replaced.items()})
         self._corrections = _Kept(stale, late, corrections)
         self._corrected = self._days if all(written.get(partition, 0) >= version for partition, version in late) else None
-        if not self._days.holds(reader, "usage_days", between) or late != _versions(reader, "usage_days_stated", stale):
+        is_as_it_was = self._days.holds(reader, "usage_days", between) and under_way == _under_way(reader, between, summed)
+        if not is_as_it_was or late != _versions(reader, "usage_days_stated", stale):
             # Something came between one question and the other, as it does now and then.
             self._over(reader, start_s, before_s, summed_until(reader))
 
@@ -230,6 +235,16 @@ def _versions(reader: Reader, table: str, where: str) -> _Versions:
         f"SELECT ledger_partition, max(version) FROM {table} WHERE {where} GROUP BY 1 ORDER BY 1"  # noqa: S608
     ).rows
     return cast("_Versions", rows)
+
+
+def _under_way(reader: Reader, between: str, summed: Mapping[int, tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """By partition: the version of sums later than those that are said to be over, and how many rows; they come in several
+    parts of one version, so the version does not say whether more came."""
+    later = between + "".join(_later(partition, version) for partition, (_, version) in sorted(summed.items()))
+    rows = reader.query(
+        f"SELECT ledger_partition, max(version), count() FROM usage_days WHERE {later} GROUP BY 1 ORDER BY 1"  # noqa: S608
+    ).rows
+    return cast("list[tuple[int, int, int]]", rows)
 
 
 # The minute and the tenant are in both tables' keys, so they may be looked at before rows of one key are made one.

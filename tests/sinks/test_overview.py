@@ -6,9 +6,11 @@ import json
 import random
 from collections.abc import Mapping
 
+import pytest
+
 from billing.v1.command_pb2 import Price
 from billing.v1.usage_pb2 import OUTCOME_REJECTED, UnitQuantity
-from sinks import overview, queries
+from sinks import day_totals, overview, queries
 from sinks.columns import version_of
 from sinks.day_totals import DAY_S, sum_days
 from sinks.engine import Rows
@@ -216,3 +218,33 @@ def test_the_first_are_those_that_cost_most() -> None:
         for name, cost_pico, tokens in (("a", 1, 1), ("b", 3, 1), ("c", 1, 2), ("d", 2, 1))
     ]
     assert [found.name for found in overview.top(rows, 3)] == ["b", "d", "c"]
+
+
+def test_days_that_are_read_while_they_are_being_summed_are_read_again(
+    engine: ChdbEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round of sums may be written in several parts, all of one version."""
+    monkeypatch.setattr(day_totals, "_TENANTS_AT_ONCE", 1)
+    monkeypatch.setattr(day_totals, "_ROWS_AT_ONCE", 1)
+    ledger, kept = Ledger(), overview.InstallationUsage()
+    ledger.price(PRICES)
+
+    def say(log_ms: int) -> None:
+        """Each tenant's usage of the day before."""
+        begin, at_ms = max(0, len(ledger.stored) - 1) if known else 0, NOW_MS - DAY_MS
+        known.append(log_ms)
+        events = [usage(f"r{log_ms}-{name}", name, ended_ms=at_ms, started_ms=at_ms) for name in TENANTS[:3]]
+        ledger.usage(batch(events), log_ms)
+        feed(engine, ledger.stored[begin:], KEYS.seal_key)
+
+    def asked() -> bool:
+        check(engine, kept, NOW_MS + 60_000)
+        return False
+
+    known: list[int] = []
+    say(NOW_MS)
+    sum_days(engine, [1])
+    asked()
+    say(NOW_MS + 60_000)
+    assert sum_days(engine, [1], asked) > 1
+    asked()
