@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 
 from sinks.day_totals import COUNTS, DAY_S, summed_until
 from sinks.engine import Reader, decimal_to_pico
+from sinks.queries import CHARGED
 from sinks.rows import UsageRow
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "stated_until",
     "sums_of",
     "top",
+    "top_users",
     "totals_of",
 ]
 
@@ -334,6 +336,23 @@ def sums_of(row: UsageRow, name: str) -> Sums:
 def top(rows: Iterable[Sums], count: int) -> list[Sums]:
     """Those with the highest cost, then the most tokens; equal ones by name."""
     return sorted(rows, key=lambda row: (-row.cost_pico, -row.input_tokens - row.output_tokens, -row.events, row.name))[:count]
+
+
+def top_users(reader: Reader, tenant_id: str, start_ms: int, end_ms: int, count: int) -> tuple[list[Sums], int]:
+    """A tenant's users as `top` has them, of its events that ended in [start_ms, end_ms); and how many there are in all."""
+    used, made = (f"sumIf({' + '.join(names)}, {CHARGED})" for names in (_INPUT, _OUTPUT))
+    rows = reader.query(
+        "SELECT *, count() OVER () FROM (SELECT user_id, currency, count() AS requests, "  # noqa: S608
+        f"countIf(NOT ({CHARGED})), countIf(price_version = 0 AND {CHARGED}), {used} AS used, {made} AS made, "
+        f"sumIf(unit_quantities[indexOf(unit_names, '{GPU_UNIT}')], {CHARGED}), sum(cost) AS cost_sum FROM usage_events FINAL "
+        "WHERE tenant_id = {tenant:String} AND ended >= fromUnixTimestamp64Milli({start:Int64}) "
+        "AND ended < fromUnixTimestamp64Milli({end:Int64}) GROUP BY user_id, currency) "
+        "ORDER BY cost_sum DESC, used + made DESC, requests DESC, user_id LIMIT {count:UInt32}",
+        {"tenant": tenant_id, "start": start_ms, "end": end_ms, "count": count},
+        timeout_s=_TIMEOUT_S,
+    ).rows
+    sums = [Sums(str(row[0]), str(row[1]), *cast("list[int]", row[2:8]), _pico(row[8])) for row in rows]
+    return sums, cast("int", rows[0][9]) if rows else 0
 
 
 def account_sums(reader: Reader) -> list[AccountSum]:

@@ -247,8 +247,8 @@ def _users(call: Call, tenant_id: str, stated: Stated) -> OverviewTop:
     """Who used what in the period, from its events."""
     account = find_balance(call, tenant_id)
     period = period_at(account.calendar, stated.log_time_ms or account.log_time_ms)
-    rows = queries.usage(call.reader, tenant_id, ("user",), *period)
-    return _top([overview.sums_of(row, row.group[0]) for row in rows])
+    rows, names = overview.top_users(call.reader, tenant_id, *period, _TOP)
+    return OverviewTop(rows=map(_row, rows), names=names)
 
 
 def _burn(account: Balance, zone: str, at_ms: int, days: Sequence[Sums]) -> Burn:

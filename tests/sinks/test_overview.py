@@ -248,3 +248,19 @@ def test_days_that_are_read_while_they_are_being_summed_are_read_again(
     say(NOW_MS + 60_000)
     assert sum_days(engine, [1], asked) > 1
     asked()
+
+
+def test_the_users_of_the_highest_cost_are_found_among_however_many_there_are(engine: ChdbEngine) -> None:
+    engine.execute(
+        "INSERT INTO usage_events (tenant_id, request_id, user_id, outcome, ended, uncached_input_tokens, unit_names, "
+        "unit_quantities, cost, currency, price_version, version) SELECT 't', toString(number), "
+        "leftPad(toString(number), 6, '0'), if(number = 1, 'rejected', 'completed'), "
+        f"toDateTime64({NOW_MS // 1_000}, 3), 7, ['gpu_ms'], [3], "
+        f"toDecimal128(number, 12), 'USD', 1, 1 FROM numbers({queries.ROWS_MAX + 5})"
+    )
+    found, names = overview.top_users(engine, "t", NOW_MS, NOW_MS + 1, 20)
+    every = queries.usage(engine, "t", ("user",), NOW_MS, NOW_MS + 1, limit=20_000)
+    assert names == len(every) == queries.ROWS_MAX + 5
+    assert found == overview.top([overview.sums_of(row, row.group[0]) for row in every], 20)
+    [refused] = [row for row in overview.top_users(engine, "t", NOW_MS, NOW_MS + 1, names)[0] if row.refused_events]
+    assert refused == overview.sums_of(every[1], every[1].group[0])
