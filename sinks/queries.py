@@ -35,6 +35,8 @@ __all__ = [
     "UsageRow",
     "active_alerts",
     "alerts",
+    "all_alerts",
+    "all_usage",
     "balances",
     "events",
     "freshness",
@@ -217,6 +219,19 @@ def usage(
     return [_usage_row(row[:width], *row[width:]) for row in rows]
 
 
+def all_usage(
+    reader: Reader, tenant_id: str | None, by: Sequence[str], start_ms: int, end_ms: int, *, at_once: int = ROWS_MAX
+) -> list[UsageRow]:
+    """As `usage`, and every row of it."""
+    rows = usage(reader, tenant_id, by, start_ms, end_ms, limit=at_once)
+    more = len(rows) == at_once
+    while more:
+        page = usage(reader, tenant_id, by, start_ms, end_ms, limit=at_once, after=[*rows[-1].group, rows[-1].currency])
+        rows += page
+        more = len(page) == at_once
+    return rows
+
+
 def _usage_row(group: Sequence[object], currency: object, counts: object, units: object, cost: object) -> UsageRow:
     events, refused_events, unrated_events, *tokens = cast("Sequence[int]", counts)
     return UsageRow(
@@ -347,6 +362,21 @@ def alerts(
         )
         for row in rows
     ]
+
+
+def all_alerts(
+    reader: Reader, tenant_id: str | None, since_ms: int, filters: Mapping[str, str], *, at_once: int = ROWS_MAX
+) -> list[AlertRow]:
+    """As `alerts`, and every row of it."""
+    rows = alerts(reader, tenant_id, since_ms, filters=filters, limit=at_once)
+    more = len(rows) == at_once
+    while more:
+        last = rows[-1]
+        behind = last.updated_ms, last.partition, last.version, last.alert_id
+        page = alerts(reader, tenant_id, since_ms, filters=filters, behind=behind, limit=at_once)
+        rows += page
+        more = len(page) == at_once
+    return rows
 
 
 def active_alerts(reader: Reader, tenant_id: str | None = None) -> int:

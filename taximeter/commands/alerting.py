@@ -53,7 +53,7 @@ def alerts(
         if value and value not in _CHOICES[name]:
             raise MisuseError(f"--{name} {value[:40]!r} is not known: write one of {', '.join(_CHOICES[name])}")
     with open_reader(context.config()) as reader:
-        rows = queries.alerts(reader, tenant, since_ms, filters=filters)
+        rows = queries.all_alerts(reader, tenant, since_ms, filters)
         if follow:
             _follow(context, reader, tenant, since_ms, filters, rows, json=json)
         elif json:

@@ -56,7 +56,7 @@ def usage(
     names = [name.strip() for name in by.split(",") if name.strip()]
     start_ms, end_ms = _period(start, end)
     with open_reader(context.config()) as reader:
-        rows = queries.usage(reader, tenant, names, start_ms, end_ms)
+        rows = queries.all_usage(reader, tenant, names, start_ms, end_ms)
     if json:
         context.output.json([usage_values(names, row) for row in rows])
     else:

@@ -142,6 +142,16 @@ def test_alerts_after_a_position(reader: Reader) -> None:
     assert queries.alerts(reader, since_ms=NOW_MS + 1) == []
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_more_rows_than_one_answer_has_are_all_there(reader: Reader, at_once: int) -> None:
+    for tenant_id, by in ((None, ("tenant", "model")), (None, ()), (None, ("tenant", "minute")), (ONE, ("user",))):
+        every = queries.usage(reader, tenant_id, by)
+        assert queries.all_usage(reader, tenant_id, by, 0, queries.TIME_MS_MAX, at_once=at_once) == every
+    told = queries.alerts(reader)
+    assert told
+    assert queries.all_alerts(reader, None, 0, {}, at_once=at_once) == told
+
+
 def test_statement_is_quantity_times_price(reader: Reader) -> None:
     account = statement(reader, ONE, START_MS, START_MS + 10 * MINUTE_MS)
     assert account is not None
