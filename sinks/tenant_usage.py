@@ -80,16 +80,18 @@ class TenantUsage:
         marks = day_marks(reader, tenant_id, start_s)
         stated = marks.stated_before(over_s)
         known = (zone, period, start_s, over_s, stated)
+        over = self._over
         if self._known != known:
             # A day of UTC is a day of another zone in part, and may be of two periods.
             is_whole = zone == "UTC" and period.start_ms % _DAY_MS == 0
             source = queries.totals_between(start_s, over_s, marks.trusted() if is_whole else TrustedDays(), _OF_TENANT)
-            self._over = _ask(reader, tenant_id, totals_of(source), asked, start_s, _NEVER_S)
+            over = _ask(reader, tenant_id, totals_of(source), asked, start_s, _NEVER_S)
             is_there = all(version <= written.get(partition, 0) for partition, _, version in stated)
-            self._known = known if is_there and len(self._over) <= ROWS_MAX else None
+            # What is not to be trusted the next time, or too much, takes no memory until then.
+            self._known, self._over = (known, over) if is_there and len(over) <= ROWS_MAX else (None, {})
         since_s = min(over_s, minutes_from_s)
         source = minutes_of(f"tenant_id = {{tenant:String}} AND minute >= toDateTime({since_s}, 'UTC')")
-        sums = dict(self._over)
+        sums = dict(over)
         for key, counts in _ask(reader, tenant_id, source, asked, over_s, minutes_from_s).items():
             before = sums.get(key)
             sums[key] = counts if before is None else tuple(a + b for a, b in zip(before, counts, strict=True))

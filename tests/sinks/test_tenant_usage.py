@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
+import pytest
+
 from billing.periods import Period
 from billing.v1.command_pb2 import Price
 from billing.v1.usage_pb2 import OUTCOME_REJECTED, UnitQuantity
-from sinks import overview, queries
+from sinks import overview, queries, tenant_usage
 from sinks.day_totals import sum_days
 from sinks.engine import Rows
 from sinks.engines.chdb import ChdbEngine
@@ -177,3 +179,12 @@ def test_who_is_told_of_late_usage_before_it_is_there_asks_again(engine: ChdbEng
         engine.execute(f"DROP TABLE kept_{table}")
     after = kept.since(engine, ONE, asked, queries.positions(engine))
     assert after == from_minutes(engine, asked) != before
+
+
+def test_sums_of_too_many_names_take_no_memory_between_updates(engine: ChdbEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenant_usage, "ROWS_MAX", 3)
+    said = Said(engine)
+    said.say(NOW_MS, *(NOW_MS - n * DAY_MS for n in range(12)))
+    said.check(NOW_MS)
+    said.check(NOW_MS)
+    assert all(not kept._over for kept in said.kept.values())
