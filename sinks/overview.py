@@ -128,6 +128,11 @@ class InstallationUsage:
     """Asked again and again, by one thread at a time."""
 
     def __init__(self) -> None:
+        # How far days were summed; only in a database that was made anew does that go back.
+        self._summed: dict[int, tuple[int, int]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
         self._days, self._corrections, self._today = _Kept(), _Kept(), _Kept()
         # Which days the corrections are of; None: of none for long.
         self._corrected: _Kept | None = None
@@ -142,6 +147,9 @@ class InstallationUsage:
         assert start_s % DAY_S == 0, "days are whole"
         minutes_from_s = max(latest_s // 60 * 60 - (minutes - 1) * 60, start_s)
         summed = summed_until(reader)
+        if any(summed.get(partition, (0, 0))[1] < version for partition, (_, version) in self._summed.items()):
+            self._forget()
+        self._summed = summed
         before_s = max([start_s, *(until_s for until_s, _ in summed.values())])
         if not before_s <= self._settled_s <= latest_s - _SETTLED_S or latest_s - self._settled_s > _KEPT_S:
             self._settled_s = max(before_s, latest_s // 60 * 60 - _SETTLED_S)

@@ -18,6 +18,7 @@ from sinks.engines.chdb import ChdbEngine
 from sinks.engines.json_rows import decode_rows
 from sinks.follow import feed
 from sinks.parameters import Parameter, bind
+from sinks.tables import ALL_TABLES
 from tests.billing.ledgers import KEYS, NOW_MS, PRICES, Ledger, batch, tenants_in, usage
 
 DAY_MS = 86_400_000
@@ -264,3 +265,21 @@ def test_the_users_of_the_highest_cost_are_found_among_however_many_there_are(en
     assert found == overview.top([overview.sums_of(row, row.group[0]) for row in every], 20)
     [refused] = [row for row in overview.top_users(engine, "t", NOW_MS, NOW_MS + 1, names)[0] if row.refused_events]
     assert refused == overview.sums_of(every[1], every[1].group[0])
+
+
+def test_a_database_that_is_made_anew_has_its_own_sums(engine: ChdbEngine) -> None:
+    ledger, kept = Ledger(), overview.InstallationUsage()
+    ledger.price(PRICES)
+    at_ms = NOW_MS - DAY_MS
+    for n in range(3):
+        ledger.usage(batch([usage(f"r{n}", TENANTS[0], ended_ms=at_ms, started_ms=at_ms)]), NOW_MS + n)
+    feed(engine, ledger.stored, KEYS.seal_key)
+    sum_days(engine, [1])
+    check(engine, kept, NOW_MS)
+    for table in ALL_TABLES:
+        engine.execute(f"TRUNCATE TABLE {table.name}")
+    feed(engine, ledger.stored[:-1], KEYS.seal_key)
+    sum_days(engine, [1])
+    check(engine, kept, NOW_MS)
+    feed(engine, ledger.stored[-2:], KEYS.seal_key)
+    check(engine, kept, NOW_MS)
