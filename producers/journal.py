@@ -53,6 +53,7 @@ EVENT_BYTES_MAX = BATCH_BYTES_MAX - BATCH_ENVELOPE_BYTES - EVENT_ENVELOPE_BYTES
 # What an open request counts for in journal_bytes: room for the event that it becomes, so that closing it is never refused.
 OPEN_REQUEST_BYTES = 1_024
 _FREE_RETRY_S = 1.0
+_UNTOLD_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -383,7 +384,8 @@ class Journal:
                     self._work.wait(_FREE_RETRY_S)
                     break
                 if not self._to_free:
-                    self._work.wait()
+                    if self._has_waited_untold():
+                        break
                 elif (pause_s := self._free_not_before - time.monotonic()) > 0:
                     self._work.wait(pause_s)
                 else:
@@ -397,6 +399,12 @@ class Journal:
                 self._work.wait(pause_s)
             group, self._group = self._group, Group(self._hurry)
             return group
+
+    def _has_waited_untold(self) -> bool:
+        """Wait for a while; whether a group has stood there all the time. An event loop that ended or stands still tells nobody
+        of what it recorded."""
+        group, was_empty = self._group, self._group.is_empty
+        return not (self._work.wait(_UNTOLD_S) or was_empty) and self._group is group
 
     def _commit(self, group: Group) -> None:
         self._committed_at, began_s = time.monotonic(), time.thread_time()

@@ -249,7 +249,7 @@ class JournalStore:
                 return False
             self._reserve_path.write_bytes(bytes(_RESERVE_BYTES))
             self._grow()
-        except (OSError, apsw.Error):
+        except (OSError, JournalError):
             with contextlib.suppress(OSError):
                 self._give_up_reserve()
             return False
@@ -261,11 +261,15 @@ class JournalStore:
         self._reserve_path.unlink(missing_ok=True)
 
     def _grow(self) -> None:
-        self._writer.pragma("max_page_count", _PAGES_MAX)
+        self._set_pages_max(_PAGES_MAX)
 
     def _stop_growing(self) -> None:
+        self._set_pages_max(None)
+
+    def _set_pages_max(self, pages: int | None) -> None:
+        """None: as many as there are."""
         try:
-            self._writer.pragma("max_page_count", self._writer.pragma("page_count"))
+            self._writer.pragma("max_page_count", self._writer.pragma("page_count") if pages is None else pages)
         except apsw.Error as error:
             raise self._translate(error, JournalWriteFailed) from error
 

@@ -359,7 +359,10 @@ def top_users(reader: Reader, tenant_id: str, start_ms: int, end_ms: int, count:
         {"tenant": tenant_id, "start": start_ms, "end": end_ms, "count": count},
         timeout_s=_TIMEOUT_S,
     ).rows
-    sums = [Sums(str(row[0]), str(row[1]), *cast("list[int]", row[2:8]), _pico(row[8])) for row in rows]
+    sums = []
+    for row in rows:
+        events, refused, unrated, read, made_of_it, gpu_ms = cast("list[int]", row[2:8])
+        sums.append(Sums(str(row[0]), str(row[1]), events, refused, unrated, read, made_of_it, gpu_ms, _pico(row[8])))
     return sums, cast("int", rows[0][9]) if rows else 0
 
 

@@ -475,7 +475,8 @@ async def test_whoever_blocks_a_thread_waits_for_no_event_loop(tmp_path: Path) -
     await asyncio.to_thread(journal.close)
 
 
-def test_what_an_event_loop_recorded_that_is_gone_is_committed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_what_an_event_loop_recorded_that_is_gone_is_committed(tmp_path: Path, is_waited_for: bool) -> None:
     journal = open_journal(tmp_path)
     receipts: list[Receipt] = []
     loop = asyncio.new_event_loop()
@@ -487,7 +488,13 @@ def test_what_an_event_loop_recorded_that_is_gone_is_committed(tmp_path: Path) -
     loop.call_soon(record_and_stop)
     loop.run_forever()
     loop.close()
-    receipts[0].durable(60)
+    if is_waited_for:
+        receipts[0].durable(60)
+    else:
+        deadline_s = time.monotonic() + 60
+        while not receipts[0].is_durable and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert receipts[0].is_durable, "though nobody asks for it"
     journal.append(0, EVENT).durable(60)
     assert sequences(journal, 0) == [1, 2]
     journal.close()
