@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from billing.limits import QUANTITY_MAX
 from serving import kserve
@@ -27,6 +27,8 @@ _NAME = "max_tokens"
 _JSON_TEXTS = ("n", "best_of")
 _TENSOR_TEXTS = ("beam_width", "num_return_sequences")
 _TEXTS_MAX = 1_024
+# In place of sampling parameters: it says nothing of the answer.
+_UNREADABLE: Final[dict[str, object]] = {}
 
 
 class OutputLimit(enum.Enum):
@@ -103,10 +105,13 @@ def set_output_limit(request: ModelInferRequest, where: OutputLimit, tokens: int
 def limit_output(request: ModelInferRequest, profile: ModelProfile, asked: OutputAsked, tokens: int) -> OutputAsked:
     """Let a request that states no limit have an answer of `tokens` at most; what it asks for then.
 
-    It is as it was where the back end's default is shorter, and where nothing is known by which the back end would be told.
+    It is as it was where the back end's default is shorter, where nothing is known by which the back end would be told, and
+    where the back end will refuse what it cannot read: an answer to that is not what was asked for.
     """
     where, default = profile.output_limit, profile.output_tokens_default
     if where is OutputLimit.NOWHERE or (default and default <= tokens and not asked.is_said):
+        return asked
+    if where is OutputLimit.SAMPLING_PARAMETERS and _sampling_parameters(request) is _UNREADABLE:
         return asked
     if where is OutputLimit.TENSOR:
         if asked.is_said:
@@ -122,12 +127,12 @@ def limit_output(request: ModelInferRequest, profile: ModelProfile, asked: Outpu
 
 
 def _sampling_parameters(request: ModelInferRequest) -> dict[str, object] | None:
-    """None where the tensor is not there; empty where it is not what a back end takes, which will say so."""
+    """None where the tensor is not there; `_UNREADABLE` where it is not what a back end takes, which will say so."""
     text = kserve.read_text_input(request, _JSON_INPUT)
     if text is None:
         return None
     try:
         parameters = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
-    return parameters if isinstance(parameters, dict) else {}
+        return _UNREADABLE
+    return parameters if isinstance(parameters, dict) else _UNREADABLE

@@ -99,8 +99,9 @@ class LimitSettings:
 
     message_bytes_max: int = MAX_MESSAGE_BYTES
     requests_max: int = 1_000
-    """Inferences at the same time, and streams that are open; more are refused. So of a tenant."""
+    """Inferences at the same time, and as many streams that are open; more are refused."""
     tenant_requests_max: int = 250
+    """The same of one tenant."""
     stream_requests_max: int = 64
     """Of one client stream; it is read no further beyond, so nothing is refused for it."""
     request_chunks_max: int = 64
@@ -170,9 +171,9 @@ class GatewaySettings:
     models: Mapping[str, ModelProfile]
     """By model name; a model that is not here is not served."""
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    """By the name that profiles use; all are loaded before the first request."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """What tokenizers must be, by their names; one that is another stops the start."""
-    """By the name that profiles use; all are loaded before the first request."""
     publisher: PublisherSettings | None = None
     """None: another process sends the journal."""
     host: str = "127.0.0.1"

@@ -66,6 +66,12 @@ def with_parameter(value: int) -> ModelInferRequest:
     return request
 
 
+def with_unreadable(profile: ModelProfile, text: bytes) -> ModelInferRequest:
+    request = request_of(profile)
+    kserve.add_bytes_input(request, "sampling_parameters", [text])
+    return request
+
+
 @pytest.mark.parametrize(
     ("profile", "request_"),
     [
@@ -107,6 +113,9 @@ def test_a_request_that_states_no_limit_is_given_it_in_its_back_ends_words(
         # A tensor that the model may not have.
         (OWN_IDS, request_of(OWN_IDS), LIMIT),
         (ocr("m"), request_of(VLLM), LIMIT),
+        # The back end refuses them, and is to.
+        (VLLM, with_unreadable(VLLM, b"{"), LIMIT),
+        (COUNTLESS, with_unreadable(COUNTLESS, b"[7]"), LIMIT),
     ],
 )
 def test_no_answer_becomes_longer_and_no_model_is_given_what_it_may_not_have(
