@@ -66,12 +66,15 @@ class _Waiters:
 class Receipt:
     """Says when a group is durable, or why it is not. Safe to use from any thread and any event loop."""
 
-    __slots__ = ("_error", "_finished", "_hurry", "_lock", "_loops")
+    __slots__ = ("_blocked", "_error", "_finished", "_hurry", "_lock", "_loops")
 
     def __init__(self, hurry: Callable[[], None] | None = None) -> None:
         """`hurry`: has the group committed now, if it waits for its event loop."""
         self._hurry = hurry
-        self._finished = threading.Event()
+        # Read without the lock: it is set once, after the error.
+        self._finished = False
+        # Made where a thread blocks; most that wait are coroutines.
+        self._blocked: threading.Event | None = None
         self._lock = threading.Lock()
         self._error: JournalError | None = None
         self._loops: dict[asyncio.AbstractEventLoop, _Waiters] = {}
@@ -79,31 +82,40 @@ class Receipt:
     @property
     def is_durable(self) -> bool:
         """Whether it is on disk by now, without waiting."""
-        return self._finished.is_set() and self._error is None
+        return self._finished and self._error is None
 
     @property
     def has_failed(self) -> bool:
         """Whether the group was refused: it is not durable and never will be."""
-        return self._finished.is_set() and self._error is not None
+        return self._finished and self._error is not None
 
     def durable(self, timeout_s: float = 30.0) -> None:
         """Block until it is on disk. Raises the journal's error where the group failed, or `NotDurableInTime`."""
-        if not self._finished.is_set():
+        if not self._finished:
             hurry = self._hurry
             if hurry is not None:
                 # The loop that would have it committed may be this thread's.
                 hurry()
-            if not self._finished.wait(timeout_s):
+            if not self._block(timeout_s):
                 raise _late(timeout_s)
         self._raise_if_failed()
 
+    def _block(self, timeout_s: float) -> bool:
+        with self._lock:
+            if self._finished:
+                return True
+            if self._blocked is None:
+                self._blocked = threading.Event()
+            blocked = self._blocked
+        return blocked.wait(timeout_s)
+
     async def wait(self, timeout_s: float = 30.0) -> None:
         """The same for a coroutine. Cancelling one waiter leaves the others and the group as they are."""
-        if not self._finished.is_set():
+        if not self._finished:
             loop = asyncio.get_running_loop()
             with self._lock:
                 future: asyncio.Future[None] | None = None
-                if not self._finished.is_set():
+                if not self._finished:
                     waiters = self._loops.get(loop)
                     if waiters is None:
                         waiters = self._loops[loop] = _Waiters(loop)
@@ -115,9 +127,11 @@ class Receipt:
     def settle(self, error: JournalError | None) -> None:
         """The writer's part: called once, after the commit or its failure."""
         with self._lock:
-            assert not self._finished.is_set(), "a group is settled once"
+            assert not self._finished, "a group is settled once"
             self._error = error
-            self._finished.set()
+            self._finished = True
+            if self._blocked is not None:
+                self._blocked.set()
         self._hurry = None
         for loop, waiters in self._loops.items():
             try:

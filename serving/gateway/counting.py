@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from billing.limits import QUANTITY_MAX
 from serving import kserve
-from serving.gateway.layout import layout_of
+from serving.gateway.layout import form_key, layout_of
+from serving.gateway.request_form import form_of
 from serving.gateway.units import Characters, count_characters
 from serving.kserve import EMPTY_FINAL_PARAMETER, TensorError
 from serving.tokenizers import Framing
@@ -157,28 +158,37 @@ def _read_ids(request: ModelInferRequest, ids: TokenIds) -> tuple[int, int]:
 
 def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str, *, stream: bool) -> PreparedRequest:
     """Rewrite `request` in place for the back end. Raises TensorError for what cannot be metered."""
-    layout = layout_of(request)
-    places = layout.places
-    _refuse_shared_memory(request, layout)
-    ids = profile.ids
     prompts: tuple[str, ...] = ()
     input_tokens, rows, units = None if profile.counts_input else 0, 1, (0,) * len(profile.units)
-    stops = bool(_flag(request, places, profile.stop_input))
-    if stops:
-        # What it says beside is what the back end wants in every request.
-        input_tokens = 0
+    stops = repeats_all = False
+    form = form_of(request, profile)
+    plain = None if form is None else form.read(request.raw_input_contents)
+    if plain is not None:
+        prompts, streaming, excluded, chat = plain
+        # The client says nothing of counts or outputs: all that is asked for goes in at once.
+        request.MergeFrom(profile.injected)
+        hidden = profile.injected_outputs
     else:
-        prompts = _read_prompts(request, places, profile) if profile.text_inputs else ()
-        if ids is not None:
-            input_tokens, rows = _read_ids(request, ids)
-        if profile.units:
-            units = tuple([rule.of_request(request) for rule in profile.units])
-    streaming = bool(_flag(request, places, profile.stream_input))
-    excluded = _flag(request, places, profile.exclude_input)
-    framing = Framing.CHAT if _flag(request, places, profile.chat_input) else profile.framing
-    repeats_all = ids is not None and bool(_flag(request, places, ids.all_generated))
-    # What it strips moves what stands behind.
-    hidden = _inject(request, places, profile)
+        layout = layout_of(request)
+        places = layout.places
+        _refuse_shared_memory(request, layout)
+        ids = profile.ids
+        stops = bool(_flag(request, places, profile.stop_input))
+        if stops:
+            # What it says beside is what the back end wants in every request.
+            input_tokens = 0
+        else:
+            prompts = _read_prompts(request, places, profile) if profile.text_inputs else ()
+            if ids is not None:
+                input_tokens, rows = _read_ids(request, ids)
+            if profile.units:
+                units = tuple([rule.of_request(request) for rule in profile.units])
+        streaming = _flag(request, places, profile.stream_input)
+        excluded = _flag(request, places, profile.exclude_input)
+        chat = _flag(request, places, profile.chat_input)
+        repeats_all = ids is not None and bool(_flag(request, places, ids.all_generated))
+        # What it strips moves what stands behind.
+        hidden = _inject(request, places, profile)
     empty_final_asked = kserve.get_parameter(request, EMPTY_FINAL_PARAMETER)
     if empty_final_asked is not None and not isinstance(empty_final_asked, bool):
         # The back end would refuse it, and it will not see it.
@@ -191,7 +201,7 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
         client_id=client_id,
         upstream_id=upstream_id,
         prompts=prompts,
-        framing=framing,
+        framing=Framing.CHAT if chat else profile.framing,
         input_tokens=input_tokens,
         rows=rows,
         units=units,
@@ -240,10 +250,6 @@ class AnswerCounter:
 
     __slots__ = (
         "_characters",
-        "_counts",
-        "_counts_output",
-        "_hidden",
-        "_ids",
         "_ids_output",
         "_ids_sequences",
         "_input",
@@ -252,7 +258,6 @@ class AnswerCounter:
         "_prepared",
         "_profile",
         "_sequences",
-        "_text_output",
         "_units",
         "responses",
     )
@@ -260,13 +265,12 @@ class AnswerCounter:
     def __init__(self, profile: ModelProfile, prepared: PreparedRequest) -> None:
         self._profile = profile
         self._prepared = prepared
-        self._counts = profile.counts
-        self._counts_output = profile.counts_output
-        self._ids = profile.ids
-        self._text_output = profile.text_output if profile.tokenizer is not None else None
-        self._hidden = prepared.hidden_outputs
-        self._units = list(prepared.units)
-        self._characters = [(place, rule.output) for place, rule in enumerate(profile.units) if isinstance(rule, Characters)]
+        self._characters: Sequence[tuple[int, str]] = ()
+        if profile.units:
+            self._units = list(prepared.units)
+            self._characters = [
+                (place, rule.output) for place, rule in enumerate(profile.units) if isinstance(rule, Characters)
+            ]
         self._input: int | None = None
         self._output: int | None = None
         self._ids_output: int | None = None
@@ -278,39 +282,64 @@ class AnswerCounter:
 
     def take(self, response: ModelInferResponse) -> None:
         """Count a response and take out what was injected. Raises TensorError if it cannot be read."""
+        plan = self._known_plan(response)
+        if plan is not None and self.take_data(plan, response.raw_output_contents):
+            names: Sequence[str] = plan.outputs
+        else:
+            names = self._take_in_full(response)
+        hidden = self._prepared.hidden_outputs
+        if hidden:
+            _strip(response, names, hidden)
+
+    def _known_plan(self, response: ModelInferResponse) -> DataPlan | None:
+        """How to read a response of a form that has been seen before, as most have."""
+        outputs = response.outputs
+        if len(outputs) != len(response.raw_output_contents):
+            return None
+        forms = self._profile.answer_forms[self._prepared.prompt_echoed]
+        key = form_key(outputs)
+        if key in forms:
+            return forms[key]
+        plan = self.plan(response)
+        forms.keep(key, plan)
+        return plan
+
+    def _take_in_full(self, response: ModelInferResponse) -> list[str]:
+        """Look at everything; the outputs' names."""
+        profile = self._profile
         self.responses += 1
         tensors = list(response.outputs)
         names = [tensor.name for tensor in tensors]
-        text_output = self._text_output
+        text_output = profile.text_output if profile.tokenizer is not None else None
         if text_output is not None and text_output in names:
             texts = kserve.read_bytes_output(response, text_output)
             if texts:
                 self._parts.append(texts)
-        if self._counts is not None:
-            self._take_counts(self._counts, response, tensors, names)
-        if self._ids is not None:
-            self._take_ids(self._ids, response, names)
+        if profile.counts is not None:
+            self._take_counts(profile.counts, response, tensors, names)
+        if profile.ids is not None:
+            self._take_ids(profile.ids, response, names)
         for place, output in self._characters:
             elements = kserve.read_bytes_output(response, output) or ()
             self._units[place] += sum(count_characters(element) for element in elements)
-        if self._hidden:
-            _strip(response, names, self._hidden)
+        return names
 
     def plan(self, response: ModelInferResponse) -> DataPlan | None:
         """How to read on without looking at more than data, by a response as it came; None: it must all be looked at."""
         tensors = list(response.outputs)
         names = tuple([tensor.name for tensor in tensors])
-        if self._ids is not None or self._characters or len(set(names)) != len(names):
+        profile = self._profile
+        if profile.ids is not None or self._characters or len(set(names)) != len(names):
             return None
         if len(response.raw_output_contents) != len(names):
             return None
-        text = self._text_output
+        text = profile.text_output if profile.tokenizer is not None else None
         place = None if text is None or text not in names else names.index(text)
         if place is not None and (tensors[place].datatype != "BYTES" or math.prod(tensors[place].shape) != 1):
             return None
-        counts, sequences = self._counts, 0
+        counts, sequences = profile.counts, 0
         if counts is not None and counts.prompt_in_output_count and self._prepared.prompt_echoed:
-            echoed = self._profile.text_output
+            echoed = profile.text_output
             sequences = math.prod(tensors[names.index(echoed)].shape) if echoed in names else 1
         found: list[tuple[int, int] | None] = [None, None]
         if counts is not None:
@@ -346,8 +375,9 @@ class AnswerCounter:
         if input_tokens >= 0 and (self._input is None or input_tokens > self._input):
             self._input = input_tokens
         if output_tokens >= 0:
-            assert self._counts is not None, "who plans for counts has them"
-            self._output = output_tokens + (self._output or 0) if self._counts.deltas else output_tokens
+            counts = self._profile.counts
+            assert counts is not None, "who plans for counts has them"
+            self._output = output_tokens + (self._output or 0) if counts.deltas else output_tokens
             self._sequences += plan.sequences
         return True
 
@@ -385,15 +415,15 @@ class AnswerCounter:
 
     def counted(self) -> Counted:
         """All so far."""
-        prepared = self._prepared
+        prepared, profile = self._prepared, self._profile
         # The back end's count is that of one prompt.
         input_tokens = prepared.input_tokens if self._input is None or prepared.rows > 1 else self._input
         output_tokens, sequences = self._output, self._sequences
-        if self._ids is not None and self._ids_output is not None:
+        if profile.ids is not None and self._ids_output is not None:
             # Padding is in the back end's count and not in the lengths.
             output_tokens = self._ids_output
-            sequences = self._ids_sequences if self._ids.prompt_in_output and prepared.prompt_echoed else 0
-        elif not self._counts_output:
+            sequences = self._ids_sequences if profile.ids.prompt_in_output and prepared.prompt_echoed else 0
+        elif not profile.counts_output:
             output_tokens = 0
         if sequences and output_tokens and input_tokens:
             output_tokens = max(0, output_tokens - input_tokens * sequences // prepared.rows)
@@ -414,7 +444,7 @@ class AnswerCounter:
         return joined
 
 
-def _strip(response: ModelInferResponse, names: list[str], hidden: Sequence[str]) -> None:
+def _strip(response: ModelInferResponse, names: Sequence[str], hidden: Sequence[str]) -> None:
     """Take outputs out of the response, whose outputs' names in order are `names`."""
     first = len(names) - len(hidden)
     if first >= 0 and tuple(names[first:]) == hidden and len(response.raw_output_contents) == len(names):

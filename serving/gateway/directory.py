@@ -176,11 +176,12 @@ def scopes_of(key: KeyView, account: AccountView | None, model: str, now_ms: int
             found.append(Scope("tenant", account.tenant_id, account.limits))
         if (limits := account.model_limits.get(model)) is not None:
             found.append(Scope("model", f"{model} of tenant {account.tenant_id}", limits))
-        found += [
-            Scope("rule", str(held), LimitsView(requests_per_minute=held.requests_per_minute))
-            for held in account.restrictions
-            if held.requests_per_minute and held.holds(key, now_ms)
-        ]
+        if account.restrictions:
+            found += [
+                Scope("rule", str(held), LimitsView(requests_per_minute=held.requests_per_minute))
+                for held in account.restrictions
+                if held.requests_per_minute and held.holds(key, now_ms)
+            ]
     return found
 
 

@@ -68,6 +68,7 @@ _TOKEN_BYTES_MAX = 512
 # gRPC's own, the client's credentials, what describes the one connection, and its span: none of it is the back end's.
 _NOT_FORWARDED = CREDENTIAL_METADATA | {"user-agent", "te", "content-type", "host", "connection", TRACEPARENT}
 _GRPCS_OWN = ("grpc-", ":")
+_WANTS_STATUS = ("triton_grpc_error", "true")
 
 # Between two attempts to write a bill on a full disk.
 _FULL_RETRY_S = 1.0
@@ -103,7 +104,7 @@ class Gateway:
         self._parts = parts
         self._refusals = Refusals(parts, self.metrics)
         self._running = 0
-        self._tenant_running: Counter[str] = Counter()
+        self._tenant_running: dict[str, int] = {}
         self._rates = RateLimits(settings.limits.replicas)
         self.audit = CountAudit(settings.audit)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,16 +114,26 @@ class Gateway:
     def caller(self, context: Any) -> Caller:
         """Read a call's metadata and deadline once."""
         metadata: Metadata = context.invocation_metadata() or ()
-        secret = find_secret(metadata)
+        secret, is_traced = None, self.settings.trace
+        kept: list[tuple[str, str | bytes]] = []
+        for pair in metadata:
+            name = pair[0]
+            if name not in _NOT_FORWARDED:
+                if not name.startswith(_GRPCS_OWN):
+                    kept.append(pair)
+            elif name in CREDENTIAL_METADATA:
+                if secret is None:
+                    secret = find_secret((pair,))
+            elif name == TRACEPARENT:
+                is_traced = True
         left_s = context.time_remaining()
-        span = own_span(metadata, begin=self.settings.trace)
-        kept = tuple([pair for pair in metadata if pair[0] not in _NOT_FORWARDED and not pair[0].startswith(_GRPCS_OWN)])
+        span = own_span(metadata, begin=self.settings.trace) if is_traced else ""
         return Caller(
-            secret_hash=None if secret is None else self._hash_secret(secret),
-            metadata=with_span(kept, span),
-            span=span,
-            deadline=None if left_s is None else time.monotonic() + left_s,
-            wants_status=("triton_grpc_error", "true") in metadata,
+            None if secret is None else self._hash_secret(secret),
+            with_span(tuple(kept), span),
+            None if left_s is None else time.monotonic() + left_s,
+            _WANTS_STATUS in kept,
+            span,
         )
 
     def authenticate(self, caller: Caller, policy: Policy, request: ModelInferRequest | None = None) -> KeyView:
@@ -163,7 +174,7 @@ class Gateway:
             self._refusals.record(refusal, event)
             raise CallError.refused(refusal)
         self._running += 1
-        self._tenant_running[tenant_id] += 1
+        self._tenant_running[tenant_id] = self._tenant_running.get(tenant_id, 0) + 1
         try:
             return await self._begin(request, key, caller, stream=stream)
         except BaseException:
@@ -174,8 +185,10 @@ class Gateway:
         """The request is over, however it ended: it makes room for another, and a bill that nobody has written by now, because
         the client is gone or the journal failed, is written apart from the call."""
         self._free_slot(admitted.tenant_id)
-        self._named.remove(admitted.tenant_id, admitted.prepared.client_id, admitted.prepared.upstream_id)
-        admitted.slot.end(admitted.meter.tokens, time.monotonic())
+        if admitted.profile.stop_input is not None:
+            self._named.remove(admitted.tenant_id, admitted.prepared.client_id, admitted.prepared.upstream_id)
+        if admitted.slot is not UNLIMITED:
+            admitted.slot.end(admitted.meter.tokens, time.monotonic())
         if not admitted.meter.is_closed:
             # It holds the request as the request holds it: let go, or only the collector of cycles frees them.
             end, admitted.end = admitted.end, None
@@ -198,13 +211,15 @@ class Gateway:
 
     def _free_slot(self, tenant_id: str) -> None:
         self._running -= 1
-        self._tenant_running[tenant_id] -= 1
-        if not self._tenant_running[tenant_id]:
+        left = self._tenant_running[tenant_id] - 1
+        if left:
+            self._tenant_running[tenant_id] = left
+        else:
             del self._tenant_running[tenant_id]
 
     def _slot_refusal(self, tenant_id: str) -> Refusal | None:
         limits = self.settings.limits
-        if self._tenant_running[tenant_id] >= limits.tenant_requests_max:
+        if self._tenant_running.get(tenant_id, 0) >= limits.tenant_requests_max:
             return admission.concurrency_refusal("this tenant", limits.tenant_requests_max)
         if self._running >= limits.requests_max:
             return admission.concurrency_refusal("the gateway", limits.requests_max)
@@ -217,17 +232,18 @@ class Gateway:
         profile = self.settings.models.get(model)
         operation = 0 if profile is None else profile.operation
         event = new_event(self._parts, key, request_id, model or "-", operation, client_id, caller.span)
+        now = event.started_ms
         account = self._directory.find_account(key.tenant_id)
         refusal = admission.account_refusal(
-            account, self._directory.log_time_ms(key.tenant_id), now_ms(), self.settings.admission, free=key.test
+            account, self._directory.log_time_ms(key.tenant_id), now, self.settings.admission, free=key.test
         )
         if refusal is None:
-            refusal = self._stopped(key, account)
+            refusal = self._stopped(key, account, now)
         if refusal is not None:
             await self._refusals.enforce(refusal, event, account)
         if profile is None:
             await self._refusals.refuse(admission.model_refusal(model), event)
-        scopes = scopes_of(key, account, model, now_ms())
+        scopes = scopes_of(key, account, model, now)
         slot = self._rates.admit(scopes, time.monotonic()) if scopes else UNLIMITED
         if isinstance(slot, Breach):
             await self._refusals.enforce(admission.rate_refusal(slot), event, account)
@@ -265,7 +281,7 @@ class Gateway:
             plan_max,
             profile.prompt_tokens_max,
             self.settings.limits.prompt_tokens_max,
-            *(scope.limits.prompt_tokens_max for scope in scopes),
+            *([scope.limits.prompt_tokens_max for scope in scopes] if scopes else ()),
         )
         prompt_count = await self._check_prompt(prepared, profile, limit, event, account)
         asked, output_max = None, 0
@@ -297,7 +313,8 @@ class Gateway:
             self._settle(meter, OUTCOME_CANCELLED)
             raise
         self.metrics["requests_admitted"] += 1
-        if not prepared.stops:
+        if profile.stop_input is not None and not prepared.stops:
+            # Of another model nobody can stop a request by its ID.
             self._named.add(key.tenant_id, prepared.client_id, request_id)
         return Admitted(request, profile, prepared, meter, key.tenant_id, slot)
 
@@ -357,16 +374,16 @@ class Gateway:
         bound = self._parts.tokens.bound_all(profile.tokenizer, prepared.prompts, prepared.framing)
         return _size_bytes(prepared.prompts) if bound is None else bound
 
-    def _stopped(self, key: KeyView, account: AccountView | None) -> Refusal | None:
+    def _stopped(self, key: KeyView, account: AccountView | None, now: int) -> Refusal | None:
         if self._directory.is_closed(key.tenant_id, key.project_id):
             return admission.project_refusal(key.project_id)
         if account is not None and account.restrictions:
-            refusal = admission.restriction_refusal(key, account, now_ms())
+            refusal = admission.restriction_refusal(key, account, now)
             if refusal is not None:
                 return refusal
         # A test key's usage costs nothing.
-        stop = None if key.test else self._directory.find_stop(key, now_ms())
-        return None if stop is None else admission.budget_refusal(stop, "" if account is None else account.currency, now_ms())
+        stop = None if key.test else self._directory.find_stop(key, now)
+        return None if stop is None else admission.budget_refusal(stop, "" if account is None else account.currency, now)
 
     def _not_opened(self, error: ProducerError) -> CallError:
         if isinstance(error, JournalFull):

@@ -7,17 +7,19 @@ is remembered by exactly those; requests that have their data beside them, typed
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from serving import kserve
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from serving.kserve import ModelInferRequest
 
-__all__ = ["Layout", "Place", "layout_of"]
+__all__ = ["FormKey", "Forms", "Layout", "Place", "form_key", "layout_of"]
 
+FormKey = tuple[bytes, ...]
+_Found = TypeVar("_Found")
 _KEPT_MAX: Final = 256
 _TENSOR_BYTES_MAX: Final = 256
 # What a flag's or a text's shape is with the back ends that have flags.
@@ -42,7 +44,22 @@ class Layout(NamedTuple):
     """The first input whose data is in shared memory."""
 
 
-_known: dict[tuple[bytes, ...], Layout] = {}
+def form_key(tensors: Iterable[Any]) -> FormKey:
+    """What tensors say of themselves: of those that have their data beside them, raw, all but that."""
+    return tuple([tensor.SerializeToString() for tensor in tensors])
+
+
+class Forms(dict[FormKey, _Found]):
+    """What was found of messages, by their form. Bounded, whatever peers send: when it is full, it begins anew."""
+
+    def keep(self, key: FormKey, found: _Found) -> None:
+        if len(key) <= _TENSOR_BYTES_MAX and max(map(len, key), default=0) <= _TENSOR_BYTES_MAX:
+            if len(self) >= _KEPT_MAX:
+                self.clear()
+            self[key] = found
+
+
+_known: Forms[Layout] = Forms()
 
 
 def layout_of(request: ModelInferRequest) -> Layout:
@@ -50,14 +67,11 @@ def layout_of(request: ModelInferRequest) -> Layout:
     inputs = request.inputs
     if len(inputs) != len(request.raw_input_contents):
         return _walk(inputs)
-    key = tuple([tensor.SerializeToString() for tensor in inputs])
+    key = form_key(inputs)
     layout = _known.get(key)
     if layout is None:
         layout = _walk(inputs)
-        if all(len(part) <= _TENSOR_BYTES_MAX for part in key) and len(key) <= _TENSOR_BYTES_MAX:
-            if len(_known) >= _KEPT_MAX:
-                _known.clear()
-            _known[key] = layout
+        _known.keep(key, layout)
     return layout
 
 

@@ -149,6 +149,22 @@ def new_event(
 class RequestMeter:
     """One request that was admitted."""
 
+    # How every one begins.
+
+    is_too_long = False
+    """Why the last `progress` or `try_close` that was in vain was: the limit, or else the money. Of a `close`, that what it
+    billed is over the limit."""
+    _open: OpenRequest | None = None
+    _bill: Receipt | None = None
+    """As the journal has it, once it was handed in."""
+    _first_token_ms = 0
+    _forwarded = False
+    _closed = False
+    _any_covered = False
+    """Whether any count of the answer was within money and limit yet."""
+    _settled_parts = _settled_tokens = 0
+    """Of the text that was delivered: parts counted for good, and their tokens."""
+
     def __init__(
         self,
         parts: MeterParts,
@@ -164,9 +180,6 @@ class RequestMeter:
         """`output_tokens_max`: what the answer may have, whatever the back end makes of it; 0: no limit."""
         self.counter = counter
         self.output_tokens_max = output_tokens_max
-        # Why the last `progress` or `try_close` that was in vain was: the limit, or else the money. Of a `close`, that what it
-        # billed is over the limit.
-        self.is_too_long = False
         self._money = money
         self._price_of = price_of
         self._parts = parts
@@ -174,19 +187,7 @@ class RequestMeter:
         self._profile = profile
         self._prepared = prepared
         self._prompt_count = prompt_count
-        self._units = tuple(rule.unit for rule in profile.units)
-        self._open: OpenRequest | None = None
-        # The bill as the journal has it, once it was handed in.
-        self._bill: Receipt | None = None
         self._started = time.monotonic()
-        self._first_token_ms = 0
-        self._forwarded = False
-        self._closed = False
-        # Whether any count of the answer was within money and limit yet.
-        self._any_covered = False
-        # Of the text that was delivered: parts counted for good, their tokens, and up to where parts are counted at all.
-        self._settled_parts = 0
-        self._settled_tokens = 0
 
     async def open(self) -> None:
         """Put the request into the journal. Raises the producer's errors; then nothing may be forwarded."""
@@ -271,11 +272,11 @@ class RequestMeter:
 
     def _fill(self, input_tokens: int, output_tokens: int, units: Sequence[int], source: int) -> None:
         event = self._event
-        if self._units:
+        if units:
             del event.units[:]
-            for unit, quantity in zip(self._units, units, strict=True):
+            for rule, quantity in zip(self._profile.units, units, strict=True):
                 if quantity:
-                    event.units.add(unit=unit, quantity=quantity)
+                    event.units.add(unit=rule.unit, quantity=quantity)
         event.uncached_input_tokens = event.context_tokens = input_tokens
         event.output_tokens = output_tokens
         event.count_source = source  # type: ignore[assignment]
@@ -390,7 +391,7 @@ class RequestMeter:
 
     def _usage(self) -> Usage:
         event = self._event
-        told = tuple([(entry.unit, entry.quantity) for entry in event.units]) if self._units else ()
+        told = tuple([(entry.unit, entry.quantity) for entry in event.units]) if self._profile.units else ()
         price = None if self._price_of is None else self._price_of(event)
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told, price)
 

@@ -22,6 +22,7 @@ from billing.v1.usage_pb2 import (
     OPERATION_TEXT_TO_IMAGE,
 )
 from serving import kserve
+from serving.gateway.layout import Forms
 from serving.gateway.output_limits import OutputLimit
 from serving.gateway.units import AudioMilliseconds, Characters, ImageSteps, PerRequest, UnitRule
 from serving.tokenizers import Framing
@@ -29,6 +30,8 @@ from serving.tokenizers import Framing
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from serving.gateway.counting import DataPlan
+    from serving.gateway.request_form import RequestForm
     from serving.kserve import ModelInferRequest
 
 __all__ = [
@@ -132,6 +135,12 @@ class ModelProfile:
     """The flags that make the back end count, as a part of a request that has its tensors raw."""
     injected_outputs: tuple[str, ...] = field(init=False, compare=False, repr=False)
     """What they bring."""
+    request_forms: Forms[RequestForm | None] = field(init=False, compare=False, repr=False, default_factory=Forms)
+    """What was learned of the model's requests."""
+    answer_forms: tuple[Forms[DataPlan | None], Forms[DataPlan | None]] = field(
+        init=False, compare=False, repr=False, default_factory=lambda: (Forms(), Forms())
+    )
+    """And of its answers, without their prompts in front and with them."""
 
     def __post_init__(self) -> None:
         counts, ids = self.counts, self.ids
