@@ -164,7 +164,7 @@ def prepare(request: ModelInferRequest, profile: ModelProfile, upstream_id: str,
     form = form_of(request, profile)
     plain = None if form is None else form.read(request.raw_input_contents)
     if plain is not None:
-        prompts, streaming, excluded, chat = plain
+        prompts, (streaming, excluded, chat) = plain
         # The client says nothing of counts or outputs: all that is asked for goes in at once.
         request.MergeFrom(profile.injected)
         hidden = profile.injected_outputs

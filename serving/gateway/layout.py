@@ -7,6 +7,7 @@ is remembered by exactly those; requests that have their data beside them, typed
 
 from __future__ import annotations
 
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from serving import kserve
@@ -20,6 +21,7 @@ __all__ = ["FormKey", "Forms", "Layout", "Place", "form_key", "layout_of"]
 
 FormKey = tuple[bytes, ...]
 _Found = TypeVar("_Found")
+_serialize: Final = methodcaller("SerializeToString")
 _KEPT_MAX: Final = 256
 _TENSOR_BYTES_MAX: Final = 256
 # What a flag's or a text's shape is with the back ends that have flags.
@@ -46,7 +48,7 @@ class Layout(NamedTuple):
 
 def form_key(tensors: Iterable[Any]) -> FormKey:
     """What tensors say of themselves: of those that have their data beside them, raw, all but that."""
-    return tuple([tensor.SerializeToString() for tensor in tensors])
+    return tuple(map(_serialize, tensors))
 
 
 class Forms(dict[FormKey, _Found]):

@@ -331,7 +331,7 @@ class RequestMeter:
 
     async def close_as_delivered(self, outcome: int) -> Usage:
         """Bill what the last progress counted, and return when that is durable."""
-        await self._close_event(outcome)
+        await self._hand_in(outcome).wait(self._parts.durable_timeout_s)
         return self._usage()
 
     async def close(self, outcome: int) -> Usage:
@@ -367,30 +367,30 @@ class RequestMeter:
                 return None
             if source == COUNT_SOURCE_TOKENIZER and self._profile.tokenizer is not None:
                 self._event.tokenizer = self._parts.tokens.fingerprint(self._profile.tokenizer)
-        await self._close_event(outcome)
+        await self._hand_in(outcome).wait(self._parts.durable_timeout_s)
         return self._usage()
 
-    async def _close_event(self, outcome: int) -> None:
-        """Hand the bill in and wait for it. Whoever waited may have been cancelled, or have waited too long: what hangs on the
-        bill, its money first, is done by whoever sees that it is durable."""
+    def _hand_in(self, outcome: int) -> Receipt:
+        """Hand the bill in, if it is not; what says when it is durable."""
         event = self._event
         assert self._open is not None, "close comes after open"
         if not self._is_handed_in:
             event.outcome = outcome  # type: ignore[assignment]
             self._bill = self._open.close(event)
         assert self._bill is not None, "it is handed in"
-        await self._bill.wait(self._parts.durable_timeout_s)
-        if self._closed:
-            return
-        self._closed = True
-        if self._money is not None:
-            self._money.settle(event)
-        if self._parts.genai is not None:
-            self._parts.genai.observe(event)
-        tell_end(self._parts, event)
+        return self._bill
 
     def _usage(self) -> Usage:
+        """What is billed, durably. Whoever waited may have been cancelled, or have waited too long: what hangs on the bill, its
+        money first, is done by whoever sees first that it is durable."""
         event = self._event
+        if not self._closed:
+            self._closed = True
+            if self._money is not None:
+                self._money.settle(event)
+            if self._parts.genai is not None:
+                self._parts.genai.observe(event)
+            tell_end(self._parts, event)
         told = tuple([(entry.unit, entry.quantity) for entry in event.units]) if self._profile.units else ()
         price = None if self._price_of is None else self._price_of(event)
         return Usage(event.request_id, event.uncached_input_tokens, event.output_tokens, event.count_source, told, price)

@@ -22,33 +22,31 @@ __all__ = ["RequestForm", "form_of"]
 
 
 class RequestForm(NamedTuple):
-    """Places of raw data; None: there is no such input, and so no such word."""
+    """Places of raw data: of the texts, and of the flags that are there."""
 
     texts: tuple[int, ...]
-    streaming: int | None
-    excluded: int | None
-    chat: int | None
+    flags: tuple[tuple[int, int], ...]
+    """Which of `streaming`, `excluded` and `chat` it is, and where."""
 
-    def read(self, raws: Sequence[bytes]) -> tuple[tuple[str, ...], bool | None, bool | None, bool | None] | None:
+    def read(self, raws: Sequence[bytes]) -> tuple[tuple[str, ...], list[bool | None]] | None:
         """The texts and the three flags; None: the data is not what its place asks for."""
         texts: list[str] = []
         for place in self.texts:
             data = raws[place]
-            if len(data) < 4 or int.from_bytes(data[:4], "little") != len(data) - 4:
+            text = data[4:]
+            if len(data) < 4 or int.from_bytes(data[:4], "little") != len(text):
                 return None
             try:
-                texts.append(data[4:].decode())
+                texts.append(text.decode())
             except UnicodeDecodeError:
                 return None
-        flags: list[bool | None] = []
-        for flag in self[1:]:
-            if flag is None:
-                flags.append(None)
-            elif len(data := raws[flag]) == 1:
-                flags.append(data != b"\0")
-            else:
+        flags: list[bool | None] = [None, None, None]
+        for number, place in self.flags:
+            data = raws[place]
+            if len(data) != 1:
                 return None
-        return tuple(texts), flags[0], flags[1], flags[2]
+            flags[number] = data != b"\0"
+        return tuple(texts), flags
 
 
 def form_of(request: ModelInferRequest, profile: ModelProfile) -> RequestForm | None:
@@ -75,16 +73,12 @@ def _learn(request: ModelInferRequest, profile: ModelProfile) -> RequestForm | N
         return None
     if profile.tokenizer is not None and not all(name in places for name in profile.text_inputs[:1]):
         return None
-    names = [name for name in profile.text_inputs if name in places]
-    texts = [_position(places[name], "BYTES") for name in names]
-    flags: list[int | None] = []
-    for flag in (profile.stream_input, profile.exclude_input, profile.chat_input):
-        place = places.get(flag) if flag else None
-        flags.append(None if place is None else _position(place, "BOOL"))
-        if place is not None and flags[-1] is None:
-            return None
-    found = tuple([position for position in texts if position is not None])
-    return RequestForm(found, flags[0], flags[1], flags[2]) if len(found) == len(texts) else None
+    texts = [_position(places[name], "BYTES") for name in profile.text_inputs if name in places]
+    asked = enumerate((profile.stream_input, profile.exclude_input, profile.chat_input))
+    flags = [(number, _position(places[flag], "BOOL")) for number, flag in asked if flag and flag in places]
+    found = tuple([place for place in texts if place is not None])
+    found_flags = tuple([(number, place) for number, place in flags if place is not None])
+    return RequestForm(found, found_flags) if (len(found), len(found_flags)) == (len(texts), len(flags)) else None
 
 
 def _position(place: Place, datatype: str) -> int | None:
