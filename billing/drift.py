@@ -5,11 +5,15 @@ The figures come with the producer's batches and heartbeats, so the alert has no
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from billing.limits import ALERTS_MAX, COUNT_DRIFTS_MAX, ID_CHARS_MAX, QUANTITY_MAX
-from billing.state import LedgerState
 from billing.v1.alert_pb2 import ALERT_RULE_COUNTING_DRIFT, SEVERITY_WARNING, Alert
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import UsageBatch
+
+if TYPE_CHECKING:
+    from billing.state import LedgerState
 
 # Of a ledger that was founded before its settings named it: 2 %, as gateways have it by default.
 DRIFT_MILLIONTHS = 20_000

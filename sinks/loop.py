@@ -133,7 +133,8 @@ class _Sink:
                 "enable.partition.eof": True,
                 # The default of one second starves a consumer that is faster than the network.
                 "fetch.queue.backoff.ms": 5,
-                "fetch.wait.max.ms": 50,
+                # Kafka answers a fetch that waits as soon as there is something; the embedded broker looks now and then.
+                "fetch.wait.max.ms": 100,
                 "fetch.message.max.bytes": RECORD_BYTES_MAX,
                 "queued.max.messages.kbytes": max(2 * settings.batch_bytes // 1024, 16_384),
                 **settings.security,

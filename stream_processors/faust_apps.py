@@ -29,6 +29,10 @@ _IDLE_POLL_S = 86_400.0 * 7
 # and when those are empty the broker keeps that fetch for as long as it may: input that is there waits for input that is not.
 # Faust asks for 1.5 s; less than a buffer takes to work off costs nothing.
 _FETCH_WAIT_MS = 40
+# Of a consumer to which nothing came for a while. Kafka answers a fetch that waits as soon as there is something; the embedded
+# broker looks a few times while it waits, and every fetch costs it and this process a millisecond.
+_FETCH_WAIT_IDLE_MS = 120
+_IDLE_S = 0.5
 
 Positions = Callable[[], Mapping[TP, int]]
 
@@ -57,6 +61,18 @@ class _QuickThread(AIOKafkaConsumerThread):
         # Faust has no setting for it. It is read when the consumer starts, which comes after this.
         consumer._fetch_max_wait_ms = _FETCH_WAIT_MS
         return consumer
+
+    async def _fetch_records(
+        self,
+        consumer: aiokafka.AIOKafkaConsumer,
+        active_partitions: set[TP],
+        timeout: float | None = None,
+        max_records: int | None = None,
+    ) -> Any:
+        records = await super()._fetch_records(consumer, active_partitions, min(timeout or _IDLE_S, _IDLE_S), max_records)
+        # Read anew for each fetch.
+        consumer._fetcher._fetch_max_wait_ms = _FETCH_WAIT_MS if records else _FETCH_WAIT_IDLE_MS
+        return records
 
 
 class _SeekingConsumer(Consumer):

@@ -34,28 +34,29 @@ _NO_GROUP = "taximeter-reader"
 
 
 class KafkaLogReader:
-    """`LogReader` on Kafka. Each call has a consumer of its own, on a thread of the default executor."""
+    """`LogReader` on Kafka. Each call has a consumer of its own, used on threads of the default executor."""
 
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
         self._timeout_s = settings.request_timeout_ms / 1000
 
     def _consumer(self) -> Consumer:
-        return Consumer(
-            {
-                **self._settings.client(),
-                "group.id": _NO_GROUP,
-                "enable.auto.commit": False,
-                "enable.partition.eof": True,
-                "auto.offset.reset": "error",
-                "fetch.queue.backoff.ms": 5,
-                # At the end of the log the broker is to say so at once.
-                "fetch.wait.max.ms": 10,
-                "fetch.message.max.bytes": MESSAGE_BYTES_MAX,
-                "queued.max.messages.kbytes": 65_536,
-                "isolation.level": "read_uncommitted",
-            }
-        )
+        return Consumer(self._options())
+
+    def _options(self) -> dict[str, str | int | float | bool]:
+        return {
+            **self._settings.client(),
+            "group.id": _NO_GROUP,
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "error",
+            "fetch.queue.backoff.ms": 5,
+            # At the end of the log the broker is to say so at once.
+            "fetch.wait.max.ms": 10,
+            "fetch.message.max.bytes": MESSAGE_BYTES_MAX,
+            "queued.max.messages.kbytes": 65_536,
+            "isolation.level": "read_uncommitted",
+        }
 
     async def bounds(self, topic: str, partition: int) -> tuple[int, int]:
         """The first offset that is there, and the one that the next message will get."""
@@ -110,6 +111,29 @@ class KafkaLogReader:
                     )
         except KafkaException as error:
             raise RefusedToStart(f"{topic}[{partition}]: cannot be read from offset {start} ({error})") from error
+        finally:
+            await asyncio.to_thread(consumer.close)
+
+    async def follow(self, topic: str, partitions: int, every_s: float) -> AsyncIterator[tuple[int, bytes]]:
+        """Partition and value of every message from the topic's beginning on, looked for that often; one consumer for all."""
+        # Whoever looks now and then need not have the broker asked a hundred times in between.
+        consumer = Consumer({**self._options(), "fetch.wait.max.ms": int(every_s * 1000)})
+        try:
+            await asyncio.to_thread(consumer.list_topics, topic, self._timeout_s)
+            consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in range(partitions)])
+            while True:
+                messages = await asyncio.to_thread(consumer.consume, _CHUNK_MESSAGES, 0)
+                for message in messages:
+                    error, partition = message.error(), message.partition()
+                    # While Kafka is away nothing comes, and its client tries again by itself.
+                    if error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:
+                        raise KafkaException(error)
+                    if error is None and partition is not None:
+                        yield partition, bytes(message.value() or b"")
+                if not messages:
+                    await asyncio.sleep(every_s)
+        except KafkaException as error:
+            raise RefusedToStart(f"{topic}: cannot be followed ({error})") from error
         finally:
             await asyncio.to_thread(consumer.close)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import (
@@ -40,8 +41,10 @@ from billing.state import LedgerState
 from billing.v1.ledger_pb2 import Founding, LedgerRecord
 from stream_processors.errors import RefusedToStart, WorkerError
 from stream_processors.kafka_ports import MESSAGE_BYTES_MAX, KafkaLogReader, KafkaLogWriter
-from stream_processors.local_store import Acknowledged, LocalStore
 from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings
+
+if TYPE_CHECKING:
+    from stream_processors.local_store import LocalStore
 
 __all__ = ["ApplySettings", "Change", "apply", "check_partitions", "existing_topics", "make_ledger_topic", "plan"]
 
@@ -323,11 +326,18 @@ def _store(settings: ApplySettings, partition: int) -> LocalStore | None:
     if settings.state_folder is None:
         return None
     folder = settings.state_folder / f"partition-{partition}"
-    return LocalStore(folder, partition, keep_unconfirmed=True) if folder.exists() else None
+    if not folder.exists():
+        return None
+    # RocksDB and what is around it take a while to load, and most ledgers are founded where there is no store.
+    from stream_processors.local_store import LocalStore
+
+    return LocalStore(folder, partition, keep_unconfirmed=True)
 
 
 def _carry_on(store: LocalStore, state: LedgerState, record: LedgerRecord, stored: bytes, offset: int) -> None:
     """The local store goes along at once; were this process killed before, the worker would do it from the log."""
+    from stream_processors.local_store import Acknowledged
+
     replay.apply(state, record, stored)
     store.apply([Acknowledged(record, stored, offset)])
 

@@ -97,21 +97,10 @@ async def _crashed(app: object, failure: Failure, stopping: asyncio.Event) -> No
 async def _follow_confirmations(settings: WorkerSettings, partitions: int, ledger: LedgerApp, failure: Failure) -> None:
     """Let go of records that the sink has confirmed on usage.progress."""
     reader = KafkaLogReader(settings.kafka)
-    topic = settings.topics.progress
-    reached = dict.fromkeys(range(partitions), 0)
     try:
-        while True:
-            for partition, start in reached.items():
-                first, end = await reader.bounds(topic, partition)
-                place = None
-                async for chunk in reader.read(topic, partition, max(first, start), end):
-                    for _, value in chunk:
-                        progress = Progress.FromString(value)
-                        if progress.reader == settings.keep_unconfirmed_for:
-                            place = progress.position
-                if place is not None:
-                    ledger.confirmed(partition, place.generation, place.sequence)
-                reached[partition] = end
-            await asyncio.sleep(_CONFIRMATIONS_INTERVAL_S)
+        async for partition, value in reader.follow(settings.topics.progress, partitions, _CONFIRMATIONS_INTERVAL_S):
+            progress = Progress.FromString(value)
+            if progress.reader == settings.keep_unconfirmed_for:
+                ledger.confirmed(partition, progress.position.generation, progress.position.sequence)
     except Exception as error:  # noqa: BLE001  nobody waits for this task
         failure.set(error)

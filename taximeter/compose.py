@@ -1,4 +1,7 @@
-"""From the one configuration to the settings of each part. Nothing is decided here: a part's bounds are the part's."""
+"""From the one configuration to the settings of each part. Nothing is decided here: a part's bounds are the part's.
+
+What a part's settings are made of is loaded when they are asked for: every command comes through here.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from billing import key_ring as key_rings
-from billing.founding import DEDUPE_KEY_BYTES, LedgerSettings
-from billing.rule_limits import RULE_LIMIT_NAMES, rule_limits
-from billing.step import LedgerKeys
-from producers.meter import MeterSettings
-from producers.publisher import PublisherSettings
-from sinks.settings import SinkSettings
-from stream_processors.settings import KafkaSettings, SnapshotSettings, TopicNames, TopicSettings, WorkerSettings
 from taximeter.config import Config, read_secret
 from taximeter.errors import ConfigError, MisuseError
-from taximeter.platform_config import KafkaConfig
-from taximeter.rule_options import parse_actions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from billing.key_ring import Keys
+    from billing.step import LedgerKeys
     from billing.v1.account_pb2 import RuleLimits
+    from producers.meter import MeterSettings
+    from producers.publisher import PublisherSettings
     from sinks.embedded import JsonReader
     from sinks.engine import Engine, Reader
+    from sinks.settings import SinkSettings
+    from stream_processors.settings import KafkaSettings, SnapshotSettings, TopicNames, WorkerSettings
     from stream_processors.topics import ApplySettings
+    from taximeter.platform_config import KafkaConfig
     from taximeter.rules_config import RulesConfig
 
 __all__ = [
@@ -52,6 +52,8 @@ __all__ = [
 
 def topic_names(config: Config) -> TopicNames:
     """Every topic, with the prefix of this installation."""
+    from stream_processors.settings import TopicNames
+
     return TopicNames(prefix=config.kafka.topic_prefix)
 
 
@@ -76,6 +78,8 @@ def kafka_security(kafka: KafkaConfig) -> dict[str, str]:
 
 def meter_settings(config: Config, journal_path: Path) -> MeterSettings:
     """A metering point with its journal there."""
+    from producers.meter import MeterSettings
+
     return MeterSettings(
         journal_path=journal_path,
         partitions=config.ledger.partitions,
@@ -86,6 +90,8 @@ def meter_settings(config: Config, journal_path: Path) -> MeterSettings:
 
 def publisher_settings(config: Config) -> PublisherSettings:
     """What sends a journal to this installation's Kafka."""
+    from producers.publisher import PublisherSettings
+
     names = topic_names(config)
     return PublisherSettings(
         bootstrap=config.kafka.bootstrap,
@@ -179,6 +185,8 @@ def _server_engine(config: Config) -> Engine:
 
 def kafka_settings(config: Config) -> KafkaSettings:
     """For those who read and write the ledger."""
+    from stream_processors.settings import KafkaSettings
+
     return KafkaSettings(
         bootstrap=config.kafka.bootstrap,
         security=kafka_security(config.kafka),
@@ -196,6 +204,8 @@ def key_ring(config: Config, field: Literal["seal_key", "command_key"], *, neede
 
 def ledger_keys(config: Config) -> LedgerKeys:
     """The keys with which a worker seals records and checks commands."""
+    from billing.step import LedgerKeys
+
     return LedgerKeys(
         seal_key=key_ring(config, "seal_key", needed_for="the ledger"),
         command_key=key_ring(config, "command_key", needed_for="the ledger"),
@@ -204,6 +214,8 @@ def ledger_keys(config: Config) -> LedgerKeys:
 
 def snapshot_settings(config: Config) -> SnapshotSettings | None:
     """Where snapshots go; None: they are not taken."""
+    from stream_processors.settings import SnapshotSettings
+
     ledger = config.ledger
     if not ledger.snapshot_url:
         return None
@@ -217,6 +229,8 @@ def snapshot_settings(config: Config) -> SnapshotSettings | None:
 
 def worker_settings(config: Config) -> WorkerSettings:
     """One ledger worker. Where the sink is embedded, so is the broker, and it keeps nothing: hold records for the sink."""
+    from stream_processors.settings import WorkerSettings
+
     snapshots = snapshot_settings(config)
     if snapshots is not None and config.clickhouse.engine == "chdb":
         raise ConfigError(
@@ -237,6 +251,8 @@ def worker_settings(config: Config) -> WorkerSettings:
 
 def sink_settings(config: Config) -> SinkSettings:
     """The sink's side of Kafka."""
+    from sinks.settings import SinkSettings
+
     names = topic_names(config)
     return SinkSettings(
         bootstrap=config.kafka.bootstrap,
@@ -258,6 +274,8 @@ def apply_settings(config: Config, *, embedded: bool, found_again_on: Path | Non
     """What `topics apply` makes; `embedded`: on the local state, where the broker may have forgotten the ledger.
     `found_again_on`: on the local stores that an operator has gathered there.
     """
+    from billing.founding import DEDUPE_KEY_BYTES, LedgerSettings
+    from stream_processors.settings import TopicSettings
     from stream_processors.topics import ApplySettings
 
     ledger, day_ms, minute_ms = config.ledger, 86_400_000, 60_000
@@ -294,6 +312,9 @@ def apply_settings(config: Config, *, embedded: bool, found_again_on: Path | Non
 
 
 def _founding_rules(rules: RulesConfig) -> RuleLimits:
+    from billing.rule_limits import RULE_LIMIT_NAMES, rule_limits
+    from taximeter.rule_options import parse_actions
+
     values = {name: getattr(rules, name) for name in RULE_LIMIT_NAMES}
     try:
         return rule_limits(values, parse_actions("ledger.rules.actions", rules.actions))

@@ -15,12 +15,11 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from taximeter.config_section import nearest_name
+from taximeter.config_section import Section, nearest_name
 from taximeter.errors import ConfigError
 from taximeter.logs import keep_out
 from taximeter.platform_config import (
@@ -44,30 +43,8 @@ DEFAULT_FILE: Final = Path("taximeter.toml")
 _FILE_BYTES_MAX: Final = 1_000_000
 
 
-class _FileSource(PydanticBaseSettingsSource):
-    """The TOML file, already read: it was parsed by `load`, which says what is wrong with it."""
-
-    def __init__(self, settings_cls: type[BaseSettings], values: Mapping[str, Any]) -> None:
-        super().__init__(settings_cls)
-        self._values = dict(values)
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        return self._values.get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return self._values
-
-
-class Config(BaseSettings):
+class Config(Section):
     """Everything that can be set."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX,
-        env_nested_delimiter="__",
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-    )
 
     kafka: KafkaConfig = Field(default_factory=KafkaConfig)
     ledger: LedgerConfig = Field(default_factory=LedgerConfig)
@@ -79,20 +56,6 @@ class Config(BaseSettings):
     notifier: NotifierConfig = Field(default_factory=NotifierConfig)
     prices: PricesConfig = Field(default_factory=PricesConfig)
     embedded: EmbeddedConfig = Field(default_factory=EmbeddedConfig)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # Flags come as init values under one reserved name, so that they and the file stay apart.
-        values: dict[str, Any] = getattr(init_settings, "init_kwargs", {})
-        file_values = values.pop("_file_values", {})
-        return init_settings, env_settings, _FileSource(settings_cls, file_values)
 
 
 def load(
@@ -109,20 +72,15 @@ def load(
     values = _parse_flags(flags)
     for section, keys in (overrides or {}).items():
         values.setdefault(section, {}).update(keys)
-    _check_environment()
     try:
-        # pydantic-settings keeps names that begin with an underscore to itself, so the file's values ride in a dict.
-        arguments: dict[str, Any] = {"_file_values": file_values, **values}
-        return Config(**arguments)
+        return Config.model_validate(_merged(_merged(file_values, _environment()), values))
     except ValidationError as error:
         raise ConfigError(_explain(error, file_values, values, origin)) from None
 
 
 def is_anything_set() -> bool:
     """Whether there is a configuration to speak of, beyond the defaults: a file here, or something in the environment."""
-    return DEFAULT_FILE.is_file() or any(
-        name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() not in _COMMAND_LINE_VARIABLES for name in os.environ
-    )
+    return DEFAULT_FILE.is_file() or any(map(_is_setting, os.environ))
 
 
 def read_secret(section: BaseModel, field: str, *, needed_for: str) -> bytes:
@@ -181,16 +139,40 @@ def _parse_flags(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
     return values
 
 
-def _check_environment() -> None:
-    """pydantic-settings ignores a variable whose section it does not know; we do not."""
-    for variable in sorted(os.environ):
-        if not variable.upper().startswith(ENVIRONMENT_PREFIX) or variable.upper() in _COMMAND_LINE_VARIABLES:
-            continue
+def _merged(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables key by key; of anything else, the stronger one's."""
+    merged = dict(weaker)
+    for key, value in stronger.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _environment() -> dict[str, Any]:
+    """What the environment sets, by section."""
+    variables = [name for name in sorted(os.environ) if _is_setting(name)]
+    for variable in variables:
         section, separator, _ = variable[len(ENVIRONMENT_PREFIX) :].lower().partition("__")
+        # The library passes over a variable whose section it does not know.
         if section not in Config.model_fields or not separator:
             nearest = nearest_name(section, list(Config.model_fields))
             mend = f"{ENVIRONMENT_PREFIX}{nearest.upper()}__KEY"
             raise ConfigError(f"environment variable {variable} names no key: write {mend}, or unset it")
+    if not variables:
+        return {}
+    # Where nothing is set, as in the parts of `up`, it would be a fifth of what a command takes to start.
+    from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
+
+    # It asks a class for its fields alone.
+    fields = cast("type[BaseSettings]", Config)
+    try:
+        return EnvSettingsSource(fields, env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__")()
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}: a table or a list is written as JSON") from None
+
+
+def _is_setting(variable: str) -> bool:
+    return variable.upper().startswith(ENVIRONMENT_PREFIX) and variable.upper() not in _COMMAND_LINE_VARIABLES
 
 
 def _model_at(location: Sequence[str | int]) -> type[BaseModel] | None:

@@ -23,7 +23,8 @@ OtlpEndpoint = Annotated[str, Field(pattern=r"^$|^https?://[^\s/@]+:[0-9]{1,5}$"
 class Section(BaseModel):
     """A table of `taximeter.toml`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    # Deferred: the whole configuration's validator has every section's in it, and few are made alone.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
 
 
 def is_local(address: str) -> bool:

@@ -2,15 +2,14 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sinks.migrate import migrate as migrate_schema
-from sinks.migrate import pending
 from taximeter import compose
-from taximeter.commands.common import Context, JsonOption, command
+from taximeter.commands.common import Context, JsonOption, all_is_imported, command
 from taximeter.commands.parts import LogLevelOption
 from taximeter.errors import EXIT_WRONG, MisuseError
 from taximeter.logs import start_logging
@@ -73,6 +72,9 @@ def print_changes(context: Context, changes: Sequence["topics.Change"], *, dry_r
 @command
 def migrate(context: Context, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
     """Bring the database to this version's schema."""
+    from sinks.migrate import migrate as migrate_schema
+    from sinks.migrate import pending
+
     config = context.config()
     if dry_run:
         # A look needs no ownership of the database, so it may be had while a sink runs.
@@ -138,10 +140,11 @@ def diff_ledger(
         raise typer.Exit(EXIT_WRONG)
 
 
-@command
+@partial(command, imports_more=True)
 def prepare(context: Context, log_level: LogLevelOption = "info") -> None:
     """Of `up`: schema, topics, and a ledger that is new, or carries on the local state."""
     from taximeter.embedded.founding import prepare as prepare_embedded
 
+    all_is_imported()
     start_logging("prepare", log_level)
     asyncio.run(prepare_embedded(context.config()))

@@ -3,12 +3,13 @@
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from taximeter.commands.common import Context, command
+from taximeter.commands.common import Context, all_is_imported, command
 from taximeter.config import Config
 from taximeter.output import Output
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["run_until_told", "up"]
 
 
-@command
+@partial(command, imports_more=True)
 def up(
     context: Context,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but what goes wrong.")] = False,
@@ -26,6 +27,7 @@ def up(
     """Run everything on this machine: broker, ledger, ClickHouse, model server, gateway. Ctrl-C stops it cleanly."""
     from taximeter.embedded.installation import install
 
+    all_is_imported()
     config = context.own_config()
     with context.data_dir.lock():
         installation = install(context.data_dir, config)

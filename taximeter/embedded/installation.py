@@ -32,6 +32,9 @@ __all__ = ["Installation", "install"]
 
 _PORTS: Final = ("broker_port", "gateway_port", "model_server_port", "loopback_port", "api_http_port", "api_grpc_port")
 _PROBE_TIMEOUT_S: Final = 1.0
+# An empty request and an answer of one field (`ready` = 1: true), as bytes: the client's library is not loaded for them.
+_SERVER_READY: Final = "/inference.GRPCInferenceService/ServerReady"
+_READY: Final = b"\x08\x01"
 _PREPARE_TIMEOUT_S: Final = 120.0
 _SESSION_TIMEOUT_S: Final = 6.0
 # The gateway first, so that nobody is admitted whose usage would wait; what feeds the ledger before what reads it.
@@ -208,11 +211,8 @@ def _choose_ports(data_dir: DataDir, base: Config) -> dict[str, int]:
 
 def _grpc_ready(port: int) -> bool:
     """Whether a KServe v2 server there says that it is ready."""
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
-            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=_PROBE_TIMEOUT_S).ready)
+            return bool(channel.unary_unary(_SERVER_READY, bytes, bytes)(b"", timeout=_PROBE_TIMEOUT_S) == _READY)
         except grpc.RpcError:
             return False

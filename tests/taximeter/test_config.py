@@ -95,6 +95,14 @@ def test_an_unknown_key_of_a_flag_or_the_environment_is_refused_too(monkeypatch:
     assert "environment TAXIMETER_GATEWAY__PROT) is no key: the nearest is gateway.port" in refusal()
 
 
+def test_a_table_in_the_environment_is_json_and_a_wrong_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAXIMETER_MODELS__TOKENIZERS", '{"a": "/b"}')
+    monkeypatch.setenv("TAXIMETER_MODELS__PROFILES__M__TOKENIZER", "a")
+    assert load().models.profiles["m"].tokenizer == "a"
+    monkeypatch.setenv("TAXIMETER_MODELS__TOKENIZERS", "{")
+    assert "a table or a list is written as JSON" in refusal()
+
+
 def test_an_unknown_section_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAXIMETER_KAFK__BOOTSTRAP", "x")
     assert refusal() == ("environment variable TAXIMETER_KAFK__BOOTSTRAP names no key: write TAXIMETER_KAFKA__KEY, or unset it")
