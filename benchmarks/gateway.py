@@ -41,6 +41,7 @@ from billing.v1.account_pb2 import (
 )
 from producers.meter import MeterSettings
 from serving import kserve
+from serving.event_loops import new_event_loop
 from serving.gateway import (
     AdmissionSettings,
     DirectorySettings,
@@ -48,7 +49,6 @@ from serving.gateway import (
     GatewaySettings,
     ModelProfile,
     hash_secret,
-    new_event_loop,
     vllm,
 )
 from serving.gateway.directory import Directory

@@ -22,7 +22,7 @@ import grpc
 
 from benchmarks.gateway import METADATA, STREAM, UNARY, Target, request_bytes, serving_process
 from benchmarks.measure import Measurement
-from serving.gateway import new_event_loop
+from serving.event_loops import new_event_loop
 
 REQUESTS: Final = 100_000
 SAMPLES: Final = 50

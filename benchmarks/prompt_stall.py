@@ -22,7 +22,8 @@ from tritonclient.grpc import service_pb2
 from benchmarks.gateway import METADATA, STREAM, UNARY, gateway_settings, known_tenant, serve, serving_process
 from benchmarks.measure import Measurement
 from serving import kserve
-from serving.gateway import GatewayServer, generic, new_event_loop, vllm
+from serving.event_loops import new_event_loop
+from serving.gateway import GatewayServer, generic, vllm
 from serving.model_server import find_smollm2_weights
 
 PROMPT_BYTES: Final = 400_000

@@ -28,6 +28,7 @@ from tritonclient.utils import InferenceServerException
 
 from billing.identity import partition_of
 from serving.addresses import authority
+from serving.event_loops import new_event_loop
 from sinks import queries
 from sinks.errors import EngineUnavailable
 from taximeter.commanding import Commander, PlanTerms
@@ -87,8 +88,9 @@ def replay_through_gateway(
     prefix = f"replay-{trace.digest[:8]}-{start_ms}-{_run_number(folder)}"
     with open_reader(config) as reader, (folder / "attempts.jsonl").open("a+") as file:
         replay = _Replay(config, reader, file, keys, barriers, prefix, model, concurrency)
-        with output.progress("answered by the gateway", len(trace.rows)) as advance:
-            result = asyncio.run(replay.run(trace, tenants, advance))
+        told = output.progress("answered by the gateway", len(trace.rows))
+        with told as advance, asyncio.Runner(loop_factory=new_event_loop) as runner:
+            result = runner.run(replay.run(trace, tenants, advance))
     (folder / "attempts.jsonl").unlink()
     return result
 
@@ -113,6 +115,8 @@ class _Replay:
         self._model = model
         self._concurrency = concurrency
         self._url = authority(config.gateway.host, config.gateway.port)
+        # The same for every row.
+        self._text = _text_input("text_input", "")
         self._unknown: list[_Sent] = []
         self._answered = 0
         self._settled = 0
@@ -155,13 +159,9 @@ class _Replay:
 
     async def _infer(self, client: Any, tenant: str, client_id: str, context_tokens: int, output_tokens: int) -> None:
         script = {"context_tokens": context_tokens, "output_tokens": output_tokens}
-        text = InferInput("text_input", [1], "BYTES")
-        text.set_data_from_numpy(np.array([b""], dtype=np.object_))
-        parameters = InferInput("sampling_parameters", [1], "BYTES")
-        parameters.set_data_from_numpy(np.array([json.dumps(script).encode()], dtype=np.object_))
         await client.infer(
             self._model,
-            [text, parameters],
+            [self._text, _text_input("sampling_parameters", json.dumps(script))],
             request_id=client_id,
             headers={"authorization": f"Bearer {self._keys[tenant]}"},
             client_timeout=_TIMEOUT_S,
@@ -245,6 +245,12 @@ class _Replay:
                 sent[number] = attempt
         self._file.seek(0, os.SEEK_END)
         return answered, {number: attempt for number, attempt in sent.items() if number not in answered}
+
+
+def _text_input(name: str, value: str) -> Any:
+    text = InferInput(name, [1], "BYTES")
+    text.set_data_from_numpy(np.array([value.encode()], dtype=np.object_))
+    return text
 
 
 def _barrier_tenants(partitions: int) -> list[str]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from serving.gateway.credentials import hash_secret
     from serving.gateway.profiles import CountFlags, ModelProfile, generic, tensorrt_llm, vllm
-    from serving.gateway.server import GatewayServer, new_event_loop, run_gateway
+    from serving.gateway.server import GatewayServer, run_gateway
     from serving.gateway.settings import (
         AdmissionSettings,
         DirectorySettings,
@@ -48,7 +48,6 @@ __all__ = [
     "UpstreamTls",
     "generic",
     "hash_secret",
-    "new_event_loop",
     "run_gateway",
     "tensorrt_llm",
     "vllm",
@@ -58,7 +57,7 @@ __all__ = [
 _HOMES: Final = {
     "credentials": ("hash_secret",),
     "profiles": ("CountFlags", "ModelProfile", "generic", "tensorrt_llm", "vllm"),
-    "server": ("GatewayServer", "new_event_loop", "run_gateway"),
+    "server": ("GatewayServer", "run_gateway"),
     "settings": ("AdmissionSettings", "DirectorySettings", "GatewaySettings", "LimitSettings", "TlsSettings", "UpstreamTls"),
 }
 

@@ -7,7 +7,6 @@ grace, bills what it then cuts off, and closes the journal last, so that nothing
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import time
 from functools import partial
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from serving.gateway.otlp import OtlpExport
     from serving.gateway.settings import GatewaySettings, LeaseSettings
 
-__all__ = ["GatewayServer", "new_event_loop", "run_gateway"]
+__all__ = ["GatewayServer", "run_gateway"]
 
 _LOG = logging.getLogger(__name__)
 # Calls that are no inferences: probes and metadata.
@@ -54,16 +53,6 @@ _READY_POLL_S = 0.1
 _RECOVER_RETRY_S = 1.0
 # What a stop waits for a collector.
 _OTLP_CLOSE_S = 3.0
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """The fastest event loop at hand: uvloop where it is installed."""
-    try:
-        uvloop: Any = importlib.import_module("uvloop")
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
 
 
 def _make_absent(policy: Policy) -> Callable[[bytes, Any], Awaitable[bytes]]:

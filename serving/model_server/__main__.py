@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from serving.event_loops import new_event_loop
 from serving.model_server.errors import ModelLoadError
 from serving.model_server.server import serve
 from serving.model_server.settings import MODELS, EngineSettings, ServerSettings
@@ -72,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     """Serve; the exit code says how it ended."""
     arguments = _arguments(argv)
     try:
-        asyncio.run(_run(_settings(arguments), arguments.port_file))
+        settings = _settings(arguments)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_run(settings, arguments.port_file))
     except (ModelLoadError, OSError, RuntimeError, ValueError) as error:
         sys.stderr.write(f"model server: {error}\n")
         return 1

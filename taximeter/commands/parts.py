@@ -36,7 +36,8 @@ _part = partial(command, imports_more=True)
 @_part
 def gateway(context: Context, log_level: LogLevelOption = "info", log_format: LogFormatOption = "text") -> None:
     """Run the metering gateway: KServe v2 in front of a model server."""
-    from serving.gateway import new_event_loop, run_gateway
+    from serving.event_loops import new_event_loop
+    from serving.gateway import run_gateway
 
     all_is_imported()
     start_logging("gateway", log_level, log_format)
@@ -192,11 +193,14 @@ def notifier(
 @_part
 def model_server(context: Context, log_level: LogLevelOption = "info") -> None:
     """Run the small KServe v2 server with SmolLM2 on the CPU, for laptops."""
+    from serving.event_loops import new_event_loop
     from serving.model_server import serve
 
     all_is_imported()
     start_logging("model-server", log_level)
-    asyncio.run(until_told(serve(compose_serving.model_server_settings(context.config()))))
+    settings = compose_serving.model_server_settings(context.config())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(until_told(serve(settings)))
 
 
 async def until_told(work: Coroutine[Any, Any, None]) -> None:

@@ -27,7 +27,8 @@ import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from billing.v1.usage_pb2 import Outcome, UsageEvent
-from serving.gateway import GatewayServer, new_event_loop, vllm
+from serving.event_loops import new_event_loop
+from serving.gateway import GatewayServer, vllm
 from serving.gateway.settings import AdmissionSettings, GatewaySettings, LimitSettings
 from tests.serving.gateway_support import (
     HEADERS,

@@ -6,7 +6,8 @@ import asyncio
 import sys
 from pathlib import Path
 
-from serving.gateway import GatewayServer, LimitSettings, new_event_loop, vllm
+from serving.event_loops import new_event_loop
+from serving.gateway import GatewayServer, LimitSettings, vllm
 from tests.serving.gateway_support import gateway_settings, known_directory
 
 REQUEST_CHUNKS_MAX = 4
