@@ -150,6 +150,8 @@ class World:
         self.client = Client(self.broker, self.outside)
         self.foreign: asyncio.Task[None] | None = None
         self.saved: dict[int, list[tuple[bytes, bytes]]] = {}
+        # By partition, how many messages of the accounts' topic were looked at for ticks, and the highest sequence of one.
+        self._ticks_read: dict[int, tuple[int, int]] = {}
 
     def home(self, tenant_id: str) -> int:
         return partition_of(tenant_id, self.partitions)
@@ -426,12 +428,14 @@ class World:
         return ""
 
     def _published(self, partition: int) -> int:
-        ticks = [
-            AccountUpdate.FromString(value).tick.version.sequence
-            for key, value in self.broker.log(TOPICS.accounts, partition)
-            if key == f"tick/{partition}".encode()
-        ]
-        return max(ticks, default=-1)
+        """The highest sequence of the ledger that a tick stands for; what was looked at before is not looked at again."""
+        log = self.broker.log(TOPICS.accounts, partition)
+        read, highest = self._ticks_read.get(partition, (0, -1))
+        for key, value in log[read:]:
+            if key == f"tick/{partition}".encode():
+                highest = max(highest, AccountUpdate.FromString(value).tick.version.sequence)
+        self._ticks_read[partition] = len(log), highest
+        return highest
 
     # --- judgement ---
 

@@ -15,8 +15,8 @@ from sinks.embedded import LoopbackServer
 from sinks.engines.chdb import ChdbEngine
 from sinks.engines.loopback import LoopbackEngine
 from sinks.migrate import migrate
-from sinks.tables import ALL_TABLES
 from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
+from tests.sinks.emptying import empty_tables
 
 HOUR_MS = 3_600_000
 
@@ -32,8 +32,7 @@ def _migrated(chdb_folder: Path) -> Iterator[ChdbEngine]:
 @pytest.fixture
 def engine(_migrated: ChdbEngine) -> ChdbEngine:
     """A database with this version's schema and nothing in it."""
-    for table in ALL_TABLES:
-        _migrated.execute(f"TRUNCATE TABLE {table.name}")
+    empty_tables(_migrated)
     return _migrated
 
 

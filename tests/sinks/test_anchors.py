@@ -13,8 +13,8 @@ from sinks.audit import audit
 from sinks.engines.chdb import ChdbEngine
 from sinks.errors import AnchorError
 from sinks.follow import feed
-from sinks.tables import ALL_TABLES
 from tests.billing.ledgers import KEYS, NOW_MS, SEAL_KEY, Ledger, batch, tenants_in, usage
+from tests.sinks.emptying import empty_tables
 
 TENANT = tenants_in(1)[0]
 DAY_MS = 86_400_000
@@ -54,8 +54,7 @@ def test_a_ledger_that_is_whole_in_itself_and_not_the_anchored_one_is_found(
     path, ledger = tmp_path / "anchors.jsonl", filled("real")
     feed(engine, ledger.stored, KEYS.seal_key)
     append_heads(path, engine, KEYS.seal_key, NOW_MS)
-    for table in ALL_TABLES:
-        engine.execute(f"TRUNCATE TABLE {table.name}")
+    empty_tables(engine)
     feed(engine, ledger.stored[:-1] if now == "cut" else filled("other").stored, KEYS.seal_key)
     # The negative control: by itself it is a ledger like any other.
     assert kinds(engine, None) == set()

@@ -25,6 +25,7 @@ from sinks.errors import EngineUnavailable
 from sinks.follow import feed
 from sinks.invoices import invoices_of
 from tests.billing.ledgers import KEYS, NOW_MS, SEAL_KEY, Ledger, batch, tenants_in, usage
+from tests.sinks.emptying import empty_tables
 
 ONE, TWO = tenants_in(1)[:2]
 # Between the names stands what takes the user's place, so that what is ordered by name changes its order.
@@ -182,8 +183,7 @@ def test_a_database_made_anew_from_the_log_is_the_same_to_the_byte(engine: ChdbE
         }
 
     first = content()
-    for table in tables.ALL_TABLES:
-        engine.execute(f"TRUNCATE TABLE {table.name}")
+    empty_tables(engine)
     feed(engine, ledger.stored, KEYS.seal_key)
     assert content() == first
     assert naming(engine, USER) == {}

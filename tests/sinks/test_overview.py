@@ -18,8 +18,8 @@ from sinks.engines.chdb import ChdbEngine
 from sinks.engines.json_rows import decode_rows
 from sinks.follow import feed
 from sinks.parameters import Parameter, bind
-from sinks.tables import ALL_TABLES
 from tests.billing.ledgers import KEYS, NOW_MS, PRICES, Ledger, batch, tenants_in, usage
+from tests.sinks.emptying import empty_tables
 
 DAY_MS = 86_400_000
 TENANTS = tenants_in(1)
@@ -276,8 +276,7 @@ def test_a_database_that_is_made_anew_has_its_own_sums(engine: ChdbEngine) -> No
     feed(engine, ledger.stored, KEYS.seal_key)
     sum_days(engine, [1])
     check(engine, kept, NOW_MS)
-    for table in ALL_TABLES:
-        engine.execute(f"TRUNCATE TABLE {table.name}")
+    empty_tables(engine)
     feed(engine, ledger.stored[:-1], KEYS.seal_key)
     sum_days(engine, [1])
     check(engine, kept, NOW_MS)

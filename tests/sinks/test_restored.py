@@ -17,13 +17,13 @@ from sinks.engines.chdb import ChdbEngine
 from sinks.follow import feed
 from sinks.invoices import invoices_of
 from sinks.settings import SinkSettings
-from sinks.tables import ALL_TABLES
 from stream_processors import ledger_restore
 from stream_processors.ledger_backup import take
 from stream_processors.settings import KafkaSettings, TopicSettings
 from stream_processors.topics import ApplySettings
 from taximeter.embedded.broker import TansuBroker, TansuSettings
 from tests.billing.ledgers import NOW_MS, PARTITIONS, SEAL_KEY, Ledger
+from tests.sinks.emptying import empty_tables
 from tests.sinks.test_invoices import ONE, TWO, invoiced_ledger
 from tests.sinks.test_loop import WAIT_S, running
 from tests.stream_processors.ledger_port import TOPIC, LedgerPort
@@ -56,8 +56,7 @@ def test_a_restored_ledger_gives_the_same_balances_and_invoices(engine: ChdbEngi
     before = told(engine)
     asyncio.run(take(port, TOPIC, PARTITIONS, SEAL_KEY, tmp_path / "backup", NOW_MS))
 
-    for table in ALL_TABLES:
-        engine.execute(f"TRUNCATE TABLE {table.name}")
+    empty_tables(engine)
     settings = ApplySettings(
         kafka=KafkaSettings(empty),
         topics=TopicSettings(partitions=PARTITIONS),

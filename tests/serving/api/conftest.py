@@ -15,9 +15,9 @@ from billing.v1.invoice_pb2 import ROUNDING_RULE_HALF_UP
 from billing.v1.usage_pb2 import OUTCOME_REJECTED, UnitQuantity
 from sinks.engines.chdb import ChdbEngine
 from sinks.migrate import migrate
-from sinks.tables import ALL_TABLES
 from tests.billing.ledgers import NOW_MS, PRICES, Ledger, batch, tenants_in, usage
 from tests.serving.api.worlds import World
+from tests.sinks.emptying import empty_tables
 
 A, B, C = tenants_in(1)
 BERLIN = Calendar(time_zone="Europe/Berlin", from_month=[0], offset_minutes=[60])
@@ -37,8 +37,7 @@ def empty_engine(api_engine: ChdbEngine) -> Callable[[], ChdbEngine]:
     """The database with nothing in it."""
 
     def empty() -> ChdbEngine:
-        for table in ALL_TABLES:
-            api_engine.execute(f"TRUNCATE TABLE {table.name}")
+        empty_tables(api_engine)
         return api_engine
 
     return empty

@@ -24,12 +24,12 @@ from sinks import queries
 from sinks.embedded import LoopbackServer
 from sinks.engines.chdb import ChdbEngine
 from sinks.migrate import migrate
-from sinks.tables import ALL_TABLES
 from taximeter import compose
 from tests.billing.ledgers import NOW_MS, Ledger, batch, tenants_in, usage
 from tests.services.browser import chromium
 from tests.serving.api.worlds import World
 from tests.serving.dashboard.served import Served
+from tests.sinks.emptying import empty_tables
 from tests.taximeter.support import said
 
 A, B = tenants_in(1, 2)
@@ -60,8 +60,7 @@ def world(engine: ChdbEngine) -> Iterator[Callable[[Ledger], World]]:
     made: list[World] = []
 
     def make(ledger: Ledger) -> World:
-        for table in ALL_TABLES:
-            engine.execute(f"TRUNCATE TABLE {table.name}")
+        empty_tables(engine)
         made.append(World(engine, ledger))
         return made[-1]
 
