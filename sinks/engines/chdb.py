@@ -12,11 +12,13 @@ import fcntl
 import os
 import queue
 import re
+import sys
 import tempfile
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from importlib.abc import MetaPathFinder
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -152,6 +154,29 @@ class ChdbEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("this chDB engine is closed")
+
+
+class _NoPandas(MetaPathFinder):
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname, name=fullname)
+
+
+def _keep_pandas_out() -> None:
+    """pyarrow asks of the first list that it gets whether it is one of pandas, and loads pandas, which chDB brings, for it.
+    That is half a second and 371 modules in every process that writes. It asks once, and takes no for an answer.
+    """
+    if "pandas" in sys.modules:
+        return
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        pa.array([0])
+    finally:
+        sys.meta_path.remove(finder)
+
+
+_keep_pandas_out()
 
 
 def _take(folder: Path) -> None:

@@ -165,3 +165,21 @@ def test_the_command_line_comes_up_without_what_other_roles_install() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("begins", "absent"),
+    [
+        (
+            "from taximeter.cli import application; application('balance')",
+            ("pydantic_settings", "apsw", "confluent_kafka", "grpc"),
+        ),
+        ("from taximeter.cli import application; application('prepare')", ("chdb", "pyarrow", "rocksdict", "grpc")),
+        ("from sinks.engines import chdb; chdb._arrow(chdb.Kind.TEXT, ['a'])", ("pandas",)),
+    ],
+)
+def test_a_process_does_not_load_what_it_does_not_use(begins: str, absent: tuple[str, ...]) -> None:
+    """Every command and every part of an installation pays for what it loads."""
+    program = f"import sys\n{begins}\nsys.exit(', '.join(name for name in {absent} if name in sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stderr == "\n", ended.stderr
