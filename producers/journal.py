@@ -351,13 +351,12 @@ class Journal:
     # The writer's thread.
 
     def _write(self) -> None:
-        group = Group()
+        taken: Group | None = None
         try:
             while (taken := self._take()) is not None:
-                group = taken
-                if not group.is_empty:
-                    self._commit(group)
-                    group = Group()
+                if not taken.is_empty:
+                    self._commit(taken)
+                    taken = None
                 self._free_some()
                 if not self._store.has_reserve:
                     self._store.set_aside()
@@ -366,8 +365,8 @@ class Journal:
             with self._lock:
                 self._writer_error = error
                 pending, self._group = self._group, Group()
-            for lost in (group, pending):
-                if not lost.is_empty:
+            for lost in (taken, pending):
+                if lost is not None and not lost.is_empty:
                     lost.receipt.settle(JournalWriteFailed(f"journal_path={self.path}: its writer ended on {error!r}"))
             raise
         finally:
@@ -410,7 +409,7 @@ class Journal:
         self._committed_at, began_s = time.monotonic(), time.thread_time()
         self._busy.look(self._committed_at, time.process_time())
         highest, segments = self._number(group)
-        opened = [OpenRow(slot, partition, event) for slot, (partition, event) in group.opened.items()]
+        opened = [OpenRow(slot, partition, event) for slot, (partition, event) in group.opened.items()] if group.opened else ()
         # Many a request ends without ever having had a row.
         closed = [slot for slot in group.closed if slot in self._rows or slot in group.opened]
         owed = not (group.started.issuperset(group.closed) and group.started.issuperset(group.opened))

@@ -168,11 +168,11 @@ class JournalStore:
 
         `owed`: some of it is of requests that were taken before. On a full disk it gets the reserve.
         """
-        statements = [
-            *_inserts("INSERT INTO segments VALUES ", 5, segments),
-            *_inserts("INSERT OR REPLACE INTO open_requests VALUES ", 3, opened),
-            *_deletes(closed),
-        ]
+        statements = [*_inserts("INSERT INTO segments VALUES ", 5, segments)]
+        if opened:
+            statements += _inserts("INSERT OR REPLACE INTO open_requests VALUES ", 3, opened)
+        if closed:
+            statements += _deletes(closed)
         try:
             self._transaction(statements)
         except JournalFull:

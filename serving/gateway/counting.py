@@ -284,7 +284,7 @@ class AnswerCounter:
         """Count a response and take out what was injected. Raises TensorError if it cannot be read."""
         plan = self._known_plan(response)
         if plan is not None and self.take_data(plan, response.raw_output_contents):
-            names: Sequence[str] = plan.outputs
+            names = plan.outputs
         else:
             names = self._take_in_full(response)
         hidden = self._prepared.hidden_outputs
@@ -304,7 +304,7 @@ class AnswerCounter:
         forms.keep(key, plan)
         return plan
 
-    def _take_in_full(self, response: ModelInferResponse) -> list[str]:
+    def _take_in_full(self, response: ModelInferResponse) -> tuple[str, ...]:
         """Look at everything; the outputs' names."""
         profile = self._profile
         self.responses += 1
@@ -322,7 +322,7 @@ class AnswerCounter:
         for place, output in self._characters:
             elements = kserve.read_bytes_output(response, output) or ()
             self._units[place] += sum(count_characters(element) for element in elements)
-        return names
+        return tuple(names)
 
     def plan(self, response: ModelInferResponse) -> DataPlan | None:
         """How to read on without looking at more than data, by a response as it came; None: it must all be looked at."""
@@ -444,12 +444,13 @@ class AnswerCounter:
         return joined
 
 
-def _strip(response: ModelInferResponse, names: Sequence[str], hidden: Sequence[str]) -> None:
+def _strip(response: ModelInferResponse, names: tuple[str, ...], hidden: tuple[str, ...]) -> None:
     """Take outputs out of the response, whose outputs' names in order are `names`."""
     first = len(names) - len(hidden)
-    if first >= 0 and tuple(names[first:]) == hidden and len(response.raw_output_contents) == len(names):
+    raws = response.raw_output_contents
+    if first >= 0 and names[first:] == hidden and len(raws) == len(names):
         # As back ends send them: behind all others.
-        del response.raw_output_contents[first:]
+        del raws[first:]
         del response.outputs[first:]
         return
     for name in hidden:

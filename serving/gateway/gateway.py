@@ -166,15 +166,16 @@ class Gateway:
         """Admit an inference and open it in the journal; `end` must be called when it is over. Raises CallError."""
         key = self.authenticate(caller, policy, request)
         tenant_id = key.tenant_id
-        refusal = self._slot_refusal(tenant_id)
-        if refusal is not None:
+        limits, running = self.settings.limits, self._tenant_running.get(tenant_id, 0)
+        if running >= limits.tenant_requests_max or self._running >= limits.requests_max:
+            refusal = self._slot_refusal(tenant_id)
             # Not waited for: whoever is refused for sending too much shall not queue for the disk as well.
             model = request.model_name or "-"
             event = new_event(self._parts, key, secrets.token_hex(16), model, 0, request.id, caller.span)
             self._refusals.record(refusal, event)
             raise CallError.refused(refusal)
         self._running += 1
-        self._tenant_running[tenant_id] = self._tenant_running.get(tenant_id, 0) + 1
+        self._tenant_running[tenant_id] = running + 1
         try:
             return await self._begin(request, key, caller, stream=stream)
         except BaseException:
@@ -217,13 +218,11 @@ class Gateway:
         else:
             del self._tenant_running[tenant_id]
 
-    def _slot_refusal(self, tenant_id: str) -> Refusal | None:
+    def _slot_refusal(self, tenant_id: str) -> Refusal:
         limits = self.settings.limits
         if self._tenant_running.get(tenant_id, 0) >= limits.tenant_requests_max:
             return admission.concurrency_refusal("this tenant", limits.tenant_requests_max)
-        if self._running >= limits.requests_max:
-            return admission.concurrency_refusal("the gateway", limits.requests_max)
-        return None
+        return admission.concurrency_refusal("the gateway", limits.requests_max)
 
     async def _begin(self, request: ModelInferRequest, key: KeyView, caller: Caller, *, stream: bool) -> Admitted:
         request_id = secrets.token_hex(16)
