@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from operator import attrgetter
 from typing import cast
 
 from billing.chain import Chain, UnreadableRecord, record_hash
@@ -277,18 +278,21 @@ class _PartitionAudit:
             self._report.events += len(part)
 
     def _compare_event(self, entry: ExpectedEvent, row: tuple[object, ...] | None) -> None:
+        expected = _event_values(entry)
+        stands = (entry.generation.hex(), entry.sequence, entry.index)
+        if row is not None and row[2:5] == stands and row[6:] == expected[1:] and _pico(row[5]) == expected[0]:
+            return
         event = entry.event
         subject = f"event {event.tenant_id}/{event.request_id}"
         place = f"record {entry.generation.hex()[:12]}:{entry.sequence}[{entry.index}]"
         if row is None:
             self._differs("event_missing", subject, place, "no row in usage_events")
             return
-        if row[2:5] != (entry.generation.hex(), entry.sequence, entry.index):
+        if row[2:5] != stands:
             found = f"record {str(row[2])[:12]}:{row[3]}[{row[4]}]"
             self._differs("charged_twice", subject, f"accepted once, by {place}", f"accepted again by {found}")
             self._repeated[event.tenant_id] = self._repeated.get(event.tenant_id, 0) + 1
             return
-        expected = _event_values(entry)
         actual = (_pico(row[5]), *row[6:])
         for name, value, have in zip(_EVENT_NAMES, expected, actual, strict=True):
             if value != have:
@@ -334,8 +338,9 @@ class _PartitionAudit:
             "units": dict(zip(names, quantities, strict=True)),
             "cost_pico": _pico(row[22]),
         }
+        expected = window.values()
         for name, have in actual.items():
-            if (value := window.values()[name]) != have:
+            if (value := expected[name]) != have:
                 self._differs("window_differs", f"{window_id}: {name}", str(value), str(have))
 
     def _compare_accounts(self) -> None:
@@ -456,6 +461,7 @@ def _in_parts(expected: Sequence[ExpectedEvent]) -> Iterator[Sequence[ExpectedEv
         yield expected[start:]
 
 
+_TOKEN_COUNTS = attrgetter(*TOKEN_COLUMNS)
 _EVENT_NAMES = ("cost_pico", "price_version", "model", "operation", "service_class", "ended_ms", *TOKEN_COLUMNS)
 
 
@@ -468,7 +474,7 @@ def _event_values(entry: ExpectedEvent) -> tuple[object, ...]:
         OPERATIONS[event.operation],
         SERVICE_CLASSES[event.service_class],
         event.ended_ms,
-        *(getattr(event, name) for name in TOKEN_COLUMNS),
+        *_TOKEN_COUNTS(event),
     )
 
 

@@ -292,7 +292,8 @@ class Recomputed:
         window.unrated_events += unrated
         if not free:
             window.tokens = [have + more for have, more in zip(window.tokens, token_quantities(event), strict=True)]
-            window.units.update(unit_quantities(event))
+            if event.units:
+                window.units.update(unit_quantities(event))
         window.cost_pico += cost
         add_rated(window.parts, parts, WINDOW_PARTS_HARD_MAX)
         account.events += 1

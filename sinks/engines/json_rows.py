@@ -32,15 +32,11 @@ def _decode(answer: bytes) -> Rows:
         for index, column in enumerate(document["meta"])
         if (converter := _converter(column["type"])) is not None
     }
-    rows: list[tuple[object, ...]]
-    if converters:
-        rows = [
-            tuple(converters[index](value) if index in converters else value for index, value in enumerate(row))
-            for row in document["data"]
-        ]
-    else:
-        rows = [tuple(row) for row in document["data"]]
-    return Rows(names, rows)
+    data: list[list[object]] = document["data"]
+    for index, converter in converters.items():
+        for row in data:
+            row[index] = converter(row[index])
+    return Rows(names, [tuple(row) for row in data])
 
 
 def _converter(kind: str) -> Callable[[object], object] | None:
