@@ -61,14 +61,18 @@ _ARROW: dict[Kind, pa.DataType] = {
 
 
 class ChdbEngine:
-    """The engine on `folder`, in database `database`, which is made if it is not there."""
+    """The engine on `folder`, in database `database`, which is made if it is not there.
 
-    def __init__(self, folder: Path, database: str = "taximeter", *, readers: int = 2) -> None:
+    `threads` is how many work on one query, 0: one a core. Little data is read and written for less by one.
+    """
+
+    def __init__(self, folder: Path, database: str = "taximeter", *, readers: int = 2, threads: int = 0) -> None:
         if _NAME.fullmatch(database) is None:
             raise EngineError(f"database: {database!r} is not a plain name; use letters, digits and _")
         self._folder = folder.resolve()
         _take(self._folder)
         self._database = database
+        self._threads = threads
         self._writing = threading.Lock()
         self._closed = False
         try:
@@ -144,6 +148,8 @@ class ChdbEngine:
     def _connect(self) -> Any:
         connection = _chdb.connect(str(self._folder))
         self._run(connection, f"USE {self._database}")
+        if self._threads:
+            self._run(connection, f"SET max_threads = {self._threads}")
         return connection
 
     def _run(self, connection: Any, sql: str, output_format: str = "CSV") -> bytes:

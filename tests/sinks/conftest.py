@@ -23,7 +23,7 @@ HOUR_MS = 3_600_000
 
 @pytest.fixture(scope="session")
 def _migrated(chdb_folder: Path) -> Iterator[ChdbEngine]:
-    engine = ChdbEngine(chdb_folder, "tests")
+    engine = ChdbEngine(chdb_folder, "tests", threads=1)
     migrate(engine)
     yield engine
     engine.close()

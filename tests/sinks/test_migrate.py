@@ -105,6 +105,10 @@ def test_a_misnumbered_file_is_refused(tmp_path: Path) -> None:
         load_migrations(tmp_path)
 
 
+def test_a_query_has_the_threads_that_the_engine_was_given(engine: ChdbEngine) -> None:
+    assert engine.query("SELECT getSetting('max_threads')").rows == [(1,)]
+
+
 def test_a_folder_belongs_to_one_process(engine: ChdbEngine, chdb_folder: Path, tmp_path: Path) -> None:
     code = f"from pathlib import Path; from sinks.engines.chdb import ChdbEngine; ChdbEngine(Path({str(chdb_folder)!r}))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -26,7 +26,7 @@ DAY_MS = 86_400_000
 
 @pytest.fixture(scope="session")
 def api_engine(chdb_folder: Path) -> Iterator[ChdbEngine]:
-    engine = ChdbEngine(chdb_folder, "api")
+    engine = ChdbEngine(chdb_folder, "api", threads=1)
     migrate(engine)
     yield engine
     engine.close()

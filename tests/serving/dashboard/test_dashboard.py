@@ -48,7 +48,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def engine(chdb_folder: Path) -> Iterator[ChdbEngine]:
-    made = ChdbEngine(chdb_folder, "dashboard")
+    made = ChdbEngine(chdb_folder, "dashboard", threads=1)
     migrate(made)
     yield made
     made.close()
