@@ -32,6 +32,8 @@ from stream_processors.kafka_ports import MESSAGE_BYTES_MAX
 from stream_processors.settings import KafkaSettings, TopicNames, TopicSettings
 from stream_processors.topics import ApplySettings, Change, apply
 from taximeter.embedded.process import Child
+from tests.stream_processors import worker_main
+from tests.stream_processors.forked import ForkedChild, can_fork
 from tests.stream_processors.worker_main import SEAL_KEY
 
 ROOT = Path(__file__).parents[2]
@@ -117,12 +119,12 @@ class Ledger:
             "folder": str(folder or self.folder / name),
             **more,
         }
-        child = Child(
-            f"worker {name}",
-            [sys.executable, "-c", WORKER, json.dumps(arguments)],
-            log_path=self.folder / f"{name}.log",
-            cwd=tree,
-        )
+        log_path = self.folder / f"{name}.log"
+        if tree == ROOT and can_fork():
+            child: Child = ForkedChild(f"worker {name}", worker_main.main, arguments, log_path=log_path)
+        else:
+            command = [sys.executable, "-c", WORKER, json.dumps(arguments)]
+            child = Child(f"worker {name}", command, log_path=log_path, cwd=tree)
         child.start()
         self.workers.append(child)
         return child
