@@ -345,9 +345,7 @@ class PublisherApp:
             await asyncio.sleep(_FLUSH_INTERVAL_S)
             try:
                 for partition in list(self._chains):
-                    batch = self._batches.get(partition)
-                    if batch is not None and batch.events:
-                        await self._flush(partition)
+                    await self._flush(partition)
                 await self._look_at_doubts()
             except Exception as error:  # noqa: BLE001  nobody waits for this task
                 self.failure.set(error)
