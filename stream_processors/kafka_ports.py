@@ -8,9 +8,11 @@ of a partition, also on a broker whose ListOffsets falls short of it (Tansu answ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -34,14 +36,50 @@ _NO_GROUP = "taximeter-reader"
 
 
 class KafkaLogReader:
-    """`LogReader` on Kafka. Each call has a consumer of its own, used on threads of the default executor."""
+    """`LogReader` on Kafka. Each call has a consumer to itself, used on threads of the default executor.
 
-    def __init__(self, settings: KafkaSettings) -> None:
+    A takeover makes dozens of calls, and to connect costs more than to ask: the next call takes the consumer of one that ended
+    well, if that was within `idle_s`. So what it knows of topics is as fresh as what a new one would.
+    """
+
+    def __init__(self, settings: KafkaSettings, *, idle_s: float = 1.0) -> None:
         self._settings = settings
         self._timeout_s = settings.request_timeout_ms / 1000
+        self._idle_s = idle_s
+        # Each with when its call ended; the first one's is the earliest.
+        self._idle: deque[tuple[float, Consumer]] = deque()
+        self._closing = threading.Lock()
 
-    def _consumer(self) -> Consumer:
+    def _borrow(self) -> Consumer:
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread has taken the last one
+                since_s, consumer = self._idle.pop()
+                # What it has to say now, to nobody, is that a connection broke.
+                if time.monotonic() - since_s < self._idle_s and consumer.poll(0) is None:
+                    return consumer
+                consumer.close()
         return Consumer(self._options())
+
+    def _give_back(self, consumer: Consumer, *, well: bool) -> None:
+        if not well:
+            consumer.close()
+            return
+        consumer.unassign()
+        self._idle.append((time.monotonic(), consumer))
+        if self._closing.acquire(blocking=False):
+            threading.Thread(target=self._close_idle, name="ledger-readers", daemon=True).start()
+
+    def _close_idle(self) -> None:
+        while True:
+            time.sleep(self._idle_s)
+            with contextlib.suppress(IndexError):
+                while time.monotonic() - self._idle[0][0] >= self._idle_s:
+                    self._idle.popleft()[1].close()
+            if not self._idle:
+                self._closing.release()
+                # One may have come before that, and found this at work.
+                if not self._idle or not self._closing.acquire(blocking=False):
+                    return
 
     def _options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -63,35 +101,40 @@ class KafkaLogReader:
         return await asyncio.to_thread(self._bounds, topic, partition)
 
     def _bounds(self, topic: str, partition: int) -> tuple[int, int]:
-        consumer = self._consumer()
+        consumer, well = self._borrow(), False
         try:
-            place = TopicPartition(topic, partition)
-            low, high = consumer.get_watermark_offsets(place, timeout=self._timeout_s)
-            if low == high:
-                return int(low), int(high)
-            # From the last batch that ListOffsets knows of, to wherever the log really ends.
-            consumer.assign([TopicPartition(topic, partition, max(low, high - 1))])
-            deadline = time.monotonic() + self._timeout_s
-            while time.monotonic() < deadline:
-                message = consumer.poll(_POLL_S)
-                if message is None:
-                    continue
-                error = message.error()
-                if error is not None and error.code() == KafkaError._PARTITION_EOF:
-                    return int(low), int(message.offset() or high)
-                if error is not None:
-                    raise KafkaException(error)
-            raise RefusedToStart(f"{topic}[{partition}]: its end was not found in {self._timeout_s:g} s; is Kafka well?")
+            found = self._bounds_by(consumer, topic, partition)
+            well = True
         except KafkaException as error:
             raise RefusedToStart(f"{topic}[{partition}]: cannot be read ({error})") from error
         finally:
-            consumer.close()
+            self._give_back(consumer, well=well)
+        return found
+
+    def _bounds_by(self, consumer: Consumer, topic: str, partition: int) -> tuple[int, int]:
+        place = TopicPartition(topic, partition)
+        low, high = consumer.get_watermark_offsets(place, timeout=self._timeout_s)
+        if low == high:
+            return int(low), int(high)
+        # From the last batch that ListOffsets knows of, to wherever the log really ends.
+        consumer.assign([TopicPartition(topic, partition, max(low, high - 1))])
+        deadline = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline:
+            message = consumer.poll(_POLL_S)
+            if message is None:
+                continue
+            error = message.error()
+            if error is not None and error.code() == KafkaError._PARTITION_EOF:
+                return int(low), int(message.offset() or high)
+            if error is not None:
+                raise KafkaException(error)
+        raise RefusedToStart(f"{topic}[{partition}]: its end was not found in {self._timeout_s:g} s; is Kafka well?")
 
     async def read(self, topic: str, partition: int, start: int, end: int) -> AsyncIterator[Sequence[tuple[int, bytes]]]:
         """The messages from `start` up to and without `end`, in chunks."""
         if start >= end:
             return
-        consumer = self._consumer()
+        consumer, well = self._borrow(), False
         try:
             # Assigned before it knows the leader, librdkafka starts to fetch half a second later.
             await asyncio.to_thread(consumer.list_topics, topic, self._timeout_s)
@@ -109,12 +152,13 @@ class KafkaLogReader:
                         f"{topic}[{partition}]: nothing came after offset {reached} of {end} for {self._timeout_s:g} s; "
                         "is Kafka well, and does the log reach that far?"
                     )
+            well = True
         except KafkaException as error:
             raise RefusedToStart(f"{topic}[{partition}]: cannot be read from offset {start} ({error})") from error
         finally:
-            await asyncio.to_thread(consumer.close)
+            await asyncio.to_thread(self._give_back, consumer, well=well)
 
-    async def follow(self, topic: str, partitions: int, every_s: float) -> AsyncIterator[tuple[int, bytes]]:
+    async def follow(self, topic: str, partitions: int, every_s: float) -> AsyncGenerator[tuple[int, bytes], None]:
         """Partition and value of every message from the topic's beginning on, looked for that often; one consumer for all."""
         # Whoever looks now and then need not have the broker asked a hundred times in between.
         consumer = Consumer({**self._options(), "fetch.wait.max.ms": int(every_s * 1000)})
