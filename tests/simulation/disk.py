@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from billing.v1.account_pb2 import Progress
-from tests.simulation.loop import PROCESS, Process
+from tests.simulation.loop import PROCESS, Killed, Process
 
 __all__ = ["Disks", "LazyThreads", "MemoryBatch", "MemoryDb"]
 
@@ -151,9 +151,13 @@ class MemoryDb:
             self._owner.die()
 
     def flush_wal(self, sync: bool = True) -> None:
-        """What was written so far outlives a power loss."""
-        if self._owner is None or self._owner.alive:
-            self._content.undo.clear()
+        """What was written so far outlives a power loss.
+
+        The dead do nothing that follows, such as to remove files: a kill is an exception here, and what cleans up comes by.
+        """
+        if self._owner is not None and not self._owner.alive:
+            raise Killed(self._owner.name)
+        self._content.undo.clear()
 
     def close(self) -> None:
         if self._content.owner is self._owner:

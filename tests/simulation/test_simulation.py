@@ -53,7 +53,8 @@ def test_the_same_seed_is_the_same_run_whatever_the_order_of_sets() -> None:
     assert "fingerprint" in told.pop()
 
 
-_KEY = st.binary(min_size=1, max_size=3)
+# Under `m` stands where a store is, which the stand-in reads.
+_KEY = st.binary(min_size=1, max_size=3).filter(lambda key: key != b"m")
 _CALLS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), _KEY, st.binary(max_size=3)),
