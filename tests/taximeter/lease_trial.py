@@ -242,8 +242,9 @@ def run(trial: Trial, folder: Path) -> Seen:
     credit_pico = parse_decimal_to_pico(trial.credit)
     with ExitStack() as stack:
         up = stack.enter_context(Up(folder / "data", *flags, gateway=True))
-        up.run("prices", "apply", prices)
+        # The database has it behind the book of the founding, which the next one follows.
         up.run("tenant", "create", TENANT)
+        up.run("prices", "apply", prices)
         up.run("credit", "grant", TENANT, trial.credit)
         headers = {"authorization": f"Bearer {up.json('key', 'create', TENANT)['secret']}"}
         gateways = Gateways(up, stack, trial)
