@@ -4,6 +4,7 @@ Promise: a book is taken whole or refused whole, and every problem is named with
 that are in use without a price is named too, and refused unless it is asked for.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -27,11 +28,13 @@ from taximeter.price_terms import Change, changes, file_values, terms
 from taximeter.reports import difference_values, print_differences
 from taximeter.times import now_ms, parse_month, parse_time_ms, show_month, show_time
 
-__all__ = ["apply", "check", "diff", "show", "simulate"]
+__all__ = ["apply", "await_first_book", "check", "diff", "show", "simulate"]
 
 # How far back usage says that a model is in use.
 _IN_USE_MS: Final = 35 * 86_400_000
 _TENANTS_NAMED: Final = 3
+_FIRST_BOOK_S: Final = 10.0
+_FIRST_BOOK_POLL_S: Final = 0.1
 FileArgument = Annotated[Path, typer.Argument(help="A price book in TOML or JSON.")]
 _TERM_COLUMNS: Final = ("tenant", "model", "operation", "class", "what", "terms")
 
@@ -151,6 +154,8 @@ def apply(
                     f"version {book.version} of {book.currency} was applied before: "
                     f"a changed book is version {book.version + 1}"
                 )
+            if book.version > 1:
+                await_first_book(reader)
             look = _look(reader, price_books(reader), book)
             for note in look.notes:
                 context.output.note(note)
@@ -166,6 +171,13 @@ def apply(
         context.output.json(values)
     else:
         context.output.pairs("", values)
+
+
+def await_first_book(reader: Reader, timeout_s: float = _FIRST_BOOK_S) -> None:
+    """An installation of a moment ago has its first prices in the ledger before it has them in the database: wait for those."""
+    deadline_s = time.monotonic() + timeout_s
+    while reader.query("SELECT count() FROM price_books").rows[0][0] == 0 and time.monotonic() < deadline_s:
+        time.sleep(_FIRST_BOOK_POLL_S)
 
 
 @command
