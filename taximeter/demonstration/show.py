@@ -155,8 +155,11 @@ class Demonstration:
             publisher_settings(self.config),
         )
         try:
+            earlier = self._settled(reader)
             # Connected, and known to the ledger, before the clock runs.
             feed.run(lambda _: islice(_burst_events(f"{run}-first", 0), 1), due_s=None, stalled_s=_WAIT_S)
+            # The ledger has it before the database does.
+            self._await(lambda: queries.totals(reader).events > earlier.events)
             before = self._settled(reader)
             began_s = time.monotonic()
             with self.output.progress("synthetic events recorded", _BURST_EVENTS) as advance:
