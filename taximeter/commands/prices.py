@@ -28,7 +28,7 @@ from taximeter.price_terms import Change, changes, file_values, terms
 from taximeter.reports import difference_values, print_differences
 from taximeter.times import now_ms, parse_month, parse_time_ms, show_month, show_time
 
-__all__ = ["apply", "await_first_book", "check", "diff", "show", "simulate"]
+__all__ = ["apply", "books_before", "check", "diff", "show", "simulate"]
 
 # How far back usage says that a model is in use.
 _IN_USE_MS: Final = 35 * 86_400_000
@@ -60,7 +60,7 @@ def check(
     look = _Look([], [], [])
     if not offline:
         with open_reader(context.config()) as reader:
-            look = _look(reader, price_books(reader), book)
+            look = _look(reader, books_before(reader, book), book)
     if json:
         context.output.json(
             {
@@ -154,9 +154,7 @@ def apply(
                     f"version {book.version} of {book.currency} was applied before: "
                     f"a changed book is version {book.version + 1}"
                 )
-            if book.version > 1:
-                await_first_book(reader)
-            look = _look(reader, price_books(reader), book)
+            look = _look(reader, books_before(reader, book), book)
             for note in look.notes:
                 context.output.note(note)
             if look.problems:
@@ -173,11 +171,17 @@ def apply(
         context.output.pairs("", values)
 
 
-def await_first_book(reader: Reader, timeout_s: float = _FIRST_BOOK_S) -> None:
-    """An installation of a moment ago has its first prices in the ledger before it has them in the database: wait for those."""
+def books_before(reader: Reader, book: PriceBook, timeout_s: float = _FIRST_BOOK_S) -> PriceBooks:
+    """The books that `book` is to follow.
+
+    An installation of a moment ago has its first one in the ledger before it has it in the database: where one must be there
+    and none is, it is waited for.
+    """
     deadline_s = time.monotonic() + timeout_s
-    while reader.query("SELECT count() FROM price_books").rows[0][0] == 0 and time.monotonic() < deadline_s:
-        time.sleep(_FIRST_BOOK_POLL_S)
+    if book.version > 1:
+        while reader.query("SELECT count() FROM price_books").rows[0][0] == 0 and time.monotonic() < deadline_s:
+            time.sleep(_FIRST_BOOK_POLL_S)
+    return price_books(reader)
 
 
 @command
