@@ -2,7 +2,8 @@
 
 Promise: states of one alert arrive in order, the next one only after the one before was taken or given up; alerts wait for each
 other only where too many are under way. Attempts come after exponential pauses with jitter until the horizon; then it is a dead
-letter. One endpoint knows nothing of the others.
+letter. One endpoint knows nothing of the others. When it stops, attempts under way end and are noted, within the time that an
+attempt has; nothing new is begun.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ class EndpointQueue:
         self._of_alert: dict[str, deque[int]] = {}
         self._ready: deque[str] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Those that are within an attempt, up to the note of what became of it.
+        self._trying: set[asyncio.Task[None]] = set()
+        self._closing = False
         # Of its own: what holds threads of others holds up nothing here.
         self._writer = ThreadPoolExecutor(1, f"journal-{endpoint.name}")
         self._attempts = asyncio.Semaphore(limits.attempts_at_once)
@@ -75,8 +79,13 @@ class EndpointQueue:
         self._begin()
 
     async def close(self) -> None:
-        """Stop; what was not taken stays in the journal."""
+        """Stop; what was not taken stays in the journal. What is under way may end: it would come to its receiver again."""
+        self._closing = True
+        for task in self._tasks - self._trying:
+            task.cancel()
         tasks = list(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._limits.attempt_timeout_s)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -87,7 +96,7 @@ class EndpointQueue:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work, *arguments)
 
     def _begin(self) -> None:
-        while self._ready and len(self._tasks) < self._limits.alerts_at_once:
+        while self._ready and len(self._tasks) < self._limits.alerts_at_once and not self._closing:
             task = asyncio.ensure_future(self._deliver_all(self._ready.popleft()))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
@@ -130,16 +139,27 @@ class EndpointQueue:
             await self._bury(delivery, str(error))
         except DeliveryFailed as error:
             await self._bury(delivery, f"not taken within {limits.horizon_s:g} s; at last: {error}")
-        else:
-            self.outcomes["taken"] += 1
-            await self._journaled(self._journal.delivered, delivery.number)
 
     async def _try(self, delivery: Delivery) -> None:
         if self.gone:
             raise EndpointGone(GONE)
+        async with self._attempts:
+            task = asyncio.current_task()
+            assert task is not None, "it is called from one"
+            self._trying.add(task)
+            try:
+                await self._attempt(delivery)
+            finally:
+                self._trying.discard(task)
+                if self._closing:
+                    # What follows it is not begun.
+                    task.cancel()
+
+    async def _attempt(self, delivery: Delivery) -> None:
         try:
-            async with self._attempts:
-                await self._sender.send(delivery.webhook_id, delivery.body)
+            await self._sender.send(delivery.webhook_id, delivery.body)
+            self.outcomes["taken"] += 1
+            await self._journaled(self._journal.delivered, delivery.number)
         except DeliveryFailed as error:
             self.outcomes[error.outcome] += 1
             _LOG.warning("endpoint %s: %s was not taken: %s", self.endpoint.name, delivery.webhook_id, error)

@@ -154,3 +154,28 @@ async def test_what_is_under_way_when_it_stops_stays_in_the_journal(journal: Jou
         await until(lambda: not queue.waiting)
     assert receiver.ids()[-2:] == ["a-r1", "a-r2"]
     assert journal.waiting() == []
+
+
+async def test_an_attempt_that_is_under_way_when_it_stops_ends_and_is_noted(journal: Journal, receiver: Receiver) -> None:
+    gate = threading.Event()
+    receiver.answer = lambda _: Answer(gate=gate)
+    async with delivering(journal, receiver.url) as queue:
+        put(journal, queue, "a-r1", "a-r2")
+        await until(lambda: receiver.requests)
+        closing = asyncio.ensure_future(queue.close())
+        # A turn of the loop in which it would have been given up.
+        await asyncio.sleep(0.05)
+        gate.set()
+        await closing
+    assert receiver.ids() == ["a-r1"], "nothing is begun any more"
+    assert [alert_id for _, _, alert_id in journal.waiting()] == ["a"], "what was taken does not come again"
+
+
+async def test_an_answer_that_never_comes_holds_up_no_stop(journal: Journal, receiver: Receiver) -> None:
+    gate = threading.Event()
+    receiver.answer = lambda _: Answer(gate=gate)
+    async with delivering(journal, receiver.url, attempt_timeout_s=0.5) as queue:
+        put(journal, queue, "a-r1", "b-r1")
+        await until(lambda: len(receiver.requests) == 2)
+    gate.set()
+    assert len(journal.waiting()) == 2
