@@ -186,7 +186,7 @@ def run_trial(bootstrap: str, folder: Path, *, kills: int, seed: int, rate_per_s
 
 
 def _waiting(folder: Path) -> int:
-    """How many deliveries the notifier has not noted as taken; the count is the file's own, so that nothing is written to it."""
+    """How many deliveries the notifier has not noted as taken."""
     with contextlib.closing(sqlite3.connect(folder / "notifier.sqlite", timeout=60)) as file:
         return int(file.execute("SELECT count(*) FROM deliveries WHERE dead_ms = 0").fetchone()[0])
 
