@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, settings
 
 from taximeter.embedded.broker import TansuBroker, TansuSettings
 from taximeter.embedded.process import accepts_connections
-from taximeter.embedded.process import free_port as find_free_port
 from tests.services import require
 from tests.services.clickhouse import MISSING_MESSAGE, ClickHouseServer, server_command
 from tests.services.kafka import QUIET, KafkaCluster, KafkaUnavailableError, SharedKafka, kafka_libs
+from tests.services.ports import free_port as find_free_port
 from tests.services.shared import SharedService
 
 __all__ = ["LONGEST_FIRST"]
@@ -115,7 +115,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def free_port() -> Callable[[], int]:
-    """A function that gives a port on loopback that nobody listens on."""
+    """A function that gives a port on loopback that nobody listens on, nor will."""
     return find_free_port
 
 

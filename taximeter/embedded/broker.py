@@ -52,7 +52,7 @@ class TansuSettings:
     log_path: Path
     port: int = 0
     host: str = "127.0.0.1"
-    start_timeout_s: float = 10.0
+    start_timeout_s: float = 60.0
     stop_grace_s: float = 0.2
 
     def __post_init__(self) -> None:

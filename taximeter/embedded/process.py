@@ -26,7 +26,7 @@ from pathlib import Path
 __all__ = ["Child", "ChildError", "accepts_connections", "free_port"]
 
 _POLL_INTERVAL_S = 0.02
-_KILL_TIMEOUT_S = 10.0
+_KILL_TIMEOUT_S = 60.0
 
 # Runs in place of the child until it has asked the kernel for the signal. A parent that died before that is noticed by
 # its process id.

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from taximeter.embedded.process import free_port
 from tests.chaos.faults import Fault
 from tests.chaos.installation import KafkaInstallation, Part
 from tests.chaos.proxy import Proxy
+from tests.services.ports import free_port
 
 __all__ = ["ProxiedInstallation"]
 

@@ -23,12 +23,13 @@ from stream_processors import topics
 from taximeter import compose
 from taximeter.commanding import Commander
 from taximeter.config import Config, load
-from taximeter.embedded.process import Child, ChildError, free_port
+from taximeter.embedded.process import Child, ChildError
 from taximeter.price_files import read_price_book
 from tests.chaos.gateway_load import GatewayLoad
 from tests.chaos.load import EventLoad
 from tests.services.clickhouse import ClickHouseServer
 from tests.services.kafka import KafkaCluster, kafka_libs
+from tests.services.ports import free_port
 from tests.sinks.old_server import create_tables
 from tests.taximeter.support import ROOT, environment
 

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from taximeter.embedded.process import Child, accepts_connections, free_port
+from taximeter.embedded.process import Child, accepts_connections
+from tests.services.ports import free_port
 
 __all__ = ["Direction", "Proxy"]
 

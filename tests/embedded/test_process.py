@@ -10,7 +10,7 @@ import pytest
 
 from taximeter.embedded.process import Child, ChildError
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture

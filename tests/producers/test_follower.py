@@ -12,9 +12,9 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from producers.follower import TopicFollower
 from taximeter.embedded.broker import TansuBroker, TansuSettings
-from taximeter.embedded.process import free_port as find_free_port
 from tests.producers.support import create_topics, wait_until
 from tests.services.kafka import SharedKafka
+from tests.services.ports import free_port as find_free_port
 
 PARTITIONS = 3
 

@@ -16,7 +16,6 @@ from billing.v1.usage_pb2 import CountDrift, UsageBatch
 from producers.meter import UsageMeter
 from producers.publisher import Publisher, PublisherSettings
 from taximeter.embedded.broker import TansuBroker, TansuSettings
-from taximeter.embedded.process import free_port
 from tests.producers.support import (
     PARTITIONS,
     LedgerStandIn,
@@ -28,6 +27,7 @@ from tests.producers.support import (
     wait_until,
 )
 from tests.services.kafka import KafkaCluster
+from tests.services.ports import free_port
 
 
 def record(meter: UsageMeter, first: int, count: int) -> None:

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from taximeter.embedded.process import Child, accepts_connections, free_port
+from taximeter.embedded.process import Child, accepts_connections
+from tests.services.ports import free_port
 
 __all__ = ["MISSING_MESSAGE", "Alertmanager", "alertmanager_command"]
 
 MISSING_MESSAGE: Final = "alertmanager is not here: apt-get install prometheus-alertmanager, or take it from its release"
-_START_TIMEOUT_S: Final = 60.0
+_START_TIMEOUT_S: Final = 180.0
 
 
 def alertmanager_command() -> str | None:

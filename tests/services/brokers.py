@@ -10,7 +10,7 @@ from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 __all__ = ["TIMEOUT_S", "consumer_of", "create_topic", "produce", "read_to_end"]
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 def create_topic(
@@ -19,8 +19,16 @@ def create_topic(
     """Create it, and return when each partition's leader answers; Apache Kafka says that it is created a moment earlier."""
     # The client is held until its future is done: one that is collected before cancels what it was asked.
     admin = AdminClient({"bootstrap.servers": bootstrap})
-    admin.create_topics([NewTopic(name, partitions, replicas, config=dict(config or {}))])[name].result(TIMEOUT_S)
     deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            admin.create_topics([NewTopic(name, partitions, replicas, config=dict(config or {}))])[name].result(TIMEOUT_S)
+            break
+        except KafkaException as error:
+            # A node that stood still for its session is no place for replicas until it is heard again.
+            if error.args[0].code() != KafkaError.INVALID_REPLICATION_FACTOR or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
     for partition in range(partitions):
         asked = {TopicPartition(name, partition): OffsetSpec.latest()}
         while True:
@@ -50,7 +58,8 @@ def produce(bootstrap: str, topic: str, partition: int, values: Sequence[bytes])
             "bootstrap.servers": bootstrap,
             "enable.idempotence": True,
             "acks": "all",
-            "linger.ms": 20,
+            # One batch, however slowly they come: to flush ends the wait.
+            "linger.ms": 10_000,
             "allow.auto.create.topics": False,
             "message.max.bytes": 8_388_608,
         }

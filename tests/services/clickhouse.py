@@ -27,13 +27,14 @@ from xml.sax.saxutils import escape
 from clickhouse_driver import Client
 from clickhouse_driver.errors import Error as ClickHouseError
 
-from taximeter.embedded.process import Child, accepts_connections, free_port
+from taximeter.embedded.process import Child, accepts_connections
 from tests.services.certificates import Issued
+from tests.services.ports import free_port
 
 __all__ = ["MISSING_MESSAGE", "ClickHouseServer", "server_command"]
 
 _HOST = "127.0.0.1"
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 180.0
 _STOP_GRACE_S = 10.0
 
 MISSING_MESSAGE = "there is no clickhouse-server on this machine; on Debian: apt-get install clickhouse-server"
@@ -158,8 +159,8 @@ class ClickHouseServer:
             "user": self.user,
             "password": self.password,
             "compression": "lz4",
-            "connect_timeout": 2,
-            "send_receive_timeout": 30,
+            "connect_timeout": 30,
+            "send_receive_timeout": 120,
         }
         return Client(**{**defaults, **settings})
 

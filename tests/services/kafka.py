@@ -29,7 +29,8 @@ from typing import Final
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, ClusterMetadata
 
-from taximeter.embedded.process import Child, accepts_connections, free_port
+from taximeter.embedded.process import Child, accepts_connections
+from tests.services.ports import free_port
 
 __all__ = ["QUIET", "KafkaCluster", "KafkaNode", "KafkaUnavailableError", "SharedKafka", "archive_classes", "kafka_libs"]
 
@@ -44,7 +45,7 @@ _CHECKPOINT = "bootstrap.checkpoint"
 
 # Of a node that nobody kills: it runs for a whole run of the tests and seldom has something to do.
 QUIET: Final = {
-    "broker.session.timeout.ms": "9000",
+    "broker.session.timeout.ms": "60000",
     "broker.heartbeat.interval.ms": "2000",
     "metadata.max.idle.interval.ms": "0",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def test_a_position_beyond_the_end_is_an_error(apache_kafka: SharedKafka) -> Non
     assert error.code() == KafkaError._AUTO_OFFSET_RESET
 
 
+def leader_of(cluster: KafkaCluster, topic: str) -> int:
+    """The node that leads its only partition. Whoever is asked may not have heard of it yet."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        known = AdminClient({"bootstrap.servers": cluster.bootstrap}).list_topics(timeout=TIMEOUT_S).topics.get(topic)
+        if known is not None and known.partitions and known.partitions[0].leader > 0:
+            return known.partitions[0].leader
+        assert time.monotonic() < deadline, cluster.out_of_sync()
+        time.sleep(0.02)
+
+
 @pytest.mark.chaos
 def test_three_nodes_keep_what_was_acknowledged_when_one_dies(tmp_path: Path, apache_kafka_libs: Path) -> None:
     cluster = KafkaCluster(tmp_path, apache_kafka_libs, nodes=3)
@@ -56,9 +68,7 @@ def test_three_nodes_keep_what_was_acknowledged_when_one_dies(tmp_path: Path, ap
     try:
         create_topic(cluster.bootstrap, "replicated", replicas=3)
         assert produce(cluster.bootstrap, "replicated", 0, [b"before"]) == [0]
-        metadata = AdminClient({"bootstrap.servers": cluster.bootstrap}).list_topics(timeout=TIMEOUT_S)
-        leader_id = metadata.topics["replicated"].partitions[0].leader
-        cluster.nodes[leader_id - 1].process.kill9()
+        cluster.nodes[leader_of(cluster, "replicated") - 1].process.kill9()
         assert produce(cluster.bootstrap, "replicated", 0, [b"after"]) == [1]
         consumer = consumer_of(cluster.bootstrap)
         messages, _ = read_to_end(consumer, "replicated", 0, 0)

@@ -20,8 +20,9 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from taximeter.embedded.process import Child, free_port
+from taximeter.embedded.process import Child
 from tests.services.certificates import Authority
+from tests.services.ports import free_port
 
 __all__ = ["TritonServer", "TritonUnavailableError", "triton_environment"]
 
@@ -29,7 +30,7 @@ _HOST = "127.0.0.1"
 _REQUIREMENTS = Path(__file__).parents[2] / "requirements"
 _LOCKS = (_REQUIREMENTS / "triton.txt", _REQUIREMENTS / "model.txt")
 _INSTALL_TIMEOUT_S = 900.0
-_START_TIMEOUT_S = 90.0
+_START_TIMEOUT_S = 240.0
 _STOP_GRACE_S = 15.0
 
 

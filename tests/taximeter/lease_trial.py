@@ -40,7 +40,7 @@ from billing.v1.ledger_pb2 import LedgerRecord
 from sinks.engine import decimal_to_pico
 from taximeter.compose import open_reader
 from taximeter.config import load
-from taximeter.embedded.process import free_port
+from tests.services.ports import free_port
 from tests.serving.gateway_support import trace_inputs
 from tests.taximeter.support import ROOT, Up, environment, until
 

@@ -24,8 +24,8 @@ from taximeter.api_keys import find_key
 from taximeter.commanding import Commander
 from taximeter.compose import open_reader
 from taximeter.config import load
-from taximeter.embedded.process import free_port
 from taximeter.metric_names import METRICS
+from tests.services.ports import free_port
 from tests.serving.gateway_support import trace_inputs
 from tests.serving.otlp_collector import Collector, values
 from tests.taximeter.support import ROOT, Up, environment, until

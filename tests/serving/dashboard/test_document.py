@@ -44,6 +44,7 @@ export function twice(given) {
 def test_modules_keep_their_scopes_and_run_after_what_they_ask_for() -> None:
     with chromium() as browser:
         page = browser.new_page()
+        page.set_default_timeout(120_000)
         page.evaluate("window.say = (...given) => { window.said = given.join(' '); }")
         page.set_content(assemble(FILES.__getitem__).content)
         assert page.evaluate("window.said") == "4libbox4libboxlib app"

@@ -79,7 +79,7 @@ def test_documents_are_the_same_bytes_wherever_and_whenever_they_are_made(tmp_pa
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=True,
     )
     assert elsewhere.stdout.split() == here

@@ -29,8 +29,8 @@ from serving.notifier.settings import Endpoint, NotifierLimits
 __all__ = ["QUICK", "SECRET", "Answer", "Receiver", "Request", "alert", "endpoint"]
 
 SECRET = bytes(range(32))
-# Pauses as short as a test wants them; everything else as it is.
-QUICK = NotifierLimits(wait_initial_s=0.01, wait_max_s=0.05, wait_jitter_s=0.01)
+# Pauses as short as a test wants them. An attempt that a busy machine holds up is not given up and made again.
+QUICK = NotifierLimits(attempt_timeout_s=120.0, wait_initial_s=0.01, wait_max_s=0.05, wait_jitter_s=0.01)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,11 +104,12 @@ async def test_a_slow_answer_and_nobody_at_all_are_failures(receiver: Receiver) 
         with pytest.raises(DeliveryFailed, match=r"no answer within 0\.2 s"):
             await sender.send("a-r1", b"{}")
     gate.set()
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    async with sending(endpoint(f"http://127.0.0.1:{port}/secret-path")) as sender:
-        with pytest.raises(DeliveryFailed, match="ConnectError") as failed:
-            await sender.send("a-r1", b"{}")
+    # Held, and never listened on: nobody else can.
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        async with sending(endpoint(f"http://127.0.0.1:{closed.getsockname()[1]}/secret-path")) as sender:
+            with pytest.raises(DeliveryFailed, match="ConnectError") as failed:
+                await sender.send("a-r1", b"{}")
     assert "secret-path" not in str(failed.value)
 
 

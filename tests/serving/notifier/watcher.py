@@ -16,8 +16,9 @@ from billing.v1.account_pb2 import KEY_SCOPE_READ, ApiKey
 from billing.v1.billing_service_pb2 import WatchAlertsRequest
 from billing.v1.billing_service_pb2_grpc import BillingServiceStub
 from serving.gateway.credentials import hash_secret
-from taximeter.embedded.process import Child, free_port
+from taximeter.embedded.process import Child
 from tests.producers.support import create_topics
+from tests.services.ports import free_port
 from tests.taximeter.support import ROOT, environment
 
 __all__ = ["ApiUnderTrial", "Watcher"]
