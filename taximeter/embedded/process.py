@@ -26,6 +26,7 @@ from pathlib import Path
 __all__ = ["Child", "ChildError", "accepts_connections", "free_port"]
 
 _POLL_INTERVAL_S = 0.02
+# A process that is in the middle of a write to a slow disk ends when that is over.
 _KILL_TIMEOUT_S = 60.0
 
 # Runs in place of the child until it has asked the kernel for the signal. A parent that died before that is noticed by
@@ -150,8 +151,20 @@ class Child:
         return f"; the end of {self.log_path}:\n{tail}" if tail else f"; {self.log_path} is empty"
 
     def _signal(self, number: signal.Signals) -> None:
+        # Once it has ended and been waited for, what is left of its group keeps the number from others. A process that has
+        # the number after that shows that nothing was left, and has nothing to do with this one.
+        if not self.alive and _exists(self.pid):
+            return
         with contextlib.suppress(ProcessLookupError):  # the whole group has ended already
             os.killpg(self.pid, number)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.getpgid(pid)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def free_port(host: str = "127.0.0.1") -> int:

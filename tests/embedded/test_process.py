@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ DEADLINE_S = 60.0
 
 @pytest.fixture
 def child(tmp_path: Path) -> Iterator[Child]:
-    child = Child("the sleeper", ["sh", "-c", "echo begun; exec sleep 60"], log_path=tmp_path / "new" / "child.log")
+    child = Child("the sleeper", ["sh", "-c", "echo begun; exec sleep 600"], log_path=tmp_path / "new" / "child.log")
     yield child
     child.kill9()
 
@@ -49,6 +50,34 @@ def test_a_stopped_process_is_ended_all_the_same(child: Child) -> None:
     child.pause()
     child.stop(DEADLINE_S)
     assert child.exit_code == -15
+
+
+def test_one_that_has_ended_signals_nobody_who_has_its_number_now(child: Child, tmp_path: Path) -> None:
+    """Numbers begin again at 32,768 on many machines, and each thread takes one: a long run comes round in minutes."""
+    ended = Child("the ended", ["true"], log_path=tmp_path / "ended.log")
+    ended.start()
+    ended.stop(DEADLINE_S)
+    started(child)
+    assert ended._process is not None
+    ended._process.pid = child.pid
+    ended.kill9()
+    ended.stop(0)
+    ended.pause()
+    assert child.alive
+    child.stop(DEADLINE_S)
+    assert child.exit_code == -15
+
+
+def test_what_is_left_of_its_group_ends_though_it_has_ended_itself(tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    child = Child("the parent", ["sh", "-c", 'exec 3>"$1"; sleep 600 &', "sh", str(held)], log_path=tmp_path / "child.log")
+    child.start()
+    with held.open("rb") as holders:
+        with pytest.raises(ChildError, match="ended with exit code 0"):
+            child.wait_until(lambda: False, DEADLINE_S)
+        child.kill9()
+        assert holders.read() == b"", "nobody is left who holds it"
 
 
 def test_one_that_ends_while_starting_shows_its_last_words(tmp_path: Path) -> None:

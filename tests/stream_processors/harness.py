@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,9 @@ from tests.stream_processors.worker_main import SEAL_KEY
 
 ROOT = Path(__file__).parents[2]
 DEDUPE_KEY = b"dedupe!!" * 4
-READ_TIMEOUT_S = 60.0
+# Bounds for a machine that stands still for seconds now and then; nothing is to be measured with them.
+TIMEOUT_S = 120.0
+STOP_GRACE_S = 120.0
 # Garbage is collected when all is imported, as in `taximeter worker`.
 WORKER = """
 import gc, json, sys
@@ -113,7 +115,7 @@ class Ledger:
         """`tree`: where its code is."""
         arguments = {
             # Tansu answers a join after half the session; Apache Kafka takes no session under 6 s.
-            **({"session_timeout_s": 3.0, "heartbeat_interval_s": 0.5, "drain_timeout_s": 2.0} if self.quick_sessions else {}),
+            **({"session_timeout_s": 3.0, "heartbeat_interval_s": 0.5} if self.quick_sessions else {}),
             "bootstrap": self.bootstrap,
             "prefix": self.prefix,
             "folder": str(folder or self.folder / name),
@@ -160,7 +162,7 @@ class Ledger:
             timestamp=time_ms,
             on_delivery=lambda error, _: problems.append(error),
         )
-        assert producer.flush(20) == 0
+        assert producer.flush(TIMEOUT_S) == 0
         assert problems == [None]
 
     def read(self, topic: str, partition: int) -> list[bytes]:
@@ -183,12 +185,12 @@ class Ledger:
                 }
             )
         # Assigned before it knows the leader, librdkafka starts to fetch half a second later.
-        consumer.list_topics(topic, READ_TIMEOUT_S)
+        consumer.list_topics(topic, TIMEOUT_S)
         beginning = TopicPartition(topic, partition, OFFSET_BEGINNING)
         consumer.assign([beginning])
         values: list[bytes] = []
         problem: KafkaError | None = None
-        deadline = time.monotonic() + READ_TIMEOUT_S
+        deadline = time.monotonic() + TIMEOUT_S
         try:
             while time.monotonic() < deadline:
                 for message in consumer.consume(1, 0.2) + consumer.consume(1000, 0):
@@ -206,7 +208,7 @@ class Ledger:
                         break
         finally:
             consumer.unassign()
-        raise AssertionError(f"{topic}[{partition}]: its end was not found in {READ_TIMEOUT_S:g} s ({problem})")
+        raise AssertionError(f"{topic}[{partition}]: its end was not found in {TIMEOUT_S:g} s ({problem})")
 
     def log(self, partition: int) -> PartitionLog:
         chain = Chain(partition, SEAL_KEY)
@@ -264,8 +266,23 @@ class Ledger:
             # Most conditions read whole logs: what takes long is looked at less often.
             time.sleep(min(max(waited_s / 8, 0.2), 1.0))
 
-    def wait_charged(self, timeout_s: float = 180.0) -> None:
-        self.wait(lambda: len(self.charged()) >= len(self.sent), f"{len(self.sent)} charges", timeout_s)
+    def wait_charged(self, timeout_s: float = 180.0, *, revived: Iterable[Child] = ()) -> None:
+        """`revived`: who is started again when it ends for a reason, as its supervisor does."""
+
+        def charged() -> bool:
+            for worker in revived:
+                if not worker.alive:
+                    assert worker.exit_code == worker_main.REFUSED, worker.log_tail()
+                    worker.start()
+            return len(self.charged()) >= len(self.sent)
+
+        self.wait(charged, f"{len(self.sent)} charges", timeout_s)
+
+
+def finish(worker: Child) -> None:
+    """Stop it as an operator does: it settles, writes its state and leaves the group."""
+    worker.stop(STOP_GRACE_S)
+    assert worker.exit_code == 0, worker.log_tail()
 
 
 def charged_in(record: LedgerRecord) -> list[str]:

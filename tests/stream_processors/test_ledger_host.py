@@ -284,7 +284,7 @@ async def test_at_most_so_many_are_in_flight(tmp_path: Path) -> None:
     assert not third.done()
     await bench.logs.deliver()
     await third
-    draining = asyncio.ensure_future(host.drain(5.0))
+    draining = asyncio.ensure_future(host.drain(60.0))
     await asyncio.sleep(0)
     assert not draining.done()
     await bench.logs.deliver()
@@ -312,7 +312,7 @@ async def test_a_foreign_record_or_a_delivery_error_stops_it_and_nothing_is_appl
         assert len(bench.stopped) == 1
         with pytest.raises(HostStopped):
             await host.handle(usage(2), lambda: None)
-        assert not await host.drain(1.0)
+        assert not await host.drain(60.0)
         host.store.close()
         bench.logs.problem = ""
         heir = await bench.host()

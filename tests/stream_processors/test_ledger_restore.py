@@ -22,7 +22,7 @@ from stream_processors.topics import ApplySettings, Change
 from taximeter.embedded.broker import TansuBroker, TansuSettings
 from tests.billing.ledgers import NOW_MS, SEAL_KEY
 from tests.stream_processors import worker_main
-from tests.stream_processors.harness import Ledger, event
+from tests.stream_processors.harness import TIMEOUT_S, Ledger, event
 from tests.stream_processors.ledger_port import PARTITIONS, SETTINGS, TOPIC, LedgerPort
 
 
@@ -143,8 +143,8 @@ def test_nothing_is_written_where_something_is(empty: str, tmp_path: Path) -> No
     assert [topic(empty, number) for number in range(PARTITIONS)] == there
 
     admin = AdminClient({"bootstrap.servers": empty})
-    admin.delete_topics([TOPIC])[TOPIC].result(20)
-    other.wait(lambda: TOPIC not in admin.list_topics(timeout=10).topics, "the deletion")
+    admin.delete_topics([TOPIC])[TOPIC].result(TIMEOUT_S)
+    other.wait(lambda: TOPIC not in admin.list_topics(timeout=TIMEOUT_S).topics, "the deletion")
     other.send([event("tenant")], partition=1)
     with pytest.raises(RefusedToStart, match=r"usage.events\[1\] is not new, it holds offsets 0 to 1"):
         restore(settings, tmp_path / "backup")
@@ -213,8 +213,8 @@ def test_only_the_ledger_is_lost_and_what_came_after_the_backup_is_taken_again(a
         admin = AdminClient({"bootstrap.servers": ledger.bootstrap})
         gone = [ledger.names.ledger, ledger.names.progress]
         for future in admin.delete_topics(gone).values():
-            future.result(20)
-        ledger.wait(lambda: not set(gone) & admin.list_topics(timeout=10).topics.keys(), "the deletion")
+            future.result(TIMEOUT_S)
+        ledger.wait(lambda: not set(gone) & admin.list_topics(timeout=TIMEOUT_S).topics.keys(), "the deletion")
 
         with pytest.raises(RefusedToStart, match="say --inputs-kept"):
             restore(ledger.apply_settings(), tmp_path / "backup")

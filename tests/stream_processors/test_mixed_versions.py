@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from billing.v1.account_pb2 import Progress
-from taximeter.embedded.broker import TansuBroker
 from taximeter.embedded.process import Child
+from tests.services.kafka import SharedKafka
 from tests.services.version_before import tree_before
-from tests.stream_processors.harness import ROOT, Ledger, event
+from tests.stream_processors.harness import ROOT, Ledger, event, finish
 from tests.stream_processors.worker_main import SEAL_KEY
 
 pytestmark = pytest.mark.timeout(900)
@@ -38,9 +38,9 @@ def sink(ledger: Ledger, name: str, tree: Path) -> Child:
     return child
 
 
-def writers(ledger: Ledger) -> set[str]:
-    """Who wrote the last record of each partition."""
-    return {log.records[-1].writer for log in ledger.logs()}
+def writers(ledger: Ledger) -> set[int]:
+    """The processes that wrote the last record of each partition."""
+    return {int(log.records[-1].writer.split("/")[-2]) for log in ledger.logs()}
 
 
 def send(ledger: Ledger) -> None:
@@ -56,24 +56,26 @@ def is_taken(ledger: Ledger) -> bool:
     return all(reached.get(number, -1) >= end for number, end in enumerate(ends))
 
 
-def test_a_rolling_upgrade_charges_everything_once(tansu: TansuBroker, before: Path, tmp_path: Path) -> None:
-    """Worker and sink of before; a worker of now beside it; then that alone, and the sink of now takes the database over."""
-    ledger = Ledger(tansu.bootstrap, tmp_path, quick_sessions=True)
+@pytest.mark.apache_kafka
+def test_a_rolling_upgrade_charges_everything_once(apache_kafka: SharedKafka, before: Path, tmp_path: Path) -> None:
+    """Worker and sink of before; a worker of now beside it; then that alone, and the sink of now takes the database over.
+
+    Two workers are for Apache Kafka: see `test_ledger_app.py`.
+    """
+    ledger = Ledger(apache_kafka.bootstrap, tmp_path)
     ledger.found()
     try:
         old = ledger.worker("before", tree=before)
         old_sink = sink(ledger, "before", before)
         send(ledger)
-        ledger.worker("now")
-        ledger.wait(lambda: len(writers(ledger)) == 2, "both versions, a partition each")
+        now = ledger.worker("now")
+        ledger.wait(lambda: writers(ledger) == {old.pid, now.pid}, "both versions, a partition each")
         send(ledger)
         ledger.wait(lambda: is_taken(ledger), "the sink of before, on records of both")
-        both = writers(ledger)
         old_sink.kill9()
         sink(ledger, "now", ROOT)
-        old.stop(10)
-        ledger.wait(lambda: len(writers(ledger)) == 1, "this version, both partitions")
-        assert writers(ledger) < both
+        finish(old)
+        ledger.wait(lambda: writers(ledger) == {now.pid}, "this version, both partitions")
         send(ledger)
         ledger.assert_exact()
         ledger.wait(lambda: is_taken(ledger), "the sink of now, on the database of before")

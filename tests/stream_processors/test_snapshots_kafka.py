@@ -13,11 +13,12 @@ from billing import replay
 from billing.chain import Chain
 from billing.state import LedgerState
 from billing.v1.ledger_pb2 import LedgerRecord
+from billing.v1.usage_pb2 import UsageEvent
 from stream_processors.bucket import Bucket
 from stream_processors.local_store import LocalStore
 from stream_processors.snapshots import Snapshot, SnapshotStore
 from tests.services.kafka import SharedKafka
-from tests.stream_processors.harness import Ledger, charged_in, event
+from tests.stream_processors.harness import TIMEOUT_S, Ledger, charged_in, event, finish
 from tests.stream_processors.worker_main import SEAL_KEY
 
 pytestmark = pytest.mark.timeout(900)
@@ -53,9 +54,13 @@ def _assert_state_is_the_logs(ledger: Ledger, folder: Path) -> None:
         assert _state(folder, partition).digest() == log.state.digest()
 
 
+def _events(batches: int) -> list[UsageEvent]:
+    return [event(f"tenant-{i % 7}") for _ in range(batches) for i in range(20)]
+
+
 def _send(ledger: Ledger, batches: int) -> None:
     """Send, and wait until all that was sent is charged in what is left of the log."""
-    events = [event(f"tenant-{i % 7}") for _ in range(batches) for i in range(20)]
+    events = _events(batches)
     ledger.send(events)
     ledger.wait(lambda: {one.request_id for one in events} <= _charged(ledger), "the charges")
 
@@ -80,21 +85,20 @@ def _announced(ledger: Ledger, partition: int) -> list[bytes]:
 )
 def test_kill_9_while_a_snapshot_is_written_and_a_new_disk(ledger: Ledger, point: str) -> None:
     first = ledger.worker("one", snapshots=_snapshots(ledger), point=point, after=3)
-    _send(ledger, 4)
+    # Whether all of it is charged before the crash or after it is the machine's matter.
+    ledger.send(_events(4))
     ledger.wait(lambda: not first.alive, "the crash")
     assert first.exit_code == -9, first.log_tail()
     second = ledger.worker("two", snapshots=_snapshots(ledger))
     _send(ledger, 2)
     ledger.wait(lambda: all(_announced(ledger, partition) for partition in range(2)), "an announcement in each partition")
-    second.stop(10)
-    assert second.exit_code == 0, second.log_tail()
+    finish(second)
     _assert_state_is_the_logs(ledger, ledger.folder / "two")
     assert all(_taken(ledger, partition) for partition in range(2))
     third = ledger.worker("three", snapshots=_snapshots(ledger))
     _send(ledger, 1)
-    third.stop(10)
-    assert third.exit_code == 0, third.log_tail()
-    assert third.log_tail(200).count(" restored in ") == 2
+    finish(third)
+    assert third.log_path.read_text().count(" restored in ") == 2
     ledger.assert_exact()
     _assert_state_is_the_logs(ledger, ledger.folder / "three")
 
@@ -107,24 +111,21 @@ def test_a_new_disk_starts_although_the_ledgers_beginning_was_deleted(apache_kaf
         first = ledger.worker("one", snapshots=_snapshots(ledger))
         _send(ledger, 4)
         ledger.wait(lambda: all(_taken(ledger, partition) for partition in range(2)), "a snapshot of each partition")
-        first.stop(10)
-        assert first.exit_code == 0, first.log_tail()
+        finish(first)
         admin = AdminClient({"bootstrap.servers": ledger.bootstrap})
         places = [
             TopicPartition(ledger.names.ledger, partition, _taken(ledger, partition)[0].place.ledger_offset)
             for partition in range(2)
         ]
         for future in admin.delete_records(places).values():
-            future.result(20)
+            future.result(TIMEOUT_S)
         without = ledger.worker("without")
         ledger.wait(lambda: not without.alive, "the refusal")
         assert "its beginning was deleted" in without.log_tail()
         fresh = ledger.worker("fresh", snapshots=_snapshots(ledger))
-        ledger.wait(lambda: fresh.log_tail(200).count("taken over in") == 2, "the takeover")
-        assert fresh.log_tail(200).count(" restored in ") == 2
         _send(ledger, 1)
-        fresh.stop(10)
-        assert fresh.exit_code == 0, fresh.log_tail()
+        finish(fresh)
+        assert fresh.log_path.read_text().count(" restored in ") == 2
         for partition in range(2):
             # The first disk has the whole log's state up to where its worker ended.
             state = _state(ledger.folder / "one", partition)

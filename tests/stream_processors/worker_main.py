@@ -26,10 +26,15 @@ REFUSED = 3
 
 
 def worker_settings(
-    bootstrap: str, prefix: str, folder: Path, snapshots: dict[str, Any] | None = None, **more: Any
+    bootstrap: str,
+    prefix: str,
+    folder: Path,
+    snapshots: dict[str, Any] | None = None,
+    delivery_timeout_ms: int = 60_000,
+    **more: Any,
 ) -> WorkerSettings:
     return WorkerSettings(
-        kafka=KafkaSettings(bootstrap),
+        kafka=KafkaSettings(bootstrap, delivery_timeout_ms=delivery_timeout_ms),
         state_folder=folder,
         keys=LedgerKeys(SEAL_KEY, COMMAND_KEY),
         topics=TopicNames(prefix),
@@ -40,7 +45,8 @@ def worker_settings(
             # The least that Apache Kafka allows by default; Tansu takes half of it to answer a join.
             "session_timeout_s": 6.0,
             "heartbeat_interval_s": 1.0,
-            "drain_timeout_s": 4.0,
+            # A slow disk is no reason to end: nobody starts this worker again.
+            "drain_timeout_s": 30.0,
             **more,
         },
     )
