@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import secrets
 import shutil
 import ssl
@@ -40,14 +41,15 @@ from sinks.loop import run_sink
 from sinks.tables import ALL_TABLES, USAGE_EVENTS
 from taximeter import compose
 from taximeter.config import load
-from taximeter.embedded.process import Child, free_port
+from taximeter.embedded.process import Child
 from taximeter.health import State, examine
 from taximeter.kafka_trouble import kafka_trouble
 from tests.services import require
 from tests.services.brokers import consumer_of, read_to_end
 from tests.services.certificates import Authority, Issued
 from tests.services.clickhouse import MISSING_MESSAGE, ClickHouseServer, server_command
-from tests.services.kafka import KafkaCluster
+from tests.services.kafka import QUIET, KafkaCluster
+from tests.services.ports import free_port
 from tests.services.triton import TritonServer, TritonUnavailableError, triton_environment
 from tests.serving.notifier.support import Request, receiving
 from tests.sinks.old_server import count, create_tables
@@ -146,6 +148,7 @@ class Installation:
             kafka_libs,
             listeners={"SECURE": (self.kafka_port, self.kafka_port)},
             settings={
+                **QUIET,
                 "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,CONTROLLER:PLAINTEXT",
                 "listener.name.secure.sasl.enabled.mechanisms": "SCRAM-SHA-512",
                 "listener.name.secure.scram-sha-512.sasl.jaas.config": (
@@ -216,7 +219,7 @@ class Installation:
 
     def stop(self) -> None:
         for child in reversed(self.parts.values()):
-            child.stop(20.0)
+            child.stop(120.0)
 
 
 @pytest.fixture
@@ -255,7 +258,7 @@ def test_all_encrypted_it_bills_keeps_strangers_out_and_writes_no_secret(
     tables = dict(rows_of_all_tables(installation))
     # Before the rest is looked at: what is said while stopping counts.
     for name in PARTS:
-        installation.parts[name].stop(20.0)
+        installation.parts[name].stop(120.0)
         assert installation.parts[name].exit_code == 0, f"{name}: {installation.parts[name].log_tail()}"
     no_secret_stands_anywhere(installation, keys, tables)
 
@@ -521,11 +524,11 @@ def forms(secret: str) -> set[bytes]:
 
 
 def files_and_topics(installation: Installation) -> Iterator[tuple[str, bytes]]:
-    for path in installation.folder.rglob("*"):
+    # ClickHouse merges its files, and takes those away that it has merged: folders, too, which `os.walk` passes over.
+    for path in (Path(folder) / name for folder, _, names in os.walk(installation.folder) for name in names):
         # What ClickHouse is told of its users is its own secret; and Kafka keeps 10 MB free for each index of numbers.
         passed_over = path.name == "users.xml" or path.name.endswith("index") or installation.secrets in path.parents
         if path.is_file() and not passed_over:
-            # ClickHouse merges its files, and takes those away that it has merged.
             with contextlib.suppress(FileNotFoundError):
                 yield str(path.relative_to(installation.folder)), path.read_bytes()
     consumer = consumer_of(installation.kafka.bootstrap)

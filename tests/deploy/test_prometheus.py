@@ -92,7 +92,7 @@ def test_each_rule_fires_on_what_it_is_for_and_none_where_all_is_well(tmp_path: 
         ["check", "config", "--syntax-only", str(DEPLOY / "prometheus" / "prometheus.yaml")],
         ["test", "rules", str(DEPLOY / "prometheus" / "rules_test.yaml")],
     ):
-        ended = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=100, check=False)
+        ended = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=300, check=False)
         assert ended.returncode == 0, f"{arguments}\n{ended.stdout}\n{ended.stderr}"
     tested = yaml.safe_load((DEPLOY / "prometheus" / "rules_test.yaml").read_text())["tests"]
     samples = [sample for each in tested for query in each["promql_expr_test"] for sample in query["exp_samples"]]
