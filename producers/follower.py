@@ -90,8 +90,8 @@ class TopicFollower:
 
     def behind_s(self) -> float:
         """For how long it has not been at the topic's end; 0: it is there. While no broker answers, it is not known to be."""
-        now_s = time.monotonic()
-        return now_s - min(self._behind_since_s.values(), default=now_s)
+        since_s = min(self._behind_since_s.values(), default=None)
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -32,6 +32,9 @@ class ProgressPublisher:
                 # With one request at a time a retry cannot put an older progress behind a newer one either.
                 "max.in.flight.requests.per.connection": 1,
                 "acks": "all",
+                # The embedded broker makes a topic for whoever asks about it, with as many partitions as it likes: after it has
+                # forgotten all, that one would stand in the way of the right one.
+                "allow.auto.create.topics": False,
                 "linger.ms": 5,
                 "message.timeout.ms": 10_000,
                 "queue.buffering.max.messages": 10_000,

@@ -11,6 +11,12 @@ from tests.producers.support import LedgerStandIn, Topics
 
 
 @pytest.fixture
+def patient_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal waits for its file for as long as a test holds that, though the machine stand still meanwhile."""
+    monkeypatch.setattr("producers.journal_store._BUSY_TIMEOUT_MS", 600_000)
+
+
+@pytest.fixture
 def topics(bootstrap: str, unique_name: Callable[[str], str]) -> Topics:
     """usage.events and usage.progress, on each broker in turn."""
     topics = Topics(bootstrap, unique_name("usage.events"), unique_name("usage.progress"))

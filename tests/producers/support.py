@@ -69,10 +69,27 @@ def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 180.0) -
 
 
 def create_topics(bootstrap: str, *topics: NewTopic) -> None:
+    """Make them, and return when whoever asks is told of all their partitions: Kafka says yes a moment before."""
     # Held until the answers are there: they die with it.
     admin = AdminClient({"bootstrap.servers": bootstrap})
     for future in admin.create_topics(list(topics)).values():
-        future.result(15)
+        future.result(60)
+
+    def are_led() -> bool:
+        known = admin.list_topics(timeout=60).topics
+        return all(
+            (found := known.get(topic.topic)) is not None
+            and len(found.partitions) == topic.num_partitions
+            and all(partition.leader >= 0 for partition in found.partitions.values())
+            for topic in topics
+        )
+
+    wait_until(are_led, "the topics known")
+
+
+def ordered_producer(bootstrap: str) -> Producer:
+    """What it sends arrives once and in order, also where the broker takes only the second attempt."""
+    return Producer({"bootstrap.servers": bootstrap, "enable.idempotence": True, "allow.auto.create.topics": False})
 
 
 class Topics:
@@ -96,7 +113,8 @@ class Topics:
             partitions=PARTITIONS,
             topic=self.events,
             progress_topic=self.progress,
-            **{"linger_ms": 5, **settings},  # type: ignore[arg-type]
+            # What goes out again, a test says: a machine that stands still for a while is no reason.
+            **{"linger_ms": 5, "resend_after_s": 3_600.0, "progress_wait_s": 180.0, **settings},  # type: ignore[arg-type]
         )
 
 
@@ -119,9 +137,9 @@ class LedgerStandIn:
             self.batches.append((partition, batch))
             numbers = self.numbers.setdefault((batch.producer_id, partition), {})
             for sequence, event in enumerate(batch.events, start=batch.first_sequence):
-                self.requests[event.request_id] += 1
-                # The same number always names the same event.
+                # The same number always names the same event. What is counted has its number already.
                 assert numbers.setdefault(sequence, event.request_id) == event.request_id
+                self.requests[event.request_id] += 1
 
     def covered(self, producer_id: str, partition: int) -> int:
         with self._lock:
@@ -133,7 +151,7 @@ class LedgerStandIn:
 
     def cover(self, producer_id: str, covered: dict[int, int] | None = None) -> None:
         """Say that the ledger covers what has arrived, or what is given."""
-        producer = Producer({"bootstrap.servers": self._topics.bootstrap, "allow.auto.create.topics": False})
+        producer = ordered_producer(self._topics.bootstrap)
         for partition in range(PARTITIONS):
             sequence = self.covered(producer_id, partition) if covered is None else covered.get(partition, 0)
             progress = Progress(
@@ -148,7 +166,7 @@ class LedgerStandIn:
                 value=progress.SerializeToString(),
                 partition=partition,
             )
-        assert producer.flush(15) == 0
+        assert producer.flush(60) == 0
 
     def close(self) -> None:
         self._follower.close()

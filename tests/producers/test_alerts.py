@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from confluent_kafka import Producer
 from confluent_kafka.admin import NewTopic
 
 from billing.v1.account_pb2 import LedgerPosition
 from billing.v1.alert_pb2 import Alert
 from producers.alerts import AlertCursor, AlertFollower
-from tests.producers.support import create_topics, wait_until
+from tests.producers.support import create_topics, ordered_producer, wait_until
 
 
 def alert(sequence: int, index: int = 0, generation: bytes = b"g", told_ms: int = 0) -> Alert:
@@ -54,7 +53,7 @@ def test_who_keeps_the_cursor_misses_nothing_and_sees_nothing_twice(bootstrap: s
     create_topics(bootstrap, NewTopic(topic, 2, 1))
 
     def publish(*sequences: int) -> None:
-        producer = Producer({"bootstrap.servers": bootstrap})
+        producer = ordered_producer(bootstrap)
         for sequence in sequences:
             producer.produce(topic, key=b"t", value=alert(sequence).SerializeToString(), partition=sequence % 2)
         assert producer.flush(60) == 0

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import apsw
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -22,6 +23,9 @@ from producers.errors import JournalError
 from producers.journal import Journal, JournalSettings
 from producers.receipt import Receipt
 from tests.producers.support import journaled, usage_event, wait_until
+
+# Thousands of commits, each a wait for the disk.
+pytestmark = pytest.mark.timeout(900)
 
 PARTITIONS = 2
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
@@ -118,7 +122,7 @@ class JournalMachine(RuleBasedStateMachine):
         before = self.journal.metrics()["journal_bytes"]
         # A table that is away is a write that fails after others of its transaction have succeeded.
         surgeon = apsw.Connection(str(self.folder / "journal"))
-        surgeon.set_busy_timeout(10_000)
+        surgeon.set_busy_timeout(600_000)
         surgeon.execute("ALTER TABLE open_requests RENAME TO away")
         name, event = self.event()
         appended = self.journal.append(partition, event)
@@ -136,7 +140,7 @@ class JournalMachine(RuleBasedStateMachine):
     @rule(partition=partitions)
     def the_disk_refuses_an_end(self, partition: int) -> None:
         surgeon = apsw.Connection(str(self.folder / "journal"))
-        surgeon.set_busy_timeout(10_000)
+        surgeon.set_busy_timeout(600_000)
         surgeon.execute("ALTER TABLE segments RENAME TO away")
         name, event = self.event()
         slot, opened = self.journal.open(partition, event, has_usage=False)

@@ -138,6 +138,7 @@ def test_what_a_dead_process_left_open_becomes_what_its_last_progress_said(tmp_p
     meter.close()
 
 
+@pytest.mark.usefixtures("patient_journal")
 def test_many_updates_of_one_request_in_a_group_are_one_write(tmp_path: Path) -> None:
     meter = open_meter(tmp_path)
     request = meter.open(usage_event(1))
@@ -174,6 +175,7 @@ def test_a_request_takes_only_its_own_events_and_nothing_after_its_end(tmp_path:
     meter.close()
 
 
+@pytest.mark.usefixtures("patient_journal")
 async def test_coroutines_wait_together_and_cancelling_one_leaves_the_others(tmp_path: Path) -> None:
     meter = open_meter(tmp_path)
     blocker = apsw.Connection(str(tmp_path / "usage.journal"))
@@ -199,7 +201,7 @@ async def test_a_failed_group_tells_every_waiter_its_own_error() -> None:
 
     def block() -> None:
         try:
-            receipt.durable(10)
+            receipt.durable(60)
         except ProducerError as error:
             threaded.append(error)
 

@@ -67,12 +67,16 @@ def test_a_full_disk_under_a_clickhouse_server_passes(disk: Path) -> None:
 @pytest.mark.chaos
 # All of it; or as much as chDB sets aside for the insert, and less than its columns take when they are written.
 @pytest.mark.parametrize("leave_bytes", [0, 3 << 20])
+@pytest.mark.timeout(900)
 def test_a_full_disk_under_chdb_passes(disk: Path, leave_bytes: int) -> None:
     # A process has one chDB, and this one's is the other tests'.
     process = multiprocessing.get_context("spawn").Process(target=_chdb_fills_up, args=(disk, leave_bytes))
     process.start()
-    process.join(60)
-    assert process.exitcode == 0
+    try:
+        process.join(240)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
 
 
 def _chdb_fills_up(disk: Path, leave_bytes: int) -> None:

@@ -111,7 +111,7 @@ def test_a_query_has_the_threads_that_the_engine_was_given(engine: ChdbEngine) -
 
 def test_a_folder_belongs_to_one_process(engine: ChdbEngine, chdb_folder: Path, tmp_path: Path) -> None:
     code = f"from pathlib import Path; from sinks.engines.chdb import ChdbEngine; ChdbEngine(Path({str(chdb_folder)!r}))"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert answer.returncode == 1
     assert EngineUnavailable.__name__ in answer.stderr
     assert "another process has this ClickHouse folder open" in answer.stderr

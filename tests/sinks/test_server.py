@@ -21,6 +21,7 @@ from sinks.tables import ACCOUNTS, ALL_TABLES, SINK_POSITIONS, USAGE_EVENTS, USA
 from sinks.writer import Writer
 from taximeter.embedded.broker import TansuBroker
 from tests.billing.ledgers import KEYS, Ledger
+from tests.producers.support import wait_until
 from tests.services.clickhouse import ClickHouseServer
 from tests.sinks.old_server import count, create_tables
 from tests.sinks.test_loop import PARTITION, WAIT_S, filled, make_topics, produce
@@ -35,8 +36,8 @@ def settings_of(server: ClickHouseServer, database: str, **changes: object) -> S
         "user": server.user,
         "password": server.password,
         "database": database,
-        "connect_timeout_s": 2.0,
-        "insert_timeout_s": 20.0,
+        "connect_timeout_s": 30.0,
+        "insert_timeout_s": 60.0,
     }
     return ServerSettings(**(values | changes))  # type: ignore[arg-type]
 
@@ -134,11 +135,7 @@ def test_a_repeated_batch_changes_nothing(server_engine: ServerEngine, ledger: L
     feed(server_engine, ledger.stored, KEYS.seal_key)
     once = {table.name: count(server_engine, table) for table in ALL_TABLES}
     server_engine.execute("ALTER TABLE sink_positions DELETE WHERE 1")
-    for _ in range(200):
-        [[left]] = server_engine.query("SELECT count() FROM sink_positions").rows
-        if not left:
-            break
-        threading.Event().wait(0.05)
+    wait_until(lambda: server_engine.query("SELECT count() FROM sink_positions").rows == [(0,)], "the position gone")
     feed(server_engine, ledger.stored, KEYS.seal_key)
     assert {table.name: count(server_engine, table) for table in ALL_TABLES} == once
 
@@ -165,6 +162,7 @@ def test_errors_say_whether_to_try_again(server_engine: ServerEngine, clickhouse
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_kill9_of_the_server_while_the_sink_writes(
     tmp_path: Path, tansu: TansuBroker, unique_name: Callable[[str], str]
 ) -> None:

@@ -30,7 +30,7 @@ def secure(clickhouse_server: ClickHouseServer, tmp_path_factory: pytest.TempPat
         server.password,
         secure=True,
         ca_file=str(authority.certificate),
-        connect_timeout_s=5.0,
+        connect_timeout_s=30.0,
         attempts=1,
     )
     server.stop()
@@ -62,4 +62,4 @@ def test_a_server_without_tls_is_not_spoken_to_in_the_clear(
     secure: ServerSettings, clickhouse_server: ClickHouseServer
 ) -> None:
     with pytest.raises(EngineUnavailable):
-        ServerEngine(changed(secure, port=clickhouse_server.port)).query("SELECT 1", timeout_s=2.0)
+        ServerEngine(changed(secure, port=clickhouse_server.port, connect_timeout_s=5.0)).query("SELECT 1", timeout_s=2.0)
