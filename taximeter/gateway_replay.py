@@ -34,6 +34,7 @@ from sinks.errors import EngineUnavailable
 from taximeter.commanding import Commander, PlanTerms
 from taximeter.compose import open_reader
 from taximeter.errors import NotReadyError, TaximeterError
+from taximeter.new_keys import may_be_known_soon
 from taximeter.traces import Trace, TraceRow, tenant_names
 
 if TYPE_CHECKING:
@@ -121,8 +122,10 @@ class _Replay:
         self._answered = 0
         self._settled = 0
         self._sent_again = 0
+        self._began_s = 0.0
 
     async def run(self, trace: Trace, tenants: int, advance: Advance) -> dict[str, object]:
+        self._began_s = asyncio.get_running_loop().time()
         answered, unsettled = self._read_attempts()
         queue: list[_Sent] = []
         for row in trace.rows:
@@ -149,6 +152,10 @@ class _Replay:
                 client_id = sent.client_id(self._prefix)
                 await self._infer(client, sent.tenant, client_id, row.context_tokens, row.generated_tokens)
             except InferenceServerException as error:
+                if may_be_known_soon(error, asyncio.get_running_loop().time() - self._began_s):
+                    queue.append(sent)
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
                 if error.status() not in _UNKNOWN:
                     raise TaximeterError(f"row {sent.row.number} for {sent.tenant} was refused: {error.message()}") from None
                 self._unknown.append(sent)

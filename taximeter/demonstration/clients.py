@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +18,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from taximeter.errors import TaximeterError
+from taximeter.new_keys import ASK_AGAIN_S, may_be_known_soon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,13 +45,21 @@ class Answer:
 def ask_all(
     address: str, secrets: Mapping[str, str], prompts: Sequence[Prompt], on_answer: Callable[[], object]
 ) -> list[Answer]:
-    """Every prompt's answer, in the order of the prompts; several at a time."""
+    """Every prompt's answer, in the order of the prompts; several at a time. The keys may be new."""
+    began_s = time.monotonic()
 
     def ask(prompt: Prompt) -> Answer:
-        with InferenceServerClient(address) as client:
-            answer = (_stream if prompt.streamed else _infer)(client, prompt, secrets[prompt.tenant_id])
-        on_answer()
-        return answer
+        while True:
+            try:
+                with InferenceServerClient(address) as client:
+                    answer = (_stream if prompt.streamed else _infer)(client, prompt, secrets[prompt.tenant_id])
+            except InferenceServerException as error:
+                if not may_be_known_soon(error, time.monotonic() - began_s):
+                    raise TaximeterError(f"the prompt {prompt.text[:40]!r} was not answered: {error.message()}") from None
+                time.sleep(ASK_AGAIN_S)
+            else:
+                on_answer()
+                return answer
 
     with ThreadPoolExecutor(_CLIENTS, thread_name_prefix="client") as pool:
         return list(pool.map(ask, prompts))
@@ -68,10 +78,7 @@ def ask_for_refusal(address: str, secret: str, prompt: Prompt, client_id: str) -
 
 
 def _infer(client: Any, prompt: Prompt, secret: str) -> Answer:
-    try:
-        result = client.infer("smollm2-unary", _inputs(prompt), headers=_headers(secret), client_timeout=_TIMEOUT_S)
-    except InferenceServerException as error:
-        raise _failed(prompt, error) from None
+    result = client.infer("smollm2-unary", _inputs(prompt), headers=_headers(secret), client_timeout=_TIMEOUT_S)
     return _answer(prompt, [result])
 
 
@@ -87,7 +94,7 @@ def _stream(client: Any, prompt: Prompt, secret: str) -> Answer:
         except queue.Empty:
             raise TaximeterError(f"no answer to {prompt.text[:40]!r} within {_TIMEOUT_S:g} s: see logs/gateway.log") from None
         if error is not None:
-            raise _failed(prompt, error)
+            raise error
         results.append(result)
         final = result.get_response().parameters["triton_final_response"].bool_param
     client.stop_stream()
@@ -130,7 +137,3 @@ def _flag(name: str, *, value: bool) -> Any:
 
 def _headers(secret: str) -> dict[str, str]:
     return {"authorization": f"Bearer {secret}"}
-
-
-def _failed(prompt: Prompt, error: InferenceServerException) -> TaximeterError:
-    return TaximeterError(f"the prompt {prompt.text[:40]!r} was not answered: {error.message()}")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Demonstration", "check"]
 
 T = TypeVar("T")
-_WAIT_S: Final = 30.0
+_WAIT_S: Final = 120.0
 _LOOK_S: Final = 0.05
 _SETTLE_S: Final = 0.5
 _BURST_EVENTS: Final = 50_000
