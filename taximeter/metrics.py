@@ -44,6 +44,8 @@ _LOG = logging.getLogger(__name__)
 _REQUEST_TIMEOUT_S: Final = 10.0
 # How soon it sees that it is to end.
 _POLL_S: Final = 0.1
+# Of what changes meanwhile.
+_READINGS_MAX: Final = 10
 
 Source = Callable[[], Iterable[Metric]]
 # What a part waits for before it is ready; empty: it is.
@@ -62,12 +64,13 @@ class _Collector:
         self._source = source
 
     def collect(self) -> Iterable[Metric]:
-        try:
-            return list(self._source())
-        except RuntimeError:
-            # A dictionary that grew under the scrape: the next one finds it.
-            _LOG.debug("metrics could not be read", exc_info=True)
-            return []
+        for _ in range(_READINGS_MAX):
+            try:
+                return list(self._source())
+            except RuntimeError:
+                # A dictionary that grew under the scrape: the next reading finds it.
+                _LOG.debug("metrics could not be read", exc_info=True)
+        return []
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -57,7 +57,12 @@ class Installation:
         """All parts of it, none of them started."""
         embedded = self.config.embedded
         broker = TansuBroker(
-            TansuSettings(log_path=self.data_dir.logs / "broker.log", port=embedded.broker_port, host=embedded.host)
+            TansuSettings(
+                log_path=self.data_dir.logs / "broker.log",
+                port=embedded.broker_port,
+                host=embedded.host,
+                start_timeout_s=embedded.ready_timeout_s,
+            )
         )
         parts: dict[str, Launchable] = {}
         for number in range(1, embedded.workers + 1):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -28,6 +29,10 @@ __all__ = ["Child", "ChildError", "accepts_connections", "free_port"]
 _POLL_INTERVAL_S = 0.02
 # A process that is in the middle of a write to a slow disk ends when that is over.
 _KILL_TIMEOUT_S = 60.0
+# Linux gives out those from 32768 on, others from 49152 on; what lies lower are ports of services that everybody knows. The
+# tests of this repository hand out those in between.
+_PORTS = range(10_000, 18_000)
+_PORT_TRIES = 100
 
 # Runs in place of the child until it has asked the kernel for the signal. A parent that died before that is noticed by
 # its process id.
@@ -168,11 +173,22 @@ def _exists(pid: int) -> bool:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now. Another process may take it first: bind at once, or be ready to retry."""
+    """A port that nobody listens on now. Another process may take it first: bind at once, or be ready to retry.
+
+    It is none of those that a kernel gives to connections and to whoever binds port 0, so it stays free while what is to listen
+    there starts, or starts again; unless the others are taken.
+    """
+    for _ in range(_PORT_TRIES):
+        with contextlib.suppress(OSError):
+            return _bound_once(host, secrets.choice(_PORTS))
+    return _bound_once(host, 0)
+
+
+def _bound_once(host: str, port: int) -> int:
     with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        probe.bind((host, port))
+        bound: int = probe.getsockname()[1]
+        return bound
 
 
 def accepts_connections(host: str, port: int, timeout_s: float = 0.5) -> bool:

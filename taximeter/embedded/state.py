@@ -2,7 +2,8 @@
 
 Promise: `lock` is held by one process for as long as it lives (the kernel lets go of it when the process dies,
 however it dies). `RunState` names its pids and ports and the configuration that its parts run with; `running` returns
-it only while the lock is held, so a file that a killed `up` left behind misleads nobody.
+it only while the lock is held, so a file that a killed `up` left behind misleads nobody. Whoever looks holds the lock together
+with others for a moment; one that starts lets them look and is not refused for them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Final
 
 from taximeter.errors import TaximeterError
 
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["DataDir", "RunState"]
+
+# A look takes microseconds, unless the process that looks is stopped in the middle of it.
+_LOOKS_S: Final = 30.0
+_AGAIN_S: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +69,11 @@ class DataDir:
         """Hold the data directory; TaximeterError when another process does."""
         self._lock_path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock_path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TaximeterError(
-                    f"data directory {self.path} is in use by another `taximeter up`: "
-                    "stop that one, or choose another --data-dir"
-                ) from None
-            # Of one that was killed: it must not be taken for ours before we have started anything.
-            self._state_path.unlink(missing_ok=True)
+            deadline_s = time.monotonic() + _LOOKS_S
+            while not self._take(file):
+                if time.monotonic() >= deadline_s:
+                    raise self._in_use()
+                time.sleep(_AGAIN_S)
             try:
                 yield
             finally:
@@ -98,3 +100,24 @@ class DataDir:
         except FileNotFoundError:
             return None
         return RunState(int(values["pid"]), Path(values["config_path"]), values["ports"], values["pids"])
+
+    def _take(self, file: IO[bytes]) -> bool:
+        """Whether the lock is ours now; no: others look at it."""
+        try:
+            # Shared with those who look, never with one that runs.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._in_use() from None
+        # Of one that was killed. It goes before the lock is ours alone: who looks from then on must not take it for our state.
+        self._state_path.unlink(missing_ok=True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(file, fcntl.LOCK_UN)
+            return False
+        return True
+
+    def _in_use(self) -> TaximeterError:
+        return TaximeterError(
+            f"data directory {self.path} is in use by another `taximeter up`: stop that one, or choose another --data-dir"
+        )

@@ -100,8 +100,13 @@ class Part:
         fresh.write_text(json.dumps({"point": point, "after": after, "action": action}))
         fresh.replace(self._trigger)
 
-    def disarm(self) -> None:
-        self._trigger.unlink(missing_ok=True)
+    def disarm(self) -> bool:
+        """Whether it was in time: where not, the part is about to kill or stop itself."""
+        try:
+            self._trigger.unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def marks(self) -> list[dict[str, object]]:
         """What it was about to do each time that it killed or stopped itself."""

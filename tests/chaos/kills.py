@@ -143,7 +143,7 @@ class KillWorker(_AtRandom):
 
     def victim(self) -> str:
         """One that owns a partition: the last to have written there."""
-        self.world.wait(self.world.look, 30.0, "a look at the ledger")
+        self.world.wait(self.world.look, _ARMED_TIMEOUT_S, "a look at the ledger")
         writers = {int(seen.written[-1][1].split("/")[1]) for seen in self.world.ledger.seen if seen.written}
         parts = self.world.installation.parts
         return self.draw.choice(

@@ -85,10 +85,11 @@ class EventLoad:
             self._outstanding, self._again = {}, []
         self._running.set()
 
-    def end(self, timeout_s: float = 30.0) -> bool:
+    def end(self, timeout_s: float = 60.0) -> bool:
         """Ask no more, and wait for answers; False when some did not come: then they are unknown."""
         self._running.clear()
-        self._idle.wait(_SEND_TIMEOUT_S)
+        # It syncs to disk and sends; a round that went on behind this would write to a history that is closed.
+        self._idle.wait(timeout_s + _SEND_TIMEOUT_S)
         deadline = time.monotonic() + timeout_s
         while self._outstanding and time.monotonic() < deadline:
             time.sleep(0.02)

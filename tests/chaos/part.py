@@ -55,20 +55,25 @@ class Points:
 
     def reached(self, point: str, about: Callable[[], dict[str, object] | None]) -> None:
         """`about` says what is at stake here; None: nothing is, and this passing does not count."""
-        if not self.trigger.exists():
+        try:
+            wanted = json.loads(self.trigger.read_text())
+        except FileNotFoundError:
             return
-        wanted = json.loads(self.trigger.read_text())
         if wanted["point"] != point or (stake := about()) is None:
             return
         self.passed += 1
         if self.passed <= wanted["after"]:
             return
         self.passed = 0
+        try:
+            self.trigger.unlink()
+        except FileNotFoundError:
+            # It was told to forget it.
+            return
         with self.marks.open("a") as file:
             file.write(json.dumps({"point": point, "pid": os.getpid(), **stake}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.trigger.unlink()
         os.kill(os.getpid(), signal.SIGSTOP if wanted["action"] == "stop" else signal.SIGKILL)
 
 

@@ -38,8 +38,8 @@ Direction = Literal["to_server", "to_client", "both"]
 
 _HOST: Final = "127.0.0.1"
 _PIECE_BYTES: Final = 65_536
-_COMMAND_TIMEOUT_S: Final = 10.0
-_START_TIMEOUT_S: Final = 20.0
+_COMMAND_TIMEOUT_S: Final = 60.0
+_START_TIMEOUT_S: Final = 120.0
 _ROOT: Final = Path(__file__).parents[2]
 
 

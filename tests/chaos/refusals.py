@@ -29,7 +29,7 @@ from tests.chaos.reading import NotReadableError, Place, TopicReader
 
 __all__ = ["PoisonedInput", "Refusing"]
 
-_TOLD_TIMEOUT_S: Final = 30.0
+_TOLD_TIMEOUT_S: Final = 120.0
 _DAY_MS: Final = 86_400_000
 _INPUTS: Final = 200
 # Of the events of a mixed batch.

@@ -15,7 +15,7 @@ from tests.chaos.faults import all_faults
 from tests.services import require
 from tests.services.clickhouse import MISSING_MESSAGE, server_command
 
-pytestmark = [pytest.mark.chaos, pytest.mark.apache_kafka, pytest.mark.clickhouse_server, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.apache_kafka, pytest.mark.clickhouse_server, pytest.mark.timeout(1800)]
 
 ROUND = ("kill-worker-after-produce", "kill-sink-between-inserts", "kill-producer", "zombie-writes", "poisoned-input")
 

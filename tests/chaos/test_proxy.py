@@ -7,14 +7,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.proxy import Proxy
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 class Echo:
@@ -82,6 +82,14 @@ def ask(connection: socket.socket, content: bytes) -> bytes:
             break
         answer += piece
     return answer
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait for what the proxy's process, or a thread of the echo's, does."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def is_silent(connection: socket.socket) -> bool:
@@ -153,21 +161,20 @@ def test_one_way_held_is_late_and_whole(proxy: Proxy, echo: Echo) -> None:
     with connect(proxy) as connection:
         proxy.hold("to_client")
         connection.sendall(b"arrives")
+        # The other way goes on, and the answer comes as far as the proxy.
+        until(lambda: proxy.counts()["pieces_held"] == 1)
+        assert echo.received == len(b"arrives")
         assert is_silent(connection)
-        assert echo.received == len(b"arrives"), "the other way goes on"
         proxy.heal()
         assert connection.recv(100) == b"arrives"
         proxy.hold("to_server")
         connection.sendall(b"waits")
+        until(lambda: proxy.counts()["pieces_held"] == 2)
         assert is_silent(connection)
         assert echo.received == len(b"arrives")
-        assert proxy.counts()["pieces_held"] == 2
         # Who sent it has gone, and it arrives all the same, as from a network that was mended.
     proxy.heal()
-    deadline = time.monotonic() + TIMEOUT_S
-    while echo.received < len(b"arriveswaits"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: echo.received == len(b"arriveswaits"))
 
 
 def test_slow_and_delayed(proxy: Proxy) -> None:

@@ -134,7 +134,7 @@ class World:
 
     def database_behind(self) -> bool:
         """Whether the ledger, read now, has records that the database does not show yet."""
-        self.wait(self.look, 30.0, "a look at the ledger")
+        self.wait(self.look, _START_TIMEOUT_S, "a look at the ledger")
         return not self._caught_up()
 
     def query(self, sql: str) -> list[list[object]]:

@@ -39,14 +39,15 @@ class _Zombie(Fault):
         point = self.draw.choice(self.points)
         name = self.draw.choice(sorted(workers))
         order = [name, *(other for other in sorted(workers) if other != name)]
-        for each in order:
+        for each in order * 2:
             part = workers[each]
             part.arm(point, after=self.draw.randrange(6), action="stop")
             try:
                 self.world.wait(lambda part=part: part.stopped_by_itself, _ARMED_TIMEOUT_S / 4, f"a stop at {point}")  # type: ignore[misc]
             except TimeoutError:
-                part.disarm()
-                continue
+                if part.disarm():
+                    continue
+                self.world.wait(lambda part=part: part.stopped_by_itself, _ARMED_TIMEOUT_S, f"a stop at {point}")  # type: ignore[misc]
             return part
         raise TimeoutError(f"no worker came to {point}")
 

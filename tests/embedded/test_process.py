@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from taximeter.embedded.process import Child, ChildError
+from taximeter.embedded.process import Child, ChildError, free_port
 
 DEADLINE_S = 60.0
 
@@ -105,3 +106,11 @@ def test_before_the_start_there_is_no_process(child: Child) -> None:
     child.stop(0)
     with pytest.raises(ChildError, match="was not started"):
         _ = child.pid
+
+
+def test_a_free_port_is_none_that_a_kernel_gives_to_others() -> None:
+    for port in [free_port() for _ in range(20)]:
+        # Linux's begin at 32768, others' at 49152.
+        assert port < 32_768
+        with socket.create_server(("127.0.0.1", port)):
+            pass

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from taximeter.config import load
-from taximeter.embedded.process import Child, free_port
+from taximeter.embedded.process import Child
+from tests.services.ports import free_port
 from tests.services.version_before import tree_before
-from tests.taximeter.support import Up, environment, until
+from tests.taximeter.support import STOP_GRACE_S, Up, environment, until
 
 __all__ = ["gateway_before"]
 
@@ -41,7 +42,7 @@ def _profile(named: tuple[str, Any]) -> str:
 
 def _is_ready(address: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{address}/health/ready", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}/health/ready", timeout=60) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
@@ -63,5 +64,5 @@ def gateway_before(up: Up, folder: Path) -> Iterator[int]:
         assert child.alive, child.log_tail()
         yield port
     finally:
-        child.stop(20.0)
+        child.stop(STOP_GRACE_S)
     assert child.exit_code == 0, child.log_tail()

@@ -42,7 +42,7 @@ from taximeter.compose import open_reader
 from taximeter.config import load
 from tests.services.ports import free_port
 from tests.serving.gateway_support import trace_inputs
-from tests.taximeter.support import ROOT, Up, environment, until
+from tests.taximeter.support import ROOT, STOP_GRACE_S, Up, environment, until
 
 __all__ = ["Seen", "Trial", "run"]
 
@@ -134,7 +134,7 @@ class Gateways:
 
     def kill9(self, number: int) -> None:
         os.kill(self.processes[number].pid, signal.SIGKILL)
-        self.processes[number].wait(10)
+        self.processes[number].wait(60)
 
     def restart(self, number: int) -> None:
         self.processes[number] = self._start(number)
@@ -147,7 +147,7 @@ class Gateways:
         for process in self.processes:
             process.terminate()
         for process in self.processes:
-            process.wait(30)
+            process.wait(STOP_GRACE_S)
 
 
 async def infer(client: Any, headers: dict[str, str], output_tokens: int) -> str:
@@ -208,8 +208,9 @@ def _without_kafka(up: Up, ports: list[int], headers: dict[str, str], trial: Tri
                     while not (ended := await send([client], headers, 2, 1))["ok"]:
                         seen.ended += ended
                     seen.ended += ended
-            began_ms = _now_ms()
             os.kill(broker, signal.SIGSTOP)
+            # Behind it: whatever was granted by now may be what a gateway holds, however long this process was stopped before.
+            began_ms = _now_ms()
             try:
                 seen.ended_away = await send(clients, headers, trial.requests, trial.at_once)
                 return began_ms, _now_ms()

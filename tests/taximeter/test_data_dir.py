@@ -4,9 +4,11 @@ read.
 
 from __future__ import annotations
 
+import fcntl
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,25 @@ def test_the_one_that_runs_is_found_and_a_second_is_refused(tmp_path: Path) -> N
     assert data_dir.running() is None
 
 
+def test_one_that_starts_waits_for_those_who_look_and_is_not_refused_for_them(tmp_path: Path) -> None:
+    data_dir = DataDir(tmp_path)
+
+    def start() -> RunState | None:
+        with data_dir.lock():
+            data_dir.write(RunState(1, data_dir.config_path))
+            return data_dir.running()
+
+    assert start() is not None
+    with (tmp_path / "run" / "lock").open("rb") as looking, ThreadPoolExecutor(1) as pool:
+        # As `running` does, here for as long as a process may be stopped in it.
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        started = pool.submit(start)
+        with pytest.raises(TimeoutError):
+            started.result(0.3)
+        fcntl.flock(looking, fcntl.LOCK_UN)
+        assert started.result(60) is not None
+
+
 def test_one_that_was_killed_is_not_found(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path; from taximeter.embedded.state import *\n"
@@ -36,7 +57,7 @@ def test_one_that_was_killed_is_not_found(tmp_path: Path) -> None:
         "with d.lock(): d.write(RunState(os.getpid(), d.config_path)); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     root = Path(__file__).parents[2]
-    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=root, check=False, timeout=30)
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=root, check=False, timeout=120)
     assert ended.returncode < 0
     assert (tmp_path / "run" / "state.json").exists()
     assert DataDir(tmp_path).running() is None

@@ -1,4 +1,4 @@
-"""What a gateway says of a key that it does not know yet; that somebody meets it: test_up.py, on a machine that is slow enough."""
+"""What a gateway says of a key that it does not know yet. Who meets it: test_up.py, on a machine that is slow enough."""
 
 from __future__ import annotations
 
