@@ -5,7 +5,8 @@ cost, to the pico. It has the record that opened it in its name: an invoice take
 later for the same period opens others.
 
 Promise: memory is bounded whatever producers name. A tenant's period keeps LINES_MAX lines and LINE_NAMES_BYTES_MAX of names;
-what comes under further names is summed in lines of project and model "(other)", with the same prices and amounts.
+what comes under further names is summed in lines of project and model "(other)", with the same prices and amounts, and that of
+test keys in such lines of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from billing.limits import LINE_NAMES_BYTES_MAX, LINE_PARTS_MAX, LINES_MAX
 from billing.line_parts import Parts
 from billing.periods import Period
 from billing.v1.invoice_pb2 import PeriodLine, PeriodLineKey
+from billing.v1.usage_pb2 import SERVICE_CLASS_TEST
 
 __all__ = ["KEPT_MS", "OTHER_NAME", "Line", "LineKey", "PeriodLines", "line_key_of"]
 
@@ -166,7 +168,9 @@ class PeriodLines:
         lines = self._period(key)
         found = lines.get(key)
         if found is None and not key.adjustment_id and lines.is_full(key):
-            key = key._replace(project_id=OTHER_NAME, model=OTHER_NAME, operation=0, service_class=0)
+            # What test keys used is on no invoice: it is told apart from what is paid for.
+            service_class = SERVICE_CLASS_TEST if key.service_class == SERVICE_CLASS_TEST else 0
+            key = key._replace(project_id=OTHER_NAME, model=OTHER_NAME, operation=0, service_class=service_class)
             found = lines.get(key)
         if found is None:
             found = Line(key, generation, sequence)

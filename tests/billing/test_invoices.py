@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from billing import invoice_step, invoices, replay
+from billing import invoice_step, invoices, period_lines, replay
 from billing.amounts import PICO, from_amount, to_amount
 from billing.founding import found_again
 from billing.invoice_checks import invoice_problems
@@ -133,6 +133,22 @@ def test_what_a_test_key_used_is_metered_and_on_no_invoice(ledger: Ledger) -> No
     ]
     assert from_amount(drawn.net_exact) == 1_400_000
     assert owed(ledger.state, ONE) == 0
+
+
+def test_what_test_keys_used_is_on_no_invoice_either_where_names_are_too_many_to_tell_apart(ledger: Ledger) -> None:
+    with mock.patch.object(period_lines, "LINES_MAX", 1):
+        for number in range(3):
+            use(ledger, f"r{number}", NOVEMBER + DAY_MS, project_id=f"p{number}")
+            use(ledger, f"tried{number}", NOVEMBER + DAY_MS, project_id=f"p{number}", service_class=SERVICE_CLASS_TEST)
+        ledger.tick(DECEMBER)
+        lines = {(line.key.project_id, line.key.service_class): line.events for line in ledger.state.lines.of(ONE)}
+        assert lines == {("p0", SERVICE_CLASS_STANDARD): 1, ("(other)", 0): 2, ("(other)", SERVICE_CLASS_TEST): 3}
+        drawn = invoice(ledger, DECEMBER)
+    assert drawn.events == 3
+    assert sum(from_units(line.part.units) for line in drawn.lines) == 3 * 110
+    assert {line.key.service_class for line in drawn.lines} == {SERVICE_CLASS_STANDARD, 0}
+    assert owed(ledger.state, ONE) == 0
+    assert ledger.replayed().digest() == ledger.state.digest()
 
 
 def test_a_draft_shows_the_same_and_changes_nothing(ledger: Ledger) -> None:
