@@ -5,12 +5,17 @@ in totals since its epoch (its start) began, and so does the ledger, so neither 
 disagree: granted - charged is what the holder may still have promised. Usage that comes through the holder turns what was
 leased into spend. What a holder of an earlier start still held is free again when the ledger has all of that start's usage,
 which its numbering tells; or when an operator retires the holder.
+
+A request is applied once: its holder counts its requests, over all tenants, and a number that is not above the last is refused,
+also when the lease that it was for is gone. The last number is known for as long as a request with it would not be refused for
+its age.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from billing.accounts import AccountState
 from billing.amounts import from_amount, to_amount
@@ -78,10 +83,19 @@ class LeaseState:
         )
 
 
+class Asked(NamedTuple):
+    """The last request of a holder that was applied, and when."""
+
+    epoch: int
+    request_number: int
+    log_time_ms: int
+
+
 class Leases:
     """All leases of one partition. Whoever changes one keeps the account's `leased_pico` equal to the sum of what remains."""
 
     def __init__(self) -> None:
+        self.asked: dict[str, Asked] = {}
         # Holder, tenant, epochs: those that are over before the one that lasts.
         self._held: dict[str, dict[str, list[LeaseState]]] = {}
         # Holder to the tenants of which an epoch is over and not yet gone.
@@ -127,16 +141,9 @@ class Leases:
         changed.
         """
         self._check(request, account)
+        self._check_number(request)
         epochs = self.held_by(request.holder_id).get(request.tenant_id, [])
         lasting = epochs[-1] if epochs else None
-        if lasting is not None and request.epoch < lasting.epoch:
-            raise CommandRefused(f"epoch: {request.epoch} is over, {lasting.epoch} has begun; ask from the process that runs")
-        if (
-            lasting is not None
-            and request.epoch == lasting.epoch
-            and (lasting.ended or request.request_number <= lasting.request_number)
-        ):
-            raise CommandRefused(f"request_number: {request.request_number} is not above the last, {lasting.request_number}")
         changed: list[LeaseState] = []
         if lasting is not None and request.epoch > lasting.epoch:
             changed += self._end(epochs, request.previous_sequence, covered_sequence, account)
@@ -147,7 +154,29 @@ class Leases:
             lasting = LeaseState(request.tenant_id, request.holder_id, request.epoch)
         refusal = self._grant(lasting, request, account, log_time_ms)
         self.put(lasting)
+        self.note(request, log_time_ms)
         return [*changed, lasting], refusal
+
+    def note(self, request: LeaseRequest, log_time_ms: int) -> None:
+        """`request` was applied then: no other one of its holder with its number, or a lower one, ever is."""
+        self.asked[request.holder_id] = Asked(request.epoch, request.request_number, log_time_ms)
+
+    def forget(self, before_ms: int) -> None:
+        """Let go of what was asked before: a repeat of it is refused for its age."""
+        for holder_id in [holder_id for holder_id, asked in self.asked.items() if asked.log_time_ms < before_ms]:
+            del self.asked[holder_id]
+
+    def _check_number(self, request: LeaseRequest) -> None:
+        last = self.asked.get(request.holder_id)
+        if last is None or request.epoch > last.epoch:
+            return
+        if request.epoch < last.epoch:
+            raise CommandRefused(f"epoch: {request.epoch} is over, {last.epoch} has begun; ask from the process that runs")
+        if request.request_number <= last.request_number:
+            raise CommandRefused(
+                f"request_number: {request.request_number} is not above the holder's last, {last.request_number}; a repeat "
+                "changes nothing"
+            )
 
     @staticmethod
     def _check(request: LeaseRequest, account: AccountState) -> None:

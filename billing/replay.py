@@ -54,6 +54,8 @@ def apply(state: LedgerState, record: LedgerRecord, stored: bytes) -> None:
         command_id = remembered_id(command)
         if command_id:
             state.commands[command_id] = command.issued_ms
+        if command.WhichOneof("action") == "lease_request":
+            state.leases.note(command.lease_request, record.log_time_ms)
     elif source == "tick" and record.tick.expired_through_day > state.expired_through_day:
         state.expired_through_day = record.tick.expired_through_day
         state.seen.expire(state.expired_through_day)

@@ -202,6 +202,8 @@ class LedgerState:
         before_ms = log_time_ms - self.settings.dedupe_horizon_ms
         for command_id in [c for c, issued_ms in self.commands.items() if issued_ms < before_ms]:
             del self.commands[command_id]
+        # It may have been issued so far ahead.
+        self.leases.forget(before_ms - self.settings.future_reject_ms)
         self.quantities.forget(log_time_ms - KEPT_MS)
         self.credits.forget(log_time_ms - credit.KEPT_MS)
         self.lines.forget(log_time_ms - LINES_KEPT_MS, lambda tenant_id: self.accounts[tenant_id].invoiced_through_ms)
@@ -261,7 +263,7 @@ class LedgerState:
         for project in self.all_projects():
             add(project.SerializeToString(deterministic=True))
         add(sorted(self.corrected.items()))
-        add(sorted(self.commands.items()))
+        add(sorted(self.commands.items()), sorted(self.leases.asked.items()))
         if with_memory:
             h.update(self.seen.digest())
         return h.hexdigest()

@@ -13,10 +13,11 @@ sink has not confirmed, so that the sink can be fed the missing tail from here.
 
 Keys, by their first byte: m place, h head (times, inputs, expiry), f founding record's settings with what commands changed of
 them, p price books, w open windows with the log time that last touched them, a accounts, k API keys, n producers' numbering,
-t their registrations, c command IDs, l leases, q quantities of periods, i periods' lines that no invoice has, j series of
-invoices, g credit grants, e what else there is to a tenant's credit, d budgets, r projects, o active alerts, y places of
-keys, x corrected events, s runs of the dedupe memory, b dedupe keys that are in no run yet (by sequence), u unconfirmed
-records (by sequence), z the fields that whoever wrote here knew. `store_names` makes those of what a record states.
+t their registrations, c command IDs, l leases, L the last request for a lease of each holder, q quantities of periods,
+i periods' lines that no invoice has, j series of invoices, g credit grants, e what else there is to a tenant's credit,
+d budgets, r projects, o active alerts, y places of keys, x corrected events, s runs of the dedupe memory, b dedupe keys that
+are in no run yet (by sequence), u unconfirmed records (by sequence), z the fields that whoever wrote here knew. `store_names`
+makes those of what a record states.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from rocksdict import Options, Rdict, WriteBatch
 from billing import chain
 from billing.accounts import AccountState
 from billing.commands import remembered_id
-from billing.leases import LeaseState
+from billing.leases import Asked, LeaseState
 from billing.ledger_rules import with_rules
 from billing.prices import PriceBooks
 from billing.sequences import ProducerSequences
@@ -61,7 +62,7 @@ from billing.windows import Window, key_of
 from stream_processors.errors import LocalStoreError
 from stream_processors.known_fields import known_fields, packed_fields, unpack_fields
 from stream_processors.seen_store import SeenStore
-from stream_processors.store_effect import TOUCHED, Effect
+from stream_processors.store_effect import ASKED, TOUCHED, Effect
 from stream_processors.store_names import states_of, window_name
 
 __all__ = ["Acknowledged", "Captured", "LocalStore", "write_pairs"]
@@ -234,6 +235,8 @@ class LocalStore:
             state.corrected[entry.key] = Corrected(entry.adjustment_id, entry.corrected_ms)
         for name, value in self._range(b"c"):
             state.commands[name[1:].decode()] = TOUCHED.unpack(value)[0]
+        for name, value in self._range(b"L"):
+            state.leases.asked[name[1:].decode()] = Asked._make(ASKED.unpack(value))
         for _, value in self._range(b"w"):
             total = WindowTotal.FromString(value[TOUCHED.size :])
             window_key = key_of(total.key)
@@ -334,6 +337,10 @@ class LocalStore:
             command_id = remembered_id(command)
             if command_id:
                 effect.commands[b"c" + command_id.encode()] = command.issued_ms
+            if command.WhichOneof("action") == "lease_request":
+                asked = command.lease_request
+                name = b"L" + asked.holder_id.encode()
+                effect.asked[name] = Asked(asked.epoch, asked.request_number, record.log_time_ms)
             if record.command.HasField("price_book"):
                 book = record.command.price_book
                 # Each currency has its own line of versions, read back in its order.
@@ -343,7 +350,7 @@ class LocalStore:
                 effect.values[b"f"] = self._settings.SerializeToString()
         elif source == "tick" and record.tick.expired_through_day > self._expired_through_day:
             self._expired_through_day = record.tick.expired_through_day
-            effect.forget(self._range, record.log_time_ms, self._settings.dedupe_horizon_ms)
+            effect.forget(self._range, record.log_time_ms, self._settings)
         effect.states.update(states_of(record))
         for total in record.totals:
             effect.windows[window_name(total.key)] = record.log_time_ms, total

@@ -14,18 +14,21 @@ from rocksdict import WriteBatch
 
 from billing import credit
 from billing.key_places import HOUR_MS
+from billing.leases import Asked
 from billing.period_lines import KEPT_MS as LINES_KEPT_MS
 from billing.quantities import KEPT_MS
 from billing.state import CORRECTED_KEPT_MS
 from billing.v1.account_pb2 import Account
 from billing.v1.invoice_pb2 import PeriodLine
-from billing.v1.ledger_pb2 import CorrectedEvent, CreditState, KeyPlaces, PeriodQuantities, WindowTotal
+from billing.v1.ledger_pb2 import CorrectedEvent, CreditState, Founding, KeyPlaces, PeriodQuantities, WindowTotal
 from stream_processors.store_names import Stated, account_name
 
-__all__ = ["TOUCHED", "Effect"]
+__all__ = ["ASKED", "TOUCHED", "Effect"]
 
 # Before a window, in its value, the log time that touched it; of a command when it was issued.
 TOUCHED = struct.Struct("<q")
+# Of a holder's last request for a lease: its epoch, its number, and the log time.
+ASKED = struct.Struct("<QQq")
 
 # What a store has under a prefix: names and values.
 Stored = Callable[[bytes], Iterator[tuple[bytes, bytes]]]
@@ -39,6 +42,7 @@ class Effect:
     windows: dict[bytes, tuple[int, WindowTotal] | None] = field(default_factory=dict)
     states: dict[bytes, Stated | None] = field(default_factory=dict)
     commands: dict[bytes, int | None] = field(default_factory=dict)
+    asked: dict[bytes, Asked | None] = field(default_factory=dict)
     values: dict[bytes, bytes] = field(default_factory=dict)
     remembered: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
 
@@ -59,12 +63,19 @@ class Effect:
                 delete(name)
             else:
                 put(name, TOUCHED.pack(issued_ms))
+        for name, asked in self.asked.items():
+            if asked is None:
+                delete(name)
+            else:
+                put(name, ASKED.pack(*asked))
         for name, value in self.values.items():
             put(name, value)
 
-    def forget(self, stored: Stored, log_time_ms: int, dedupe_horizon_ms: int) -> None:
+    def forget(self, stored: Stored, log_time_ms: int, settings: Founding) -> None:
         """Let go of what is too old at `log_time_ms`, in the store (`stored` reads it) and of what is not written yet."""
-        self._forget_commands(stored, log_time_ms - dedupe_horizon_ms)
+        before_ms = log_time_ms - settings.dedupe_horizon_ms
+        self._forget_commands(stored, before_ms)
+        self._forget_asked(stored, before_ms - settings.future_reject_ms)
         self._forget_grants(stored, log_time_ms)
         self._forget_periods(stored, log_time_ms)
         self._forget_corrected(stored, log_time_ms)
@@ -75,6 +86,12 @@ class Effect:
         for name, issued_ms in known.items():
             if issued_ms is not None and issued_ms < before_ms:
                 self.commands[name] = None
+
+    def _forget_asked(self, stored: Stored, before_ms: int) -> None:
+        known = {name: Asked._make(ASKED.unpack(value)) for name, value in stored(b"L")} | self.asked
+        for name, asked in known.items():
+            if asked is not None and asked.log_time_ms < before_ms:
+                self.asked[name] = None
 
     def _forget_periods(self, stored: Stored, log_time_ms: int) -> None:
         for name, value in stored(b"q"):

@@ -648,7 +648,9 @@ class LeaseRequest(_message.Message):
     holder_id: _builtins.str
     epoch: _builtins.int
     request_number: _builtins.int
-    """1, 2, 3 … within the epoch, for this tenant. A number that is not above the last is refused."""
+    """1, 2, 3 … within the epoch, over all tenants. A number that is not above the holder's last in the partition is refused, also
+    when that lease is gone.
+    """
     duration_ms: _builtins.int
     """From the log time of the answer. 0 gives the lease back for good, once all of its usage is charged."""
     previous_sequence: _builtins.int

@@ -137,7 +137,7 @@ class LeaseKeeper:
         self._clock = clock
         self._number = 0
         self._holdings: dict[str, _Holding] = {}
-        # Tenants of which an earlier start of this gateway holds something that the ledger does not know to be over.
+        # Tenants of which the ledger has a lease of this gateway that nothing here counts: mostly of an earlier start.
         self._left_over: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -298,6 +298,9 @@ class LeaseKeeper:
             return
         self._left_over.discard(lease.tenant_id)
         holding = self._holdings.get(lease.tenant_id)
+        if holding is None and not lease.gone:
+            # Asked for before an operator retired the lease, granted after: nobody here would ever give it back.
+            self._left_over.add(lease.tenant_id)
         if holding is None or (lease.request_number != holding.answered and lease.request_number not in holding.asked):
             return
         if lease.gone:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from billing import commands
 from billing.amounts import PICO, from_amount, to_amount
+from billing.state import DAY_MS
 from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, BILLING_MODE_POSTPAID, Lease, Plan
-from billing.v1.command_pb2 import CreditGrant, LeaseRequest, LeaseRetirement, TenantUpsert
+from billing.v1.command_pb2 import Command, CreditGrant, LeaseRequest, LeaseRetirement, TenantUpsert
 from billing.v1.ledger_pb2 import LedgerRecord
 from billing.v1.usage_pb2 import UsageEvent
 from sinks.recompute import Recomputed
@@ -114,6 +115,52 @@ def test_a_repeated_or_overtaken_request_changes_nothing(ledger: Ledger, number:
     assert not record.command.applied
     assert "request_number" in record.command.refusal
     assert leased(ledger) == PICO
+
+
+def signed_request(number: int, issued_ms: int = NOW_MS) -> bytes:
+    """A gateway's request for all of the balance, as it stands in the topic."""
+    request = LeaseRequest(
+        tenant_id=A, holder_id="gw-1", epoch=1, request_number=number, wanted=to_amount(10 * PICO), duration_ms=10_000
+    )
+    command = Command(schema_version=1, command_id=f"gw-1/1/{number}", issued_ms=issued_ms, lease_request=request)
+    return commands.sign(command, LEASE_KEY)
+
+
+@pytest.mark.parametrize("number", [2, 1], ids=["repeated", "delayed"])
+@pytest.mark.parametrize("end", ["given back", "retired", "started again"])
+def test_a_request_that_comes_after_its_lease_has_ended_sets_nothing_aside(ledger: Ledger, end: str, number: int) -> None:
+    """Whoever has read the topic can write it there again, and nobody would give back what it set aside."""
+    assert ledger.raw_command(signed_request(2)).record.command.applied
+    if end == "given back":
+        assert lasting(ask(ledger, 3, 0, duration_ms=0)).gone
+    elif end == "retired":
+        ledger.command(lease_retirement=LeaseRetirement(holder_id="gw-1", unexpired=True))
+    else:
+        assert lasting(ask(ledger, 1, 0, epoch=2, duration_ms=0)).gone
+    assert list(ledger.state.leases) == []
+    again = ledger.raw_command(signed_request(number)).record
+    assert not again.command.applied
+    assert "epoch" in again.command.refusal or "request_number" in again.command.refusal
+    assert leased(ledger) == 0
+    # What the gateway asks for itself is another number.
+    assert ask(ledger, 4, PICO, epoch=2).command.applied
+
+
+def test_a_request_is_known_for_as_long_as_it_is_not_refused_for_its_age(ledger: Ledger) -> None:
+    settings = ledger.state.settings
+    ahead_ms, horizon_ms = settings.future_reject_ms, settings.dedupe_horizon_ms
+    # The gateway's clock runs ahead by as much as is taken.
+    assert ledger.raw_command(signed_request(1, NOW_MS + ahead_ms)).record.command.applied
+    ask(ledger, 2, 0, duration_ms=0)
+    refusals = []
+    for day in range(1, (horizon_ms + ahead_ms) // DAY_MS + 3):
+        ledger.tick(NOW_MS + day * DAY_MS)
+        again = ledger.raw_command(signed_request(1, NOW_MS + ahead_ms), NOW_MS + day * DAY_MS).record.command
+        refusals.append(again.refusal.partition(":")[0])
+    assert set(refusals) == {"request_number", "issued_ms"}
+    assert refusals[-1] == "issued_ms"
+    assert ledger.state.leases.asked == {}
+    assert leased(ledger) == 0
 
 
 def test_requests_are_not_remembered_as_commands_are(ledger: Ledger) -> None:

@@ -283,6 +283,27 @@ async def test_a_retired_gateway_that_lives_asks_anew() -> None:
     assert await gateway.reserve(A, EVENT_PICO) is None
 
 
+async def test_what_is_granted_after_an_operator_has_retired_the_gateway_goes_back() -> None:
+    bank = Bank(10 * PICO)
+    gateway = bank.gateway("gw-1")
+    first = await gateway.reserve(A, EVENT_PICO)
+    assert first is not None
+    first.settle(0)
+    # Its renewal is on its way when the operator gives it up; of that it hears first.
+    bank.clock.s += 8
+    bank.delayed = []
+    gateway.look()
+    bank.tell(bank.ledger.command(lease_retirement=LeaseRetirement(holder_id="gw-1", unexpired=True)).record)
+    await settled()
+    late, bank.delayed = bank.delayed, None
+    assert len(late) == 1
+    assert bank.leased_pico > 0
+    bank.tell(late[0])
+    gateway.look()
+    await settled()
+    assert bank.leased_pico == 0
+
+
 async def test_what_was_thought_dearer_than_it_was_is_put_right_by_the_ledger() -> None:
     bank = Bank(10 * EVENT_PICO)
     gateway = bank.gateway("gw-1")

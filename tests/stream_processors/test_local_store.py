@@ -85,6 +85,7 @@ def test_what_is_loaded_has_the_digest_of_what_was_applied(tmp_path: Path) -> No
     store = LocalStore(tmp_path, 0)
     assert store.load() is None
     state = _written(store, 5)
+    assert state.leases.asked["p"][:2] == (3, 1)
     for moment_ms in (NOW_MS + 3_600_000, NOW_MS + 2 * DAY_MS, NOW_MS + 40 * DAY_MS):
         store.close()
         store = LocalStore(tmp_path, 0)
@@ -96,6 +97,7 @@ def test_what_is_loaded_has_the_digest_of_what_was_applied(tmp_path: Path) -> No
         store.apply([Acknowledged(result.record, result.stored, 9)])
     assert state.windows == {}, "let go after an hour"
     assert store.seen.recent_keys == 0, "expired after 40 days"
+    assert state.leases.asked == {}
     store.close()
 
 
@@ -156,27 +158,31 @@ def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: 
     command = Command(schema_version=1, command_id="book", issued_ms=NOW_MS, issuer="test", price_book=book)
     take(CommandInput("billing.commands", 0, sign(command, KEYS.command_key)), NOW_MS)
     take(rules_set(1, RulesChange(burst_factor=3)), NOW_MS)
+    for offset, signed in enumerate(_COMMANDS, start=2):
+        take(CommandInput("billing.commands", offset, signed), NOW_MS)
     for number in range(6):
         batch = UsageBatch(schema_version=1, events=[event(f"tenant-{i}", f"{number}-{i}") for i in range(4)])
         take(UsageInput("usage.events", number, batch.SerializeToString()), NOW_MS + number)
     take(TickInput(), NOW_MS + DAY_MS)
     assert state.windows == {}
     assert state.commands
+    assert state.leases.asked
     middle = state.digest(), list(records)
     known = UsageBatch(schema_version=1, events=[event("tenant-1", "charged-before")]).SerializeToString()
     take(UsageInput("usage.events", 6, known), NOW_MS + DAY_MS)
-    take(TickInput(), NOW_MS + 36 * DAY_MS)
+    take(TickInput(), NOW_MS + 37 * DAY_MS)
     assert state.commands == {}
+    assert state.leases.asked == {}
     late = event("tenant-2", "late")
-    late.started_ms = late.ended_ms = NOW_MS + 36 * DAY_MS
+    late.started_ms = late.ended_ms = NOW_MS + 37 * DAY_MS
     recent = UsageBatch(schema_version=1, events=[late]).SerializeToString()
-    take(UsageInput("usage.events", 7, recent), NOW_MS + 36 * DAY_MS)
+    take(UsageInput("usage.events", 7, recent), NOW_MS + 37 * DAY_MS)
     assert state.windows
-    record, stored = found_again(state, b"h" * 16, NOW_MS + 36 * DAY_MS, KEYS.seal_key, "test")
+    record, stored = found_again(state, b"h" * 16, NOW_MS + 37 * DAY_MS, KEYS.seal_key, "test")
     replay.apply(state, record, stored)
     records.append(Acknowledged(record, stored, 0))
-    take(rules_set(0, RulesChange(drift_millionths=5), NOW_MS + 36 * DAY_MS), NOW_MS + 36 * DAY_MS)
-    take(UsageInput("usage.events", 0, recent), NOW_MS + 36 * DAY_MS)
+    take(rules_set(0, RulesChange(drift_millionths=5), NOW_MS + 37 * DAY_MS), NOW_MS + 37 * DAY_MS)
+    take(UsageInput("usage.events", 0, recent), NOW_MS + 37 * DAY_MS)
     assert records[-1].record.usage.duplicates == 1
     assert (state.settings.default_plan.burst_factor, state.settings.drift_millionths) == (3, 5)
 
@@ -200,7 +206,7 @@ def test_one_call_for_many_records_leaves_what_a_call_for_each_leaves(tmp_path: 
         loaded = store.load()
         assert loaded is not None
         assert loaded.digest() == state.digest()
-        again = step(loaded, UsageInput("usage.events", 1, recent), NOW_MS + 36 * DAY_MS, keys=KEYS, writer="test")
+        again = step(loaded, UsageInput("usage.events", 1, recent), NOW_MS + 37 * DAY_MS, keys=KEYS, writer="test")
         assert again.record.usage.duplicates == 1
         store.close()
 
