@@ -1,8 +1,9 @@
 """Topics, and the founding of a ledger: what `taximeter topics apply` (embedded: `up`) does, and nobody else.
 
 Promise: `plan` only looks, and names every change that `apply` would make; `apply` may be interrupted and run again. A ledger
-is founded only where there is none: in an empty ledger partition. If some partitions were founded and others not, the rest is
-founded with the same generation and settings.
+is founded only where there never was one: in an empty ledger partition of which nothing has been published. If some partitions
+were founded and others not, the rest is founded with the same generation and settings; the commands that all of them were sent
+meanwhile, price books too, are read from the beginning there.
 
 Where the broker forgot everything and local stores hold the state (embedded), the ledger is founded again on them: the new
 generation's founding records name the last record of the old one, and state accounts, keys, marks and price books in full.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,9 +106,12 @@ async def plan(settings: ApplySettings) -> list[Change]:
     """What `apply` would do."""
     admin = AdminClient(settings.kafka.client())
     changes = [change for change, _ in await asyncio.to_thread(_topic_changes, admin, settings)]
+    created = {change.name for change in changes if change.kind == "create topic"}
     missing = list(range(settings.topics.partitions))
-    if not any(change.kind == "create topic" and change.name == settings.names.ledger for change in changes):
+    if settings.names.ledger not in created:
         missing = await _unfounded(settings)
+    if settings.names.progress not in created:
+        await _refuse_forgotten(settings, missing)
     ledger = settings.names.ledger
     return changes + [Change("found ledger", f"{ledger}[{partition}]", "founding record") for partition in missing]
 
@@ -263,6 +267,22 @@ async def _unfounded(settings: ApplySettings) -> list[int]:
     return missing
 
 
+async def _refuse_forgotten(settings: ApplySettings, missing: Sequence[int]) -> None:
+    """Whoever publishes says how far it is in a topic that is kept: there was a ledger, and no local store with its state is
+    named."""
+    if settings.state_folder is not None:
+        return
+    reader, names = KafkaLogReader(settings.kafka), settings.names
+    for partition in missing:
+        _, end = await reader.bounds(names.progress, partition)
+        if end:
+            raise RefusedToStart(
+                f"{names.ledger}[{partition}]: it is empty, and {names.progress}[{partition}] says how far it was read: its "
+                "records are gone, and a new founding record would forget prices, balances and what was charged. Restore it: "
+                "docs/operating.md. To begin with nothing, delete all topics of the installation first"
+            )
+
+
 async def _first_record(settings: ApplySettings, partition: int) -> LedgerRecord:
     reader = KafkaLogReader(settings.kafka)
     first, end = await reader.bounds(settings.names.ledger, partition)
@@ -286,6 +306,7 @@ async def _found(settings: ApplySettings) -> list[Change]:
     missing = await _unfounded(settings)
     if not missing:
         return []
+    await _refuse_forgotten(settings, missing)
     generation, ledger = secrets.token_bytes(GENERATION_BYTES), settings.ledger
     present = [partition for partition in range(settings.topics.partitions) if partition not in missing]
     stores = {partition: store for partition in missing if (store := _store(settings, partition)) is not None}
@@ -305,6 +326,12 @@ async def _found(settings: ApplySettings) -> list[Change]:
             )
         for partition in missing:
             state = states.get(partition)
+            if state is not None and state.generation == generation:
+                raise RefusedToStart(
+                    f"{settings.names.ledger}[{partition}]: it is empty, and partition {present[0]} goes on in the generation "
+                    "that the local store is of: positions of both would be the same. Restore the partition; or delete all "
+                    "topics of the installation, and found all of it again on the local stores"
+                )
             now_ms = time.time_ns() // 1_000_000
             if state is None:
                 record, stored = found(ledger, partition, generation, now_ms, settings.seal_key, settings.writer)

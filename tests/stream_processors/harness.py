@@ -147,7 +147,9 @@ class Ledger:
         for number, group in groups.items():
             self.send_bytes(UsageBatch(schema_version=1, events=group).SerializeToString(), number)
 
-    def send_bytes(self, value: bytes, partition: int, topic: str | None = None, *, time_ms: int = 0) -> None:
+    def send_bytes(
+        self, value: bytes, partition: int, topic: str | None = None, *, key: bytes | None = None, time_ms: int = 0
+    ) -> None:
         # One for all: an idempotent producer takes half a second for its first message.
         producer = self.producers.get(self.bootstrap)
         if producer is None:
@@ -158,6 +160,7 @@ class Ledger:
         producer.produce(
             topic or self.names.events,
             value=value,
+            key=key,
             partition=partition,
             timestamp=time_ms,
             on_delivery=lambda error, _: problems.append(error),
