@@ -11,14 +11,22 @@ from billing.identity import partition_of
 from billing.invoice_step import finalize
 from billing.key_ring import Keys
 from billing.ledger_rules import change_rules
-from billing.limits import ID_CHARS_MAX, KEY_BYTES_MAX, PLAN_BYTES_MAX, RELEASED_LEASES_MAX
+from billing.limits import ACCOUNT_TERMS_BYTES_MAX, ID_CHARS_MAX, KEY_BYTES_MAX, RELEASED_LEASES_MAX
 from billing.periods import calendar_problem, month_of, same_through
 from billing.prices import PriceBookRefused
 from billing.registrations import register, registration_problem
 from billing.rule_limits import completed, rules_problem
 from billing.state import DAY_MS, LedgerState
 from billing.tenant_step import check_key, check_operator_key, close_tenant, plan_problem, upsert_budget, upsert_project
-from billing.v1.account_pb2 import ACCOUNT_STATUS_ACTIVE, ACCOUNT_STATUS_CLOSED, ACCOUNT_STATUS_UNKNOWN, ApiKey, Calendar
+from billing.v1.account_pb2 import (
+    ACCOUNT_STATUS_ACTIVE,
+    ACCOUNT_STATUS_CLOSED,
+    ACCOUNT_STATUS_UNKNOWN,
+    Account,
+    ApiKey,
+    Calendar,
+    Plan,
+)
 from billing.v1.alert_pb2 import ALERT_RULE_STALE_COMMAND, ALERT_RULE_UNSIGNED_COMMAND, SEVERITY_CRITICAL, Alert
 from billing.v1.command_pb2 import (
     Command,
@@ -153,8 +161,7 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     if len(currency) > 8:
         raise CommandRefused(f"currency: {currency[:16]!r}; write a code such as USD")
     plan = completed(upsert.plan, state.settings.default_plan)
-    if plan.ByteSize() > PLAN_BYTES_MAX:
-        raise CommandRefused(f"plan: {plan.ByteSize()} bytes; every record states it, send at most {PLAN_BYTES_MAX}")
+    _check_terms(upsert, plan, account)
     if problem := plan_problem(plan) or rules_problem(plan.rules):
         raise CommandRefused(problem)
     if account is None:
@@ -181,6 +188,20 @@ def _upsert_tenant(state: LedgerState, upsert: TenantUpsert, record: LedgerRecor
     if upsert.status == ACCOUNT_STATUS_CLOSED:
         applied.outcome = close_tenant(state, account, record, expire_credit=upsert.expire_credit)
     _state_account(state, account, record)
+
+
+def _check_terms(upsert: TenantUpsert, plan: Plan, account: AccountState | None) -> None:
+    if not (upsert.HasField("plan") or upsert.HasField("calendar") or upsert.display_name):
+        # Whoever suspends a tenant is not asked for a shorter name.
+        return
+    kept = account.to_account(b"", 0, 0) if account else Account(plan=plan)
+    name = upsert.display_name[:ID_CHARS_MAX] or kept.display_name
+    calendar = upsert.calendar if upsert.HasField("calendar") else kept.calendar
+    size = (plan if upsert.HasField("plan") else kept.plan).ByteSize() + len(name.encode()) + calendar.ByteSize()
+    if size > ACCOUNT_TERMS_BYTES_MAX:
+        raise CommandRefused(
+            f"plan, display_name, calendar: {size} bytes; every record states them, give {ACCOUNT_TERMS_BYTES_MAX} at most"
+        )
 
 
 def _has_amounts(state: LedgerState, account: AccountState) -> bool:
@@ -217,6 +238,9 @@ def _upsert_key(state: LedgerState, upsert: KeyUpsert, record: LedgerRecord) -> 
     known = state.keys.get(key.key_id)
     if known is not None and known.tenant_id != key.tenant_id:
         raise CommandRefused(f"key_id: {key.key_id} belongs to another tenant; choose another")
+    if known is not None and known.revoked and not key.revoked:
+        # Whoever changed it did not know that yet.
+        raise CommandRefused(f"key_id: {key.key_id} is revoked, and stays so; create another key")
     if key.ByteSize() > KEY_BYTES_MAX:
         raise CommandRefused(f"key: {key.ByteSize()} bytes; the record and every gateway hold it, send at most {KEY_BYTES_MAX}")
     if len(key.secret_hash) != 32:

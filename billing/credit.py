@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from billing.amounts import from_amount, to_amount
 from billing.commands import CommandRefused
 from billing.grants import NEVER_MS, Grant, read_grant
-from billing.limits import CREDIT_BYTES_MAX, GRANTS_KEPT_MAX, GRANTS_LIVE_MAX
+from billing.limits import CREDIT_BYTES_MAX, CREDIT_TENANTS_MAX, GRANTS_KEPT_MAX, GRANTS_LIVE_MAX
 from billing.periods import period_at
 from billing.tenant_credit import Funds, Part, TenantCredit
 from billing.v1.command_pb2 import CreditGrant
@@ -47,10 +47,11 @@ class Credits:
     def advance(self, accounts: Mapping[str, Funds], record: LedgerRecord) -> None:
         """Before anything else of a record: let go of what has expired, and close periods that are over.
 
-        At most about CREDIT_BYTES_MAX of it; what is left comes with the next record.
+        At most about CREDIT_BYTES_MAX of it, of CREDIT_TENANTS_MAX tenants; what is left comes with the next record.
         """
-        room = CREDIT_BYTES_MAX
-        while self.next_ms <= record.log_time_ms and room > 0:
+        room, tenants = CREDIT_BYTES_MAX, 0
+        while self.next_ms <= record.log_time_ms and room > 0 and tenants < CREDIT_TENANTS_MAX:
+            tenants += 1
             tenant_id = self._schedule[0][1]
             stated = len(record.credits)
             self._catch_up(self._tenants[tenant_id], accounts[tenant_id], record)

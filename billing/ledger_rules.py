@@ -20,8 +20,8 @@ from billing.v1.ledger_pb2 import Founding, LedgerRecord, LedgerRules
 
 __all__ = ["change_rules", "changed", "rules_of", "with_rules"]
 
-# Of accounts that one record states; the rest of it is small.
-_ACCOUNTS_BYTES_MAX = RECORD_BYTES_MAX * 3 // 4
+# Of accounts that one record states; the rest of it is what it lets go.
+_ACCOUNTS_BYTES_MAX = RECORD_BYTES_MAX * 5 // 8
 
 
 def rules_of(settings: Founding) -> LedgerRules:

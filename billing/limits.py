@@ -5,10 +5,10 @@ SCHEMA_VERSION = 1
 BATCH_EVENTS_MAX = 1_000
 BATCH_BYTES_MAX = 1_000_000
 
-# A record holds its input (1 MB at most) and per event, at worst, one window (2 KB with its strings and units or parts), one
-# account (1.5 KB), one lease (0.7 KB), three budgets (1.2 KB), or one dropped entry, and a few numbers; what it lets go: 1 MB
-# of windows' names and, beside so much usage, 0.3 MB of periods' lines; and 0.2 MB of credit. 2.5 MB and 1,000 times 5.5 KB are
-# what this leaves room for.
+# A record holds its input (1 MB at most) and per event, at worst, one window, one account (2.8 KB), one lease, three budgets
+# (1.1 KB), or one dropped entry; beside their names, of which the input has all but the holder's, that is 5.3 KB. What it lets
+# go: windows' names and, beside so much usage, 0.3 MB of periods' lines; credit and budgets of periods that end: 0.2 MB and 0.3
+# MB of accounts. A month's end over a full batch of 1,000 tenants, each with the longest terms and names, comes to 7.1 MB.
 RECORD_BYTES_MAX = 8_000_000
 
 # Of an identifier: tenant, project, user, key, model, request.
@@ -53,7 +53,8 @@ WINDOW_PARTS_HARD_MAX = 32
 MINUTE_TOKENS_MAX = 2**55
 # The same of the burn rate: four million units a minute, in pico.
 MINUTE_COST_PICO_MAX = 2**62
-PLAN_BYTES_MAX = 2_048
+# A plan, its tenant's display name and calendar together: every record that touches the tenant states them.
+ACCOUNT_TERMS_BYTES_MAX = 2_048
 # Four names in the longest encoding, a hash, scopes and limits.
 KEY_BYTES_MAX = 8_192
 # Windows let go by one record, and the bytes of their names (no fewer than one record can open); more wait for the next.
@@ -99,6 +100,8 @@ CLOSED_KEYS_MAX = 1_000
 ERASED_KEYS_MAX = 500
 # What one record may state of expiries and of periods that end, and one tenant more; more wait for the next.
 CREDIT_BYTES_MAX = 100_000
+# The same in tenants, for the record states their accounts as well.
+CREDIT_TENANTS_MAX = 100
 # An invoice beyond this tells projects and models apart no longer; and the texts that whoever finalises gives.
 INVOICE_BYTES_MAX = 2_000_000
 INVOICE_TEXTS_MAX = 40

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from unittest import mock
 
 import pytest
 
 from billing import windows
+from billing.amounts import PICO, to_amount
 from billing.identity import partition_of
 from billing.limits import (
     ALERTS_MAX,
     BATCH_BYTES_MAX,
     BATCH_EVENTS_MAX,
+    CREDIT_TENANTS_MAX,
+    ID_CHARS_MAX,
     QUANTITY_MAX,
     RECORD_BYTES_MAX,
     RELEASED_BYTES_MAX,
     WINDOW_UNITS_MAX,
 )
-from billing.v1.account_pb2 import Plan
-from billing.v1.command_pb2 import TenantUpsert
+from billing.state import DAY_MS
+from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, Calendar, Plan
+from billing.v1.command_pb2 import CreditGrant, TenantUpsert
 from billing.v1.usage_pb2 import UnitQuantity, UsageEvent
 from billing.validation import TOKEN_FIELDS
 from sinks.recompute import Recomputed
@@ -115,9 +120,42 @@ def test_a_plan_that_every_record_would_carry_is_bounded(ledger: Ledger, plan: P
     before = ledger.state.accounts[TENANT].currency
     other = tenants_in(1)[1]
     result = ledger.command(tenant_upsert=TenantUpsert(tenant_id=other, currency="EUR", plan=plan))
-    assert result.record.command.refusal.startswith("plan: ")
+    assert result.record.command.refusal.startswith("plan, display_name, calendar: ")
     assert other not in ledger.state.accounts
     assert ledger.state.accounts[TENANT].currency == before
+
+
+def test_a_name_or_a_calendar_is_bounded_with_the_plan_and_a_tenant_can_be_suspended_all_the_same(ledger: Ledger) -> None:
+    [other] = tenants_in(1, 2)[1:]
+    ledger.tenant(other, Plan(plan_id="x" * 1_500))
+    calendar = Calendar(time_zone="Europe/Berlin", from_month=range(200), offset_minutes=[60, 120] * 100)
+    for terms in ({"display_name": WIDE * ID_CHARS_MAX}, {"calendar": calendar, "display_name": "x" * ID_CHARS_MAX}):
+        refusal = ledger.command(tenant_upsert=TenantUpsert(tenant_id=other, **terms)).record.command.refusal
+        assert refusal.startswith("plan, display_name, calendar: ")
+        assert ledger.state.accounts[other].display_name == ""
+    # It has outgrown the bound, which rules that hold for everybody may do.
+    ledger.state.accounts[other].plan = Plan(plan_id="x" * 2_048)
+    ledger.command(tenant_upsert=TenantUpsert(tenant_id=other, status=ACCOUNT_STATUS_SUSPENDED))
+    assert ledger.state.accounts[other].status == ACCOUNT_STATUS_SUSPENDED
+
+
+def test_a_month_that_ends_for_many_tenants_takes_more_than_one_record() -> None:
+    """A record that states what ended also states the accounts: four thousand of them were too much for the broker."""
+    ledger = Ledger()
+    ledger.price()
+    tenants = tenants_in(1, 2 * CREDIT_TENANTS_MAX + 50)
+    for tenant_id in tenants:
+        ledger.tenant(tenant_id, Plan(plan_id="x" * 2_000))
+        ledger.command(credit_grant=CreditGrant(tenant_id=tenant_id, amount=to_amount(PICO), currency="USD"))
+    later_ms = NOW_MS + 40 * DAY_MS
+    records = [ledger.tick(later_ms) for _ in range(3)]
+    ended = [[state.tenant_id for state in result.record.credits] for result in records]
+    assert [len(group) for group in ended] == [CREDIT_TENANTS_MAX, CREDIT_TENANTS_MAX, 50]
+    assert sorted(itertools.chain(*ended)) == sorted(tenants)
+    assert [len(result.record.accounts) for result in records] == [len(group) for group in ended]
+    assert max(len(result.stored) for result in records) < 300_000
+    assert not ledger.tick(later_ms).record.credits
+    agreed(ledger)
 
 
 def test_a_currency_that_changes_within_the_minute_leaves_no_window_behind() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from billing.v1.account_pb2 import ApiKey
+from billing.v1.command_pb2 import Command, KeyUpsert
 from sinks import queries
 from tests.billing.ledgers import tenants_in
 from tests.serving.api.worlds import World
@@ -81,6 +83,33 @@ async def test_a_key_is_made_shown_once_and_revoked(world: World, operator: http
     stored = world.engine.query("SELECT toString(tuple(*)) FROM api_keys").rows
     assert made["secret"] not in str(stored)
     assert (await post(operator, "/v1/keys/revoke", None, key_id=made["key"]["key_id"], tenant_id=A))[0] == 404
+
+
+@pytest.mark.parametrize("idempotency_keys", [(None, None), ("revoke", "revoke"), ("revoke", None)])
+@pytest.mark.parametrize("is_known", [True, False], ids=["topic read", "topic behind"])
+async def test_a_key_is_revoked_once_however_often_it_is_said(
+    world: World, operator: httpx.AsyncClient, idempotency_keys: tuple[str | None, str | None], is_known: bool
+) -> None:
+    name = "-".join(map(str, (*idempotency_keys, is_known)))
+    code, made = await post(operator, "/v1/keys", name, tenant_id=B, expires="2199-06-01T00:00:00Z")
+    assert code == 200
+    key_id = made["key"]["key_id"]
+    before = world.calls.keys.find(key_id)
+    asked = {"tenant_id": B, "key_id": key_id, "reason": "lost"}
+    names = [name and f"{name}-{key_id}" for name in idempotency_keys]
+    first = await post(operator, "/v1/keys/revoke", names[0], **asked)
+    assert first == (200, {"key": made["key"] | {"state": "revoked"}})
+    if not is_known:
+        assert before is not None
+        world.calls.keys._stated[key_id] = before
+    assert await post(operator, "/v1/keys/revoke", names[1], **asked) == first
+    said = [Command.FromString(record.command.command) for record in world.ledger.records() if record.command.applied]
+    revoked = [each for each in said if each.key_upsert.key.key_id == key_id and each.key_upsert.key.revoked]
+    assert [(each.reason, each.issuer[:4]) for each in revoked] == [("lost", "api/")]
+    # A change that was made before that was known does not bring it back.
+    stale = ApiKey.FromString(before.SerializeToString()) if before else ApiKey()
+    refused = world.ledger.command(key_upsert=KeyUpsert(key=stale)).record.command
+    assert refused.refusal.startswith(f"key_id: {key_id} is revoked")
 
 
 async def test_a_tenant_is_created_once_and_suspended(operator: httpx.AsyncClient) -> None:
