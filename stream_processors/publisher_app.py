@@ -39,14 +39,13 @@ from stream_processors.errors import HostStopped, RefusedToStart
 from stream_processors.faust_apps import Failure, make_app, raw_agent
 from stream_processors.kafka_ports import KafkaLogReader, KafkaLogWriter
 from stream_processors.log_place import LogPlace, Standing, find_place
-from stream_processors.reader_marks import cut, last_marks
+from stream_processors.reader_marks import PUBLISHER, cut, last_marks
 from stream_processors.settings import TopicNames, WorkerSettings
 
-__all__ = ["READER_NAME", "PublisherApp", "messages_of"]
+__all__ = ["PublisherApp", "messages_of"]
 
 logger = logging.getLogger(__name__)
 
-READER_NAME = "publisher"
 _FLUSH_INTERVAL_S = 0.05
 _BATCH_MESSAGES_MAX = 10_000
 # A writer that is well follows a zombie's record with one of its own, a tick at least, within about so long.
@@ -251,7 +250,7 @@ class PublisherApp:
 
     async def _take_over(self, partition: int) -> None:
         ledger = self.settings.topics.ledger
-        place = (await last_marks(self._reader, self.settings.topics.progress, partition, READER_NAME)).get(READER_NAME)
+        place = (await last_marks(self._reader, self.settings.topics.progress, partition)).get(PUBLISHER)
         follow = Chain(partition, self._seal_key)
         start, _ = await self._reader.bounds(ledger, partition)
         if place is not None:
@@ -280,7 +279,7 @@ class PublisherApp:
         except UnreadableRecord as error:
             raise RefusedToStart(f"{ledger}[{place.partition}]: {error}") from error
         if found.standing is Standing.LOST:
-            raise cut(ledger, READER_NAME, place, first, end)
+            raise cut(ledger, PUBLISHER, place, first, end)
         return found
 
     def _positions(self) -> Mapping[TP, int]:
@@ -330,7 +329,7 @@ class PublisherApp:
         messages_of(record, self.settings.topics, batch)
         batch.place = self._places[partition] = Progress(
             partition=partition,
-            reader=READER_NAME,
+            reader=PUBLISHER,
             position=LedgerPosition(generation=record.generation, sequence=record.sequence),
             record_hash=self._chains[partition].record_hash,
             ledger_offset=offset,
@@ -380,7 +379,7 @@ class PublisherApp:
             # Without a value: Kafka's compaction takes out what stood under the key, and then this.
             sends += [(*place, None) for place in sorted(batch.ended)]
             await self._send_all(partition, sends)
-            progress = (self.settings.topics.progress, f"reader/{READER_NAME}/{partition}", batch.place.SerializeToString())
+            progress = (self.settings.topics.progress, f"reader/{PUBLISHER}/{partition}", batch.place.SerializeToString())
             await self._send_all(partition, [progress])
             self.published[partition] = batch.place.position.sequence, batch.log_time_ms
             for event in batch.events:

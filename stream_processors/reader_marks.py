@@ -18,23 +18,27 @@ from stream_processors.log_place import Standing, find_place
 if TYPE_CHECKING:
     from stream_processors.ledger_host import LogReader
 
-__all__ = ["check_readers", "cut", "last_marks"]
+__all__ = ["PUBLISHER", "check_readers", "cut", "last_marks"]
+
+# How the publisher calls itself.
+PUBLISHER = "publisher"
 
 # Read in a fraction of a second; Kafka compacts a topic late, and a takeover must not wait for days of marks.
 _RECENT_MESSAGES = 20_000
 
 
-async def last_marks(reader: LogReader, topic: str, partition: int, wanted: str = "") -> dict[str, Progress]:
+async def last_marks(reader: LogReader, topic: str, partition: int) -> dict[str, Progress]:
     """What readers last wrote about their places in this partition, by their names.
 
-    Bounded: the topic's last messages are read, where each reader that is well writes again and again, and the others only if
-    `wanted` is a reader that is not among them. A mark that is older is of a record that is as far behind in the ledger.
+    Bounded: the topic's last messages are read, where each reader that is well writes again and again, and all of them only if
+    the publisher is not among those: a sink that writes an empty database anew says so thousands of times while workers stand
+    still, far behind what the publisher has taken. Whose mark is older still is as far behind the publisher.
     """
     marks: dict[str, Progress] = {}
     first, end = await reader.bounds(topic, partition)
     recent = max(first, end - _RECENT_MESSAGES)
     await _read_marks(reader, topic, partition, recent, end, marks)
-    if wanted and wanted not in marks:
+    if PUBLISHER not in marks:
         older: dict[str, Progress] = {}
         await _read_marks(reader, topic, partition, first, recent, older)
         marks = older | marks

@@ -27,8 +27,8 @@ from stream_processors.errors import LocalStoreError, RefusedToStart
 from stream_processors.faust_apps import Failure
 from stream_processors.ledger_app import LedgerApp
 from stream_processors.ledger_host import HostSettings
-from stream_processors.publisher_app import READER_NAME, PublisherApp
-from stream_processors.reader_marks import last_marks
+from stream_processors.publisher_app import PublisherApp
+from stream_processors.reader_marks import PUBLISHER, last_marks
 from stream_processors.settings import KafkaSettings, TopicNames, WorkerSettings
 from stream_processors.tally import Tally
 from tests.simulation.broker import Broker, Client
@@ -153,7 +153,7 @@ class SimLedgerApp(_Member, LedgerApp):
         folder = self.settings.state_folder / f"partition-{partition}"
         cut_at = world.truth.cut.get(partition)
         stands = world.disks.place(folder)
-        published = (await last_marks(self.reader, TOPICS.progress, partition)).get(READER_NAME, Progress())
+        published = (await last_marks(self.reader, TOPICS.progress, partition)).get(PUBLISHER, Progress())
         is_behind = not stands.position.generation or stands.position.sequence < (cut_at or 0)
         if cut_at is not None and is_behind and published.position.sequence < cut_at:
             # Nobody can know: not its disk, and no reader.

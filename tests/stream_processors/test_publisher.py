@@ -16,7 +16,8 @@ from billing.v1.ledger_pb2 import LedgerRecord
 from stream_processors import publisher_app
 from stream_processors.errors import RefusedToStart, WorkerError
 from stream_processors.faust_apps import Failure
-from stream_processors.publisher_app import READER_NAME, PublisherApp
+from stream_processors.publisher_app import PublisherApp
+from stream_processors.reader_marks import PUBLISHER
 from stream_processors.settings import KafkaSettings, TopicNames, WorkerSettings
 from tests.billing.ledgers import KEYS, Ledger, batch, tenants_in, usage
 from tests.stream_processors.test_ledger_host import MemoryLogs
@@ -66,7 +67,7 @@ class Bench:
         record = ledger.records()[sequence]
         place = Progress(
             partition=PARTITION,
-            reader=READER_NAME,
+            reader=PUBLISHER,
             position=LedgerPosition(generation=record.generation, sequence=sequence),
             record_hash=record_hash(ledger.stored[sequence]),
             ledger_offset=sequence,
