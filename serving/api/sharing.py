@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class _Value:
-    __slots__ = ("cost_s", "made_s", "making", "mark", "value")
+    __slots__ = ("cost_s", "made_s", "making", "mark", "users", "value")
 
     def __init__(self) -> None:
         self.making = threading.Lock()
@@ -33,10 +33,12 @@ class _Value:
         self.value: Any = None
         self.made_s: float | None = None
         self.cost_s = 0.0
+        # Calls that are at it.
+        self.users = 0
 
 
 class Shared:
-    """For threads. What was asked for longest ago is forgotten first."""
+    """For threads. What was asked for longest ago is forgotten first, and nothing while somebody makes it or waits for it."""
 
     def __init__(self, values_max: int = _VALUES_MAX, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         self._values: OrderedDict[Hashable, _Value] = OrderedDict()
@@ -58,8 +60,19 @@ class Shared:
         with self._guard:
             known = self._values.setdefault(key, _Value())
             self._values.move_to_end(key)
-            while len(self._values) > self._values_max:
-                self._values.popitem(last=False)
+            known.users += 1
+        try:
+            return self._get(known, mark, make, rest_s, wait_s)
+        finally:
+            with self._guard:
+                known.users -= 1
+                while len(self._values) > self._values_max and (oldest := self._oldest_idle()) is not None:
+                    del self._values[oldest]
+
+    def _oldest_idle(self) -> Hashable:
+        return next((key for key, value in self._values.items() if not value.users), None)
+
+    def _get(self, known: _Value, mark: Hashable, make: Callable[[], T], rest_s: float, wait_s: float) -> T:
         if self._serves(known, mark, rest_s):
             return known.value  # type: ignore[no-any-return]
         # Who has an older value does not wait for a newer one: it comes with the next question.

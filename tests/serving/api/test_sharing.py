@@ -94,6 +94,27 @@ def test_who_comes_meanwhile_waits_for_the_first_and_has_the_older_one_later() -
         assert second.result(60) == "two"
 
 
+def test_what_is_being_made_is_not_forgotten_however_much_else_is_asked_for() -> None:
+    """Another call would make it beside the first, and what the first made would be nobody's."""
+    shared, going, release = Shared(values_max=1), threading.Event(), threading.Event()
+
+    def slow() -> str:
+        going.set()
+        assert release.wait(60)
+        return "one"
+
+    with ThreadPoolExecutor() as pool:
+        first: Future[object] = pool.submit(shared.get, "a", 1, slow)
+        assert going.wait(60)
+        assert [shared.get(key, 1, lambda: "other") for key in "bcd"] == ["other"] * 3
+        second = pool.submit(shared.get, "a", 1, nothing)
+        release.set()
+        assert [first.result(60), second.result(60)] == ["one", "one"]
+    assert shared.peek("a") == "one"
+    shared.get("b", 1, lambda: "other")
+    assert (shared.peek("a"), len(shared._values)) == (None, 1)
+
+
 def test_what_fails_is_asked_again_and_keeps_nothing(clock: Clock) -> None:
     shared = Shared(values_max=2, monotonic_s=clock)
     with pytest.raises(AssertionError):
