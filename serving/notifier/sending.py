@@ -1,9 +1,9 @@
 """One attempt to deliver: to whom a connection may be opened, what is signed, and what the answer means.
 
-Promise: an attempt ends within its time, reads no more of an answer than the bound, follows no redirect and no proxy of the
-environment. A name is resolved here, on a thread of the endpoint's own, since a resolver that hangs holds its thread; where the
-endpoint may not be in a private network, every address is looked at. The connection goes to what was looked at: a name that
-changes its address in between reaches nothing else.
+Promise: an attempt ends within its time, which the addresses of a name share until one of them answers. It reads no more of an
+answer than the bound, follows no redirect and no proxy of the environment. A name is resolved here, on a thread of the
+endpoint's own, since a resolver that hangs holds its thread; where the endpoint may not be in a private network, every address
+is looked at. The connection goes to what was looked at: a name that changes its address in between reaches nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from serving.notifier.errors import Outcome
     from serving.notifier.settings import Endpoint, NotifierLimits
 
-__all__ = ["Sender", "is_public"]
+__all__ = ["Sender", "is_public", "share_s"]
 
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 # A private network's own NAT64, and the older form of carrying IPv4, which leads nowhere on the Internet.
@@ -88,12 +88,17 @@ class Sender:
             raise DeliveryFailed(f"{type(error).__name__}: {_printable(str(error))}", outcome) from error
 
     async def _send(self, webhook_id: str, body: bytes) -> None:
+        clock = asyncio.get_running_loop().time
+        deadline_s = clock() + self._limits.attempt_timeout_s
         headers = self._headers(webhook_id, body) | {"host": self._url.netloc.decode()}
-        unreached: httpx.ConnectError | None = None
-        for address in await self._addresses():
+        addresses = await self._addresses()
+        unreached: httpx.ConnectError | httpx.ConnectTimeout | None = None
+        for tried, address in enumerate(addresses):
+            # One that swallows what is sent to it leaves the others their part.
+            connect_s = share_s(deadline_s - clock(), len(addresses) - tried)
             try:
-                return await self._post(self._url.copy_with(host=address), headers, body)
-            except httpx.ConnectError as error:
+                return await self._post(self._url.copy_with(host=address), headers, body, connect_s)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 unreached = error
         assert unreached is not None, "a name has an address, or the look-up fails"
         raise unreached
@@ -121,10 +126,13 @@ class Sender:
                 raise DeliveryFailed(problem, "refused")
         return addresses
 
-    async def _post(self, url: httpx.URL, headers: dict[str, str], body: bytes) -> None:
+    async def _post(self, url: httpx.URL, headers: dict[str, str], body: bytes, connect_s: float) -> None:
         # The certificate is that of the name, whatever address the connection goes to.
         extensions = {"sni_hostname": self._url.host}
-        async with self._client.stream("POST", url, headers=headers, content=body, extensions=extensions) as answer:
+        timeout = httpx.Timeout(self._limits.attempt_timeout_s, connect=connect_s)
+        async with self._client.stream(
+            "POST", url, headers=headers, content=body, extensions=extensions, timeout=timeout
+        ) as answer:
             said = await self._read(answer)
             if answer.is_success:
                 return
@@ -160,6 +168,11 @@ class Sender:
             except (ValueError, OverflowError):
                 return None
         return min(max(0.0, asked_s), self._limits.retry_after_max_s)
+
+
+def share_s(left_s: float, addresses: int) -> float:
+    """How long the first of so many addresses may take to be connected to: each an equal part of what is left."""
+    return max(left_s, 0.0) / addresses
 
 
 def _printable(text: str) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from serving.notifier import sending as sending_module
 from serving.notifier.errors import DeliveryFailed, EndpointGone
-from serving.notifier.sending import Sender, is_public
+from serving.notifier.sending import Sender, is_public, share_s
 from serving.notifier.settings import Endpoint
 from tests.serving.notifier.support import QUICK, SECRET, Answer, Receiver, endpoint
 
@@ -177,6 +178,37 @@ async def test_the_connection_goes_to_the_address_that_was_looked_at(
     async with sending(endpoint(f"http://hooks.example:{receiver.port}/hook", allow_private=False)) as sender:
         await sender.send("a-r1", b"{}")
     assert receiver.requests[0].headers["host"] == f"hooks.example:{receiver.port}"
+
+
+async def test_an_address_that_swallows_packets_leaves_the_next_its_part(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def both(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("127.0.0.2", "127.0.0.1")]
+
+    def share(left_s: float, addresses: int) -> float:
+        parts.append((left_s, addresses))
+        # Nobody waits half an attempt to see nothing come.
+        return 0.2 if addresses == 2 else left_s
+
+    parts: list[tuple[float, int]] = []
+    # Its queue is full: whoever connects hears nothing, as of an address behind a firewall that drops.
+    with (
+        socket.create_server(("127.0.0.2", receiver.port), backlog=0) as hole,
+        socket.create_connection(hole.getsockname(), 60),
+    ):
+        monkeypatch.setattr(socket, "getaddrinfo", both)
+        monkeypatch.setattr(sending_module, "share_s", share)
+        async with sending(endpoint(f"http://hooks.example:{receiver.port}/hook"), attempt_timeout_s=120.0) as sender:
+            await sender.send("a-r1", b"{}")
+    assert len(receiver.requests) == 1
+    (whole_s, first), (rest_s, last) = parts
+    assert (first, last) == (2, 1)
+    assert 0 < rest_s < whole_s <= 120
+
+
+def test_addresses_share_what_is_left_of_an_attempt() -> None:
+    assert (share_s(10.0, 4), share_s(7.5, 3), share_s(-1.0, 1)) == (2.5, 2.5, 0.0)
 
 
 async def test_a_resolver_that_hangs_holds_no_other_endpoint(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
