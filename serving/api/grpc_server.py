@@ -37,6 +37,7 @@ def make_grpc_server(calls: Calls) -> Any:
             ("grpc.max_receive_message_length", limits.request_bytes_max),
             ("grpc.max_send_message_length", limits.response_bytes_max),
             ("grpc.max_metadata_size", 16 * 1024),
+            *limits.connections.grpc_options(),
         ],
         maximum_concurrent_rpcs=limits.calls_max + limits.watches_max + _CONTROL_CALLS,
     )

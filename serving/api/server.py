@@ -19,6 +19,7 @@ import uvicorn
 from serving.addresses import authority, bare_host
 from serving.api.calls import Calls
 from serving.api.grpc_server import make_grpc_server
+from serving.api.http_connections import bounded_connection
 from serving.api.http_server import make_http_app
 from serving.api.keys import Keys
 from serving.api.service import HANDLERS, WATCHERS
@@ -78,7 +79,7 @@ class ApiServer:
                 self.app,
                 access_log=False,
                 h11_max_incomplete_event_size=_HEADER_BYTES_MAX,
-                http="h11",
+                http=bounded_connection(limits.connections.opening_s),
                 lifespan="off",
                 log_config=None,
                 proxy_headers=False,

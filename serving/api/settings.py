@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving.connections import ConnectionLimits
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -71,6 +73,7 @@ class ApiLimits:
     tenant_watches_max: int = 16
     watch_interval_s: float = 0.25
     shutdown_grace_s: float = 5.0
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
 
 @dataclass(frozen=True, slots=True)

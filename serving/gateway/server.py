@@ -187,6 +187,7 @@ class GatewayServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 # A client may ping as often as its own keepalive wants, down to this.
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                *limits.connections.grpc_options(),
             ],
             maximum_concurrent_rpcs=limits.requests_max + _CONTROL_CALLS_MAX,
         )

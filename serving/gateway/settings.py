@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from billing.key_ring import Keys
+from serving.connections import ConnectionLimits
 from serving.gateway.count_audit import AuditSettings
 from serving.kserve import MAX_MESSAGE_BYTES
 
@@ -122,6 +123,7 @@ class LimitSettings:
     replicas: int = 1
     """Gateways that share the limits of keys, tenants and models: each lets its part through."""
     keepalive_ms: int = 60_000
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:
         for name in (
