@@ -180,8 +180,8 @@ class Leases:
 
     @staticmethod
     def _check(request: LeaseRequest, account: AccountState) -> None:
-        if not 0 < len(request.holder_id) <= ID_CHARS_MAX:
-            raise CommandRefused(f"holder_id: needs 1 to {ID_CHARS_MAX} characters: the producer ID of the gateway's journal")
+        if not 0 < len(request.holder_id.encode()) <= ID_CHARS_MAX:
+            raise CommandRefused(f"holder_id: needs 1 to {ID_CHARS_MAX} bytes: the producer ID of the gateway's journal")
         if request.epoch < 1 or request.request_number < 1:
             raise CommandRefused(f"epoch, request_number: {request.epoch}, {request.request_number}; both are counted from 1")
         wanted_pico = from_amount(request.wanted)

@@ -18,7 +18,7 @@ from billing.key_places import place_of
 from billing.leases import Leases
 from billing.limits import (
     PLACE_SAMPLES,
-    RELEASED_LEASES_MAX,
+    SETTLED_LEASES_MAX,
     WINDOW_PARTS_HARD_MAX,
 )
 from billing.line_parts import add_rated
@@ -373,6 +373,6 @@ def _mark(state: LedgerState, batch: UsageBatch, record: LedgerRecord) -> set[st
         producer = state.producers[batch.producer_id] = ProducerSequences(batch.producer_id)
     producer.take(batch.first_sequence, len(batch.events), batch.highest_sequence, record.log_time_ms, closed=batch.closed)
     record.producers.append(producer.to_mark())
-    gone = state.leases.settle(batch.producer_id, producer.covered, state.accounts, RELEASED_LEASES_MAX)
+    gone = state.leases.settle(batch.producer_id, producer.covered, state.accounts, SETTLED_LEASES_MAX)
     record.leases.extend(lease.to_lease(state.generation, record.sequence) for lease in gone)
     return {lease.tenant_id for lease in gone}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from billing import commands
 from billing.amounts import PICO, from_amount, to_amount
+from billing.limits import SETTLED_LEASES_MAX
 from billing.state import DAY_MS
 from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, BILLING_MODE_POSTPAID, Lease, Plan
 from billing.v1.command_pb2 import Command, CreditGrant, LeaseRequest, LeaseRetirement, TenantUpsert
@@ -209,6 +210,38 @@ def test_a_batch_of_two_epochs_is_charged_to_each_its_own(ledger: Ledger) -> Non
     assert leased(ledger) == 3 * PICO - 2 * EVENT_PICO
 
 
+def test_a_restarted_gateway_gets_back_of_many_tenants_what_each_record_has_room_for(ledger: Ledger) -> None:
+    tenants = tenants_in(1, SETTLED_LEASES_MAX + 20)
+    number = itertools.count(1)
+
+    def ask_of(tenant_id: str, epoch: int) -> None:
+        request = LeaseRequest(
+            tenant_id=tenant_id,
+            holder_id="gw-1",
+            epoch=epoch,
+            request_number=next(number),
+            wanted=to_amount(PICO),
+            duration_ms=10_000,
+            previous_sequence=epoch - 1,
+        )
+        assert ledger.command(key=LEASE_KEY, command_id=f"{next(number)}", lease_request=request).record.command.applied
+
+    for tenant_id in tenants:
+        ledger.tenant(tenant_id)
+        ledger.command(credit_grant=CreditGrant(tenant_id=tenant_id, amount=to_amount(PICO), currency="USD"))
+    for epoch in (1, 2):
+        for tenant_id in tenants:
+            ask_of(tenant_id, epoch)
+    assert len(list(ledger.state.leases)) == 2 * len(tenants)
+    # The one event that all of them waited for, and then nothing but a sign of life.
+    gone = [sum(lease.gone for lease in spend(ledger, "gw-1", 1).leases)]
+    gone.append(sum(lease.gone for lease in ledger.usage(batch([], "gw-1", 0, 1)).record.leases))
+    assert gone == [SETTLED_LEASES_MAX, 20]
+    # What there was beside it is what the second start has.
+    assert leased(ledger) == PICO
+    assert {ledger.state.accounts[tenant_id].leased_pico for tenant_id in tenants if tenant_id != A} == {0}
+
+
 def test_an_older_process_of_the_gateway_gets_nothing(ledger: Ledger) -> None:
     ask(ledger, 1, PICO, epoch=2)
     assert "is over" in ask(ledger, 9, PICO, epoch=1).command.refusal
@@ -256,6 +289,7 @@ def test_nothing_is_leased_to_a_suspended_tenant_and_what_is_held_can_be_given_b
     ("fields", "names"),
     [
         ({"holder_id": ""}, "holder_id"),
+        ({"holder_id": "𐍈" * 65}, "holder_id"),
         ({"epoch": 0}, "epoch"),
         ({"request_number": 0}, "request_number"),
         ({"wanted": to_amount(-1)}, "wanted"),
