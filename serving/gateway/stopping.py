@@ -57,14 +57,12 @@ async def _stop(gateway: Gateway, admitted: Admitted, ended: asyncio.Event, *, s
     while not ended.is_set():
         try:
             if stream:
-                call = gateway.upstream.stream_infer(timeout=limit_s)
-                await call.write(request)
-                await call.done_writing()
+                call = gateway.upstream.stream_infer(request, timeout=limit_s)
                 while await call.read() is not EOF:
                     pass
             else:
                 await gateway.upstream.infer(request, timeout=limit_s)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        except grpc.aio.AioRpcError:
             # Whether it was heard shows in the answer alone.
             gateway.metrics["stops_failed"] += 1
         with suppress(TimeoutError):

@@ -176,12 +176,11 @@ class _RequestFlow:
 
     async def _read_once(self) -> _End:
         """One stream of the back end, to its end; a full queue holds the back end up."""
+        timeout_s = self._gateway.upstream_timeout_s(self._caller, self._admitted.profile)
         self._call = call = self._gateway.upstream.stream_infer(
-            timeout=self._gateway.upstream_timeout_s(self._caller, self._admitted.profile), metadata=self._caller.metadata
+            self._admitted.request, timeout=timeout_s, metadata=self._caller.metadata
         )
         try:
-            await call.write(self._admitted.request)
-            await call.done_writing()
             self._in_read = True
             while (response := await call.read()) is not EOF and not self._is_cut:
                 self._read_any = True
@@ -191,9 +190,6 @@ class _RequestFlow:
                     self._in_read = True
         except grpc.aio.AioRpcError as error:
             return _End(error.code(), error.details() or "the back end gave no reason")
-        except asyncio.InvalidStateError:
-            # The call had failed before the request was written; its status says why.
-            return _End(await call.code(), await call.details() or "the back end gave no reason")
         finally:
             self._in_read = False
         return _End(None, "")

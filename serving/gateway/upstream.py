@@ -48,7 +48,9 @@ class Upstream:
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
             response_deserializer=service_pb2.ModelInferResponse.FromString,
         )
-        self.stream_infer = self._channel.stream_stream(
+        # Of the streams of the protocol this is the half that is needed: each has one request, which goes with the call. Where
+        # it goes in a step of its own, and the back end ends the call before that, grpc.aio says so in place of the back end.
+        self.stream_infer = self._channel.unary_stream(
             f"/{SERVICE_NAME}/ModelStreamInfer",
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
         )

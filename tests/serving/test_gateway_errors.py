@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,14 @@ ENTRY = {"model_name": "trace", "inputs": [tensor("text_input", "a prompt")], "r
 
 
 async def play(
-    settings: GatewaySettings, *entries: dict[str, Any], headers: dict[str, str] | None = None, **options: Any
+    settings: GatewaySettings,
+    *entries: dict[str, Any],
+    headers: dict[str, str] | None = None,
+    told_error: asyncio.Event | None = None,
+    **options: Any,
 ) -> tuple[list[tuple[Any, Any]], list[UsageEvent], grpc.StatusCode | None]:
-    """What a client gets of one stream, the bills, and the status if the stream ended with one."""
+    """What a client gets of one stream, the bills, and the status if the stream ended with one. `told_error` is set when it is
+    told an error in band."""
     found: list[tuple[Any, Any]] = []
     status = None
     async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
@@ -56,6 +63,8 @@ async def play(
                 headers = {**HEADERS, **(headers or {})}
                 async for result, error in client.stream_infer(_each(entries), headers=headers, **options):
                     found.append((None if result is None else result.get_response(), error))
+                    if error is not None and told_error is not None:
+                        told_error.set()
         except grpc.aio.AioRpcError as error:
             status = error.code()
         return found, await settled(server, len(entries)), status
@@ -123,22 +132,46 @@ async def test_an_error_before_the_first_token_is_recorded_at_price_0(tmp_path: 
 
 
 async def test_an_error_of_one_request_leaves_the_others_of_its_stream_alone(tmp_path: Path) -> None:
+    bad_is_told = asyncio.Event()
+
     async def script(request: Any, context: Any) -> AsyncIterator[Any]:
         if kserve.read_text_input(request, "text_input") == "bad":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
-        for final in (False, True):
-            await asyncio.sleep(0.1)
-            yield vllm_response("good ", input_tokens=1, new_tokens=1, final=final)
+        yield vllm_response("good ", input_tokens=1, new_tokens=1, final=False)
+        # Whoever is alone on a stream ends it: the other one is still there.
+        await bad_is_told.wait()
+        yield vllm_response("good ", input_tokens=1, new_tokens=1, final=True)
 
     good = {**ENTRY, "inputs": [tensor("text_input", "good")], "request_id": "good"}
     bad = {**ENTRY, "inputs": [tensor("text_input", "bad")], "request_id": "bad"}
     async with scripted_back_end(script) as address:
-        found, events, status = await play(gateway_settings(tmp_path, address), good, bad)
+        found, events, status = await play(gateway_settings(tmp_path, address), good, bad, told_error=bad_is_told)
     assert texts(found) == "good good "
     assert [str(error) for _, error in found if error] == ["gone"]
     assert status is None
     outcomes = {event.client_request_id: event.outcome for event in events}
     assert outcomes == {"good": OUTCOME_COMPLETED, "bad": OUTCOME_BACKEND_ERROR}
+
+
+async def test_what_a_back_end_says_before_it_has_read_the_request_is_told(tmp_path: Path) -> None:
+    """One that is at its limit ends a stream when it begins, also while the request is on its way there."""
+
+    def refuse(_: Any, context: Any) -> None:
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room here")
+
+    # Threads, which do not wait for the gateway's event loop.
+    server = grpc.server(ThreadPoolExecutor(2))
+    handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(refuse)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(kserve.SERVICE_NAME, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    settings = gateway_settings(tmp_path, f"127.0.0.1:{port}", tokenizers={}, models={"trace": vllm("trace")})
+    try:
+        found, events, _ = await play(settings, *(ENTRY for _ in range(100)))
+    finally:
+        await asyncio.to_thread(server.stop(None).wait)
+    assert Counter(str(error) for _, error in found) == {"no room here": 100}
+    assert Counter(event.outcome for event in events) == {OUTCOME_BACKEND_ERROR: 100}
 
 
 async def test_a_back_end_without_final_flags_still_tells_the_usage_on_the_last_chunk(tmp_path: Path) -> None:
