@@ -27,9 +27,10 @@ import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from billing.v1.usage_pb2 import Outcome, UsageEvent
+from producers.meter import UsageMeter
 from serving.event_loops import new_event_loop
 from serving.gateway import GatewayServer, vllm
-from serving.gateway.settings import AdmissionSettings, GatewaySettings, LimitSettings
+from serving.gateway.settings import GatewaySettings, LimitSettings
 from tests.serving.gateway_support import (
     HEADERS,
     gateway_settings,
@@ -90,19 +91,25 @@ def trial_settings(folder: Path, upstream: str, *, can_stop: bool) -> GatewaySet
         vllm("smollm2", tokenizer="smollm2", stop_input=stop),
     ]
     # Whoever is slow here is the machine, and what is asked is whether the counts are right.
-    limits, admission = LimitSettings(stop_timeout_s=60), AdmissionSettings(state_age_max_ms=24 * 3_600_000)
-    by_name = {model.model: model for model in models}
-    return gateway_settings(folder, upstream, models=by_name, limits=limits, admission=admission)
+    limits = LimitSettings(stop_timeout_s=60)
+    return gateway_settings(folder, upstream, models={model.model: model for model in models}, limits=limits)
 
 
 async def run(trial: Trial, folder: Path) -> Seen:
     """The trial, in an empty folder."""
     names = "smollm2,trace" if trial.language_model_in else "trace"
     with model_server_process(folder, models=names) as upstream:
-        async with running(trial_settings(folder, upstream, can_stop=trial.can_stop)) as server:
+        settings = trial_settings(folder, upstream, can_stop=trial.can_stop)
+        async with running(settings) as server:
             await _ask_all(trial, server)
             await _settled(server)
-            events, gateway = journalled_all(server.meter), dict(server.metrics())
+            gateway = dict(server.metrics())
+    # Now it is stopped: of clients that were gone before their requests were seen, those have their bills too.
+    meter = await asyncio.to_thread(UsageMeter, settings.meter)
+    try:
+        events = journalled_all(meter)
+    finally:
+        meter.close()
     # Ended with SIGTERM: it has written every line.
     return _compare(events, production_lines(folder), gateway)
 

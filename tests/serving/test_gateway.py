@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
@@ -55,6 +56,8 @@ from tests.serving.gateway_support import (
     without_usage,
 )
 
+# What the model server writes at most of one answer.
+LONG = 1_024
 PROMPTS = ("The capital of France is", "从前有一座山，", "def fibonacci(n):\n", "Grüße 👋🏽 aus")
 
 
@@ -267,7 +270,10 @@ async def test_a_prompt_that_bytes_do_not_settle_is_counted(server: GatewayServe
 async def test_a_cancel_mid_stream_is_billed_for_what_was_produced(
     server: GatewayServer, client: Any, production_folder: Path
 ) -> None:
-    stream = client.stream_infer(one(generate(PROMPTS[0], max_tokens=100, ignore_eos=True)), headers=HEADERS)
+    # Longer than any machine stands still: it is the cancel that ends it.
+    inputs = [tensor("text_input", PROMPTS[0]), tensor("stream", True)]
+    inputs.append(tensor("sampling_parameters", json.dumps({"temperature": 0, "max_tokens": LONG, "ignore_eos": True})))
+    stream = client.stream_infer(one({"model_name": "smollm2", "inputs": inputs}), headers=HEADERS)
     received = 0
     async for result, _ in stream:
         received += bool(result)
@@ -279,21 +285,26 @@ async def test_a_cancel_mid_stream_is_billed_for_what_was_produced(
     produced = await asyncio.to_thread(production, production_folder, event.request_id)
     assert produced["outcome"] == "cancelled"
     assert event.uncached_input_tokens == produced["input_tokens"]
-    # The back end stops within a token or two of the cancel, and nobody can tell the gateway about those.
-    assert received <= event.output_tokens <= produced["output_tokens"] <= event.output_tokens + 2
+    # The back end goes on until it hears of the cancel, and nobody can tell the gateway about those tokens.
+    assert received <= event.output_tokens <= produced["output_tokens"] < LONG
 
 
 async def test_a_cancel_reaches_exactly_one_request(server: GatewayServer, client: Any, production_folder: Path) -> None:
-    slow = {"model_name": "trace", "inputs": trace_inputs(3, 20, chunk_tokens=1, chunk_delay_ms=20)}
-    cancelled = client.stream_infer(one({**slow, "request_id": "same"}), headers=HEADERS)
-    other = asyncio.create_task(answers(client, {**slow, "request_id": "same"}))
+    # One that would go on for longer than any machine stands still, and one that goes to its end.
+    slow, quick = (
+        {"model_name": "trace", "inputs": trace_inputs(3, tokens, chunk_tokens=1, chunk_delay_ms=20), "request_id": "same"}
+        for tokens in (100_000, 20)
+    )
+    cancelled = client.stream_infer(one(slow), headers=HEADERS)
+    other = asyncio.create_task(answers(client, quick))
     async for _ in cancelled:
         cancelled.cancel()
         break
     found = await other
     events = {event.outcome: event for event in await settled(server, 2)}
     assert told(found[-1][0])[:3] == billed(events[OUTCOME_COMPLETED])  # type: ignore[index]
-    assert events[OUTCOME_CANCELLED].output_tokens < events[OUTCOME_COMPLETED].output_tokens == 20
+    assert events[OUTCOME_COMPLETED].output_tokens == 20
+    assert 1 <= events[OUTCOME_CANCELLED].output_tokens < 100_000
     produced = await asyncio.to_thread(production, production_folder, events[OUTCOME_CANCELLED].request_id)
     assert produced["outcome"] == "cancelled"
 
@@ -355,12 +366,14 @@ async def test_a_deadline_is_billed_as_a_cancel(
             with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
                 await client.infer("trace-unary", inputs, headers=HEADERS, client_timeout=deadline_s)
         events = await settled(server, 0)
-        assert {event.outcome for event in events} <= {OUTCOME_DEADLINE_EXCEEDED}
-        if events and (events[-1].output_tokens or not stream):
+        # Of a client that is gone before the gateway's own clock says that it is late, all that is known is that it is gone.
+        assert {event.outcome for event in events} <= {OUTCOME_DEADLINE_EXCEEDED, OUTCOME_CANCELLED}
+        if events and events[-1].outcome == OUTCOME_DEADLINE_EXCEEDED and (events[-1].output_tokens or not stream):
             with suppress(TimeoutError):  # one that was over before it could be forwarded
-                produced = await asyncio.to_thread(production, production_folder, events[-1].request_id, 10.0 * deadline_s)
+                produced = await asyncio.to_thread(production, production_folder, events[-1].request_id, 10.0)
                 break
     event = events[-1]
+    assert event.outcome == OUTCOME_DEADLINE_EXCEEDED
     assert produced["outcome"] == "cancelled"
     if stream:
         assert event.uncached_input_tokens == 3
@@ -376,9 +389,10 @@ async def test_a_back_ends_refusal_costs_nothing(server: GatewayServer, client: 
     assert [event.outcome for event in await settled(server, 2)] == [OUTCOME_BACKEND_ERROR] * 2
 
 
-async def test_no_back_end_is_unavailable_and_recorded(tmp_path: Path, free_port: Any) -> None:
+async def test_no_back_end_is_unavailable_and_recorded(tmp_path: Path) -> None:
     async with (
-        running(gateway_settings(tmp_path, f"127.0.0.1:{free_port()}")) as server,
+        # Where nobody begins to listen meanwhile.
+        running(gateway_settings(tmp_path, "127.0.0.1:1")) as server,
         triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
     ):
         with pytest.raises(InferenceServerException, match="UNAVAILABLE"):
@@ -392,7 +406,7 @@ async def test_no_back_end_is_unavailable_and_recorded(tmp_path: Path, free_port
 async def test_a_stop_bills_what_it_cuts_off(tmp_path: Path, back_end: str) -> None:
     settings = gateway_settings(tmp_path, back_end, limits=LimitSettings(shutdown_grace_s=0.1))
     async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
-        entry = {"model_name": "trace", "inputs": trace_inputs(3, 1_000, chunk_tokens=1, chunk_delay_ms=20)}
+        entry = {"model_name": "trace", "inputs": trace_inputs(3, 100_000, chunk_tokens=1, chunk_delay_ms=20)}
         stream = client.stream_infer(one(entry), headers=HEADERS)
         await anext(aiter(stream))
         await server.stop()
@@ -400,7 +414,7 @@ async def test_a_stop_bills_what_it_cuts_off(tmp_path: Path, back_end: str) -> N
         (event,) = journalled(again.meter)
         assert again.recovered == 0
     assert event.uncached_input_tokens == 3
-    assert 1 <= event.output_tokens < 1_000
+    assert 1 <= event.output_tokens < 100_000
 
 
 async def one(entry: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

@@ -260,8 +260,7 @@ async def _cancelled(folder: Path, fake: FakeModel, chunks: int) -> UsageEvent:
         async for _ in call:
             received += 1
             if received == chunks:
-                # The chunk after it is held back, because it may be the last.
-                await asyncio.sleep(0.3)
+                # The chunk after it is there: until it was, this one was held back, as it might have been the last.
                 call.cancel()
                 break
         (event,) = await settled(server)

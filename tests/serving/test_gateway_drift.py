@@ -64,7 +64,7 @@ async def test_a_back_end_that_counts_wrong_is_in_the_alert_stream_and_one_that_
                 for _ in range(SAMPLES_MIN):
                     await answers(client, {"model_name": model, "inputs": text_inputs("hello", stream=True)})
                     # No more than four are counted again at the same time.
-                    await server.gateway.drain(60)
+                    await server.gateway.drain(120)
             assert {model: drift.sampled for model, drift in server.gateway.audit.models().items()} == {
                 RIGHT: SAMPLES_MIN,
                 WRONG: SAMPLES_MIN,

@@ -1,11 +1,16 @@
-"""The keeper of leases against the real ledger step: nothing is promised twice, waits are short, idle money goes back."""
+"""The keeper of leases against the real ledger step: nothing is promised twice, waits are short, idle money goes back.
+
+The loop's time is virtual: how long a request waits is the setting's, and not that of a machine which stands still meanwhile.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -18,6 +23,7 @@ from billing.v1.ledger_pb2 import LedgerRecord
 from serving.gateway.leases import LeaseKeeper, Reservation
 from serving.gateway.settings import LeaseSettings
 from tests.billing.ledgers import KEYS, NOW_MS, PARTITIONS, Ledger, batch, tenants_in, usage
+from tests.simulation.loop import SimLoop
 
 A = tenants_in(1, 1)[0]
 LEASE_KEY = commands.lease_key(KEYS.command_key)
@@ -100,12 +106,33 @@ class Bank:
         return self.account.leased_pico
 
 
+class InOrder(random.Random):
+    """Chooses what was ready first, as asyncio's own loops do: a topic keeps the order of its messages."""
+
+    def getrandbits(self, k: int, /) -> int:
+        return 0
+
+
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The test on a loop whose time passes when nothing else is left to do."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **fields: Any) -> None:
+        loop = SimLoop(InOrder(), steps_max=100_000)
+        try:
+            loop.run_until_complete(test(*args, **fields))
+        finally:
+            loop.dispose()
+
+    return run
+
+
 async def settled() -> None:
     """Let every message arrive."""
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await asyncio.sleep(0.001)
 
 
+@in_virtual_time
 async def test_a_first_request_waits_for_the_ledger_and_the_next_ones_do_not() -> None:
     bank = Bank(10 * PICO)
     gateway = bank.gateway("gw-1")
@@ -115,6 +142,7 @@ async def test_a_first_request_waits_for_the_ledger_and_the_next_ones_do_not() -
     assert gateway.metrics["lease_waits"] == 1
 
 
+@in_virtual_time
 async def test_a_reservation_beyond_the_balance_is_refused_after_the_wait() -> None:
     bank = Bank(3 * EVENT_PICO)
     gateway = bank.gateway("gw-1")
@@ -128,6 +156,7 @@ async def test_a_reservation_beyond_the_balance_is_refused_after_the_wait() -> N
     assert await gateway.reserve(A, EVENT_PICO) is not None
 
 
+@in_virtual_time
 async def test_who_waits_is_served_as_soon_as_a_request_settles() -> None:
     bank = Bank(EVENT_PICO)
     gateway = bank.gateway("gw-1")
@@ -140,6 +169,7 @@ async def test_who_waits_is_served_as_soon_as_a_request_settles() -> None:
     assert await waiting is not None
 
 
+@in_virtual_time
 async def test_a_client_that_goes_away_while_it_waits_holds_nothing() -> None:
     bank = Bank(EVENT_PICO)
     gateway = bank.gateway("gw-1")
@@ -155,6 +185,7 @@ async def test_a_client_that_goes_away_while_it_waits_holds_nothing() -> None:
     assert await gateway.reserve(A, EVENT_PICO) is not None
 
 
+@in_virtual_time
 async def test_a_lease_is_not_used_when_it_may_have_expired() -> None:
     bank = Bank(10 * PICO)
     gateway = bank.gateway("gw-1")
@@ -167,6 +198,7 @@ async def test_a_lease_is_not_used_when_it_may_have_expired() -> None:
     assert gateway.try_reserve(A, 1) is None
 
 
+@in_virtual_time
 async def test_a_lease_in_use_is_renewed_before_it_expires() -> None:
     bank = Bank(10 * PICO)
     gateway = bank.gateway("gw-1")
@@ -178,6 +210,7 @@ async def test_a_lease_in_use_is_renewed_before_it_expires() -> None:
     assert gateway.metrics["lease_waits"] == 1
 
 
+@in_virtual_time
 async def test_a_lost_request_is_asked_again() -> None:
     bank = Bank(10 * PICO)
     gateway = bank.gateway("gw-1")
@@ -190,6 +223,7 @@ async def test_a_lost_request_is_asked_again() -> None:
     assert await gateway.reserve(A, EVENT_PICO) is not None
 
 
+@in_virtual_time
 async def test_what_lies_idle_goes_where_it_is_wanted() -> None:
     bank = Bank(6 * EVENT_PICO)
     rich, poor = bank.gateway("gw-1"), bank.gateway("gw-2")
@@ -201,6 +235,7 @@ async def test_what_lies_idle_goes_where_it_is_wanted() -> None:
     assert bank.leased_pico <= 6 * EVENT_PICO
 
 
+@in_virtual_time
 async def test_an_idle_lease_is_given_back_for_good_once_all_is_charged() -> None:
     bank = Bank(10 * PICO)
     gateway = bank.gateway("gw-1")
@@ -222,6 +257,7 @@ async def test_an_idle_lease_is_given_back_for_good_once_all_is_charged() -> Non
 
 
 @pytest.mark.parametrize("renewal_is_answered", [True, False])
+@in_virtual_time
 async def test_what_is_given_back_is_not_used_whatever_answers_come_late(renewal_is_answered: bool) -> None:
     bank = Bank(4 * EVENT_PICO)
     idle, busy = bank.gateway("gw-1"), bank.gateway("gw-2")
@@ -252,6 +288,7 @@ async def test_what_is_given_back_is_not_used_whatever_answers_come_late(renewal
     assert idle.try_reserve(A, EVENT_PICO) is None
 
 
+@in_virtual_time
 async def test_a_restarted_gateway_ends_what_it_left_behind() -> None:
     bank = Bank(3 * EVENT_PICO)
     before = bank.gateway("gw-1")
@@ -271,6 +308,7 @@ async def test_a_restarted_gateway_ends_what_it_left_behind() -> None:
     assert await after.reserve(A, EVENT_PICO) is None
 
 
+@in_virtual_time
 async def test_a_retired_gateway_that_lives_asks_anew() -> None:
     bank = Bank(3 * EVENT_PICO)
     gateway = bank.gateway("gw-1")
@@ -283,6 +321,7 @@ async def test_a_retired_gateway_that_lives_asks_anew() -> None:
     assert await gateway.reserve(A, EVENT_PICO) is None
 
 
+@in_virtual_time
 async def test_what_is_granted_after_an_operator_has_retired_the_gateway_goes_back() -> None:
     bank = Bank(10 * PICO)
     gateway = bank.gateway("gw-1")
@@ -304,6 +343,7 @@ async def test_what_is_granted_after_an_operator_has_retired_the_gateway_goes_ba
     assert bank.leased_pico == 0
 
 
+@in_virtual_time
 async def test_what_was_thought_dearer_than_it_was_is_put_right_by_the_ledger() -> None:
     bank = Bank(10 * EVENT_PICO)
     gateway = bank.gateway("gw-1")
@@ -320,6 +360,7 @@ async def test_what_was_thought_dearer_than_it_was_is_put_right_by_the_ledger() 
     assert await gateway.reserve(A, 7 * EVENT_PICO) is not None
 
 
+@in_virtual_time
 async def test_an_idle_lease_that_was_thought_dearer_than_it_was_is_given_back_too() -> None:
     bank = Bank(10 * EVENT_PICO)
     gateway = bank.gateway("gw-1")
@@ -335,6 +376,7 @@ async def test_an_idle_lease_that_was_thought_dearer_than_it_was_is_given_back_t
     assert bank.leased_pico == 0
 
 
+@in_virtual_time
 async def test_a_stream_may_take_more_while_there_is_more() -> None:
     bank = Bank(3 * EVENT_PICO)
     gateway = bank.gateway("gw-1")
@@ -350,6 +392,7 @@ async def test_a_stream_may_take_more_while_there_is_more() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
+@in_virtual_time
 async def test_many_gateways_never_promise_more_than_the_balance(seed: int) -> None:
     chance = random.Random(seed)
     credit = 40

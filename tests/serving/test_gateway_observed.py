@@ -186,7 +186,7 @@ async def test_a_back_end_that_begins_to_count_too_much_is_found(tmp_path: Path)
         for number in range(1, 7):
             await answers(client, {"model_name": "smollm2", "inputs": text_inputs("hello", stream=True)})
             await settled(server, number)
-            await server.gateway.drain(20)
+            await server.gateway.drain(120)
             drift = server.gateway.audit.models()["smollm2"]
             assert drift.sampled == number
             assert drift.alarmed == (number > 3)

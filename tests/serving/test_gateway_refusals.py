@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from billing.v1.usage_pb2 import (
 )
 from producers.meter import MeterSettings
 from serving import kserve
-from serving.gateway import GatewayServer, LimitSettings
+from serving.gateway import AdmissionSettings, GatewayServer, LimitSettings
 from serving.gateway.directory import Directory
 from serving.kserve import SERVICE_NAME
 from tests.serving.gateway_support import (
@@ -42,10 +43,13 @@ from tests.serving.gateway_support import (
     now_ms,
     put_account,
     put_key,
+    requests,
     running,
+    scripted_back_end,
     settled,
     told,
     trace_inputs,
+    vllm_response,
 )
 
 
@@ -55,11 +59,15 @@ async def test_without_a_valid_key_nothing_goes_through(
 ) -> None:
     with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
         await client.infer("trace-unary", trace_inputs(1, 1, stream=False), headers=headers)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.aio.AioRpcError):
         await answers(client, {"model_name": "trace", "inputs": trace_inputs(1, 1)}, headers=headers)
-    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    # It is refused before it says anything, and grpc.aio has its own words for a client that still writes then.
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        open_stream: Any = channel.stream_stream(f"/{SERVICE_NAME}/ModelStreamInfer", None, None)
+        call = open_stream(metadata=tuple((headers or {}).items()))
+        assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
     assert journalled(server.meter) == []
-    assert server.metrics()["refused_key"] == 2
+    assert server.metrics()["refused_key"] == 3
 
 
 async def test_no_balance_or_no_account_is_refused_and_recorded(
@@ -115,7 +123,7 @@ async def test_stale_state_is_unavailable(tmp_path: Path, back_end: str) -> None
     put_key(directory, api_key())
     put_account(directory, account(log_time_ms=now_ms() - 120_000))
     async with (
-        running(gateway_settings(tmp_path, back_end), directory) as server,
+        running(gateway_settings(tmp_path, back_end, admission=AdmissionSettings()), directory) as server,
         triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
     ):
         with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*older than 60000 ms"):
@@ -138,11 +146,26 @@ async def test_malformed_tensors_are_invalid_arguments(server: GatewayServer, cl
     assert server.meter.metrics()["open_requests"] == 0
 
 
-async def test_concurrency_is_bounded_per_tenant(tmp_path: Path, back_end: str) -> None:
-    settings = gateway_settings(tmp_path, back_end, limits=LimitSettings(tenant_requests_max=1))
-    async with running(settings) as server, triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
-        slow = {"model_name": "trace", "inputs": trace_inputs(1, 1, chunk_delay_ms=500), "request_id": "slow"}
-        found = await answers(client, slow, {**slow, "request_id": "refused"})
+async def test_concurrency_is_bounded_per_tenant(tmp_path: Path) -> None:
+    is_refused = asyncio.Event()
+
+    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+        await is_refused.wait()
+        yield vllm_response("x", input_tokens=1, new_tokens=1, final=True)
+
+    limits = LimitSettings(tenant_requests_max=1)
+    async with (
+        scripted_back_end(script) as address,
+        running(gateway_settings(tmp_path, address, limits=limits)) as server,
+        triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        slow = {"model_name": "trace", "inputs": trace_inputs(1, 1), "request_id": "slow"}
+        found: list[tuple[Any, Any]] = []
+        async with asyncio.timeout(180):
+            async for result, error in client.stream_infer(requests(slow, {**slow, "request_id": "refused"}), headers=HEADERS):
+                found.append((result, error))
+                if error is not None:
+                    is_refused.set()
         (refused,) = [error for _, error in found if error is not None]
         assert "concurrent requests: 1 of this tenant" in str(refused)
         reasons = {event.client_request_id: event.refusal_reason for event in await settled(server, 2)}
@@ -162,11 +185,13 @@ async def test_idle_streams_of_one_tenant_take_no_place_from_others(tmp_path: Pa
         def stream_of(secret: str) -> Any:
             return open_stream(metadata=(("x-api-key", secret),))
 
-        # More than there are places in the whole process.
-        ends = [asyncio.ensure_future(call.code()) for call in [stream_of(SECRET) for _ in range(300)]]
+        # More than there are places in the whole process, and at no moment more than gRPC itself lets in.
+        ends: list[asyncio.Future[grpc.StatusCode]] = []
         async with asyncio.timeout(180):
-            while sum(end.done() for end in ends) < 297:
-                await asyncio.wait([end for end in ends if not end.done()], return_when=asyncio.FIRST_COMPLETED)
+            for opened in (100, 200, 300):
+                ends += [asyncio.ensure_future(call.code()) for call in [stream_of(SECRET) for _ in range(100)]]
+                while sum(end.done() for end in ends) < opened - 3:
+                    await asyncio.wait([end for end in ends if not end.done()], return_when=asyncio.FIRST_COMPLETED)
         assert {end.result() for end in ends if end.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
             headers = {"x-api-key": "secret-b"}

@@ -48,7 +48,7 @@ async def ask(address: str, credentials: grpc.ChannelCredentials | None) -> str:
     async with channel:
         try:
             call: Any = channel.unary_unary(LIVE)  # type: ignore[call-arg]  # bytes stay bytes
-            answer = await call(b"", timeout=30)
+            answer = await call(b"", timeout=120)
         except grpc.aio.AioRpcError as error:
             return str(error.code().name)
         return "live" if service_pb2.ServerLiveResponse.FromString(answer).live else "not live"

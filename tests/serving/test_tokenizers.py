@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import threading
 import urllib.request
 from contextlib import closing
 from pathlib import Path
@@ -97,7 +98,7 @@ def llama_cpp() -> Iterator[Callable[[str, dict[str, Any]], Any]]:
 
     def ask(path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             return json.load(response)
 
     yield ask
@@ -328,10 +329,15 @@ async def test_registry_counts_caches_and_bounds() -> None:
 async def test_registry_refuses_more_than_may_wait_and_recovers() -> None:
     settings = RegistrySettings(threads=1, max_pending=2, cache_entries=0)
     async with TokenizerRegistry([TokenizerSettings("m", find_smollm2_weights())], settings) as registry:
-        text = "word " * 20_000
-        results = await asyncio.gather(*(registry.count("m", f"{text}{i}") for i in range(6)), return_exceptions=True)
-        refused = [result for result in results if isinstance(result, TokenizerBusyError)]
-        assert len(refused) == 4
+        free = threading.Event()
+        # Until then its one thread counts nothing, however long the others take to ask.
+        holding = registry._pool.submit(free.wait, 180)
+        asking = [asyncio.create_task(registry.count("m", f"word {number}")) for number in range(6)]
+        refused, waiting = await asyncio.wait(asking, timeout=180, return_when=asyncio.FIRST_EXCEPTION)
+        free.set()
+        assert holding.result(180)
+        assert [type(task.exception()) for task in refused] == [TokenizerBusyError] * 4
+        assert len(await asyncio.gather(*waiting)) == 2
         assert await registry.count("m", "word") == 1
 
 

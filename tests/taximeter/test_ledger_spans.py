@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -98,12 +98,12 @@ def test_a_record_has_so_many_spans_at_most_and_a_clock_that_is_ahead_ends_none_
 
 
 @pytest.mark.parametrize("kind", ["away", "silent"])
-def test_nobody_waits_for_a_collector(kind: str, free_port: Callable[[str], int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_a_collector(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing that this is about ends by itself while the test runs.
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "4")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")
-    with deaf_collector(kind, free_port) as endpoint:
+    with deaf_collector(kind) as endpoint:
         spans = LedgerSpans(endpoint, part="sink", topic="usage.ledger")
         traced = record(*(sampled(number) for number in range(100)))
         # More than the queues of records and of spans hold.

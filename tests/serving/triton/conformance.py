@@ -25,7 +25,7 @@ __all__ = ["CASES", "DIFFERENCES", "OPERATOR", "compare"]
 # The secret of a key that may use the back end's controls.
 OPERATOR: Final = "secret-of-an-operator"
 
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 120.0
 Outcome = str
 Metadata = tuple[tuple[str, str], ...]
 Call = Callable[["Client"], Awaitable[Outcome]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from billing.v1.account_pb2 import KEY_SCOPE_METER, KEY_SCOPE_OPERATE
-from serving.gateway import AdmissionSettings, GatewayServer
+from serving.gateway import GatewayServer
 from serving.gateway.profiles import generic, ocr, vllm
 from tests.services import require
 from tests.services.triton import TritonServer, TritonUnavailableError, triton_environment
@@ -42,8 +42,6 @@ async def server(tmp_path: Path, triton: TritonServer) -> AsyncIterator[GatewayS
         generic("smollm2-batch", tokenizer="smollm2", decoupled=False),
         ocr("ocr", text_output="lines"),
     )
-    # No ledger tells the time here, and on a busy machine the cases take more than a minute.
-    rules = AdmissionSettings(state_age_max_ms=3_600_000)
-    settings = gateway_settings(tmp_path, triton.address, models={model.model: model for model in models}, admission=rules)
+    settings = gateway_settings(tmp_path, triton.address, models={model.model: model for model in models})
     async with running(settings, directory) as started:
         yield started
