@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Check", "State", "examine"]
 
 _KAFKA_TIMEOUT_S: Final = 5.0
-_GRPC_TIMEOUT_S: Final = 3.0
+_GRPC_TIMEOUT_S: Final = 10.0
 _STALE_S: Final = 15.0
 _LAG_MESSAGES: Final = 1_000
 _DISK_FREE_BYTES: Final = 1_000_000_000

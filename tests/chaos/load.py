@@ -24,7 +24,7 @@ __all__ = ["EventLoad", "Marks"]
 _TICK_S: Final = 0.04
 _OUTSTANDING_MAX: Final = 400
 # How long an accepted connection may take to swallow a line: a producer that was stopped must not stop the driver.
-_SEND_TIMEOUT_S: Final = 5.0
+_SEND_TIMEOUT_S: Final = 20.0
 
 Marks = dict[str, object]
 

@@ -163,7 +163,7 @@ def test_the_command_line_comes_up_without_what_other_roles_install() -> None:
         "from taximeter.cli import application\n"
         "sys.exit(CliRunner().invoke(application(), ['--help']).exit_code)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -181,5 +181,5 @@ def test_the_command_line_comes_up_without_what_other_roles_install() -> None:
 def test_a_process_does_not_load_what_it_does_not_use(begins: str, absent: tuple[str, ...]) -> None:
     """Every command and every part of an installation pays for what it loads."""
     program = f"import sys\n{begins}\nsys.exit(', '.join(name for name in {absent} if name in sys.modules))"
-    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.stderr == "\n", ended.stderr
