@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from taximeter.cli import application
 from taximeter.embedded.process import Child
 from taximeter.embedded.state import DataDir
+from tests.services.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ ROOT: Final = Path(__file__).parents[2]
 START_TIMEOUT_S: Final = 300.0
 # Each part in turn may take its own grace, on a machine that does much else.
 STOP_GRACE_S: Final = 120.0
+_PORTS: Final = ("broker", "gateway", "model_server", "loopback", "api_http", "api_grpc")
 AZURE: Final = ROOT.parent / "shared" / "data" / "azure_llm_inference_2023_conv.csv"
 SAMPLE: Final = ROOT / "taximeter" / "data" / "azure_trace_sample.csv"
 
@@ -57,6 +59,9 @@ class Up:
         flags = (*flags, f"embedded.gateway={gateway}", f"embedded.model_server={gateway}", "embedded.models=trace")
         flags = (*flags, f"embedded.api={api}")
         flags = (f"embedded.ready_timeout_s={START_TIMEOUT_S}", *flags)
+        if not (data_dir / "run" / "ports.json").exists():
+            # Another that starts at the same time may choose what this one has chosen; one that ran here keeps what it had.
+            flags = (*flags, *(f"embedded.{name}_port={free_port()}" for name in _PORTS))
         settings = [part for flag in flags for part in ("--set", flag)]
         self.child = Child(
             "taximeter up",
