@@ -38,6 +38,8 @@ PROFILES = (
     text_to_image("m", tokenizer="t", text_inputs=("text_input",)),
 )
 _TOKEN = "t" * 32
+# Both sides are this process: no answer comes while it stands still.
+_ANSWER_TIMEOUT_S = 60
 
 
 def meter(data: bytes) -> None:
@@ -165,7 +167,7 @@ def _note(*_: object) -> None:
 
 def ask_loopback(data: bytes) -> None:
     """Bytes of anybody on this machine: answered by a status, or hung up on."""
-    with socket.create_connection(_loopback(), timeout=5) as connection:
+    with socket.create_connection(_loopback(), timeout=_ANSWER_TIMEOUT_S) as connection:
         with contextlib.suppress(OSError):
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)

@@ -36,6 +36,7 @@ def test_whatever_dies_everything_durable_is_charged_once() -> None:
         assert faults[f"{fault} usage.ledger"] > 0, f"{fault}: never struck a record"
 
 
+@pytest.mark.timeout(900)
 def test_the_same_seed_is_the_same_run_whatever_the_order_of_sets() -> None:
     told = {
         subprocess.run(
@@ -45,7 +46,7 @@ def test_the_same_seed_is_the_same_run_whatever_the_order_of_sets() -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=100,
+            timeout=400,
         ).stdout
         for hash_seed in ("1", "2")
     }
@@ -59,7 +60,8 @@ _CALLS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), _KEY, st.binary(max_size=3)),
         st.tuples(st.just("delete"), _KEY),
-        st.tuples(st.just("delete_range"), _KEY, _KEY).filter(lambda call: call[1] < call[2]),
+        # To order them is to lose none: with each draw that a filter refuses the whole example may be one.
+        st.sets(_KEY, min_size=2, max_size=2).map(lambda ends: ("delete_range", *sorted(ends))),
     ),
     max_size=12,
 )
