@@ -288,7 +288,11 @@ def test_a_new_generation_that_carries_on_is_entered(
     assert balance.spend_pico == queries.totals(engine).cost_pico["USD"]
 
 
-def test_a_broker_that_forgot_is_noticed_by_a_running_sink(tmp_path: Path, engine: ChdbEngine) -> None:
+def test_a_broker_that_forgot_is_noticed_by_a_running_sink(
+    tmp_path: Path, engine: ChdbEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A sink that looks between the topics and their first record finds an empty log, and ends: this one looks behind it.
+    monkeypatch.setattr("sinks.loop._SILENCE_S", 3_600.0)
     broker = TansuBroker(TansuSettings(log_path=tmp_path / "broker.log"))
     broker.start()
     settings = make_topics(broker.bootstrap, "forgot")
@@ -304,6 +308,7 @@ def test_a_broker_that_forgot_is_noticed_by_a_running_sink(tmp_path: Path, engin
         broker.start()
         make_topics(broker.bootstrap, "forgot")
         produce(settings, again.stored)
+        monkeypatch.setattr("sinks.loop._SILENCE_S", 0.5)
         wait_until(lambda: queries.freshness(engine)[0].generation == (b"h" * 16).hex(), "the new log found")
     broker.stop()
     assert queries.totals(engine).events == 31
