@@ -152,6 +152,7 @@ class _Sink:
         self._last_ignored: dict[int, int] = {}
         self._last_refused: dict[int, int] = {}
         self._cleared: dict[int, int] = {}
+        self._heard_s = 0.0
         # A batch, and its records where somebody wants to hear of them.
         self._ready: queue.Queue[tuple[Prepared, list[LedgerRecord]]] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
@@ -171,13 +172,13 @@ class _Sink:
         self._assign()
         self._storing.start()
         collected = Collected(self._settings)
-        heard_s = time.monotonic()
+        self._heard_s = time.monotonic()
         while True:
             self._check()
             now_s = time.monotonic()
-            if now_s - heard_s > _SILENCE_S:
+            if now_s - self._heard_s > _SILENCE_S:
                 self._look_at_silence()
-                heard_s = now_s
+                self._heard_s = now_s
             if any(now_s - since_s > _DOUBT_S for since_s in self._doubted_s.values()):
                 self._look_at_doubts()
             if now_s >= self._sum_days_at_s and self._summing.done():
@@ -190,7 +191,6 @@ class _Sink:
             found = self._poll(max(min(collected.wait_s(now_s), _POLL_S_MAX), _POLL_S_MIN))
             now_s = time.monotonic()
             if found:
-                heard_s = now_s
                 collected.add(found, now_s)
             # While the writer is busy a batch may grow to its bound; then it waits here, and Kafka keeps.
             if collected.is_full or (collected.is_due(now_s) and self._ready.empty()):
@@ -253,6 +253,8 @@ class _Sink:
                 if error.code() in _MOVED:
                     break
                 continue
+            # What is not ours is no silence: whoever looked for our place then would read it all again, and never be through.
+            self._heard_s = time.monotonic()
             entry = self._accept(message)
             if entry is not None:
                 accepted.append(entry)
