@@ -83,9 +83,11 @@ bench: venv ## The measured claims
 simulate: venv ## The simulator: SEEDS=500 from FROM=0; one again: SEED=123
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),500) --from $(or $(FROM),0))
 
-models: venv ## The state machines of journal, ledger and accounts: EXAMPLES=500 runs of each
-	MODEL_EXAMPLES=$(or $(EXAMPLES),500) $(BIN)/python -m pytest -p no:xdist --timeout 7200 \
+# In `make test` their examples are the same each time.
+models: venv ## State machines of journal, ledger and accounts, EXAMPLES=500 runs of each, and every property, by new examples
+	MODEL_EXAMPLES=$(or $(EXAMPLES),500) $(BIN)/python -m pytest -p no:xdist --timeout 7200 --hypothesis-profile exploring \
 		tests/billing/test_ledger_model.py tests/producers/test_journal_model.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -p no:xdist -m hypothesis --hypothesis-profile exploring $(PYTEST_ARGS)
 
 fuzz: venv ## Every decoder under a fuzzer: SECONDS=300, shared; one of them: TARGET=name (Linux on x86-64)
 	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),300) $(if $(TARGET),--target $(TARGET))
