@@ -103,6 +103,7 @@ def gateway_settings(config: Config) -> GatewaySettings:
         models={name: model_profile(name, profile) for name, profile in config.models.profiles.items()},
         tokenizers=config.models.tokenizers,
         fingerprints=config.models.fingerprints,
+        check_tokenizers=gateway.check_tokenizers,
         host=gateway.host,
         port=gateway.port,
         upstream=gateway.upstream,

@@ -5,6 +5,7 @@ Every part's errors are known here. They are loaded when something failed: a com
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ def _known(error: BaseException) -> str | None:
     if isinstance(
         error, ProducerError | SinkError | WorkerError | UnreadableRecord | ChildError | CommandError | NotifierError
     ):
+        return str(error)
+    # Not every part has what tokenizers are made of; who raised such an error has.
+    tokenizers = sys.modules.get("serving.tokenizers.errors")
+    if tokenizers is not None and isinstance(error, tokenizers.TokenizerError):
         return str(error)
     return None
 

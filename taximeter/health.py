@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from serving.gateway.tokenizer_checks import Finding
     from taximeter.config import Config
     from taximeter.serving_config import GatewayConfig
 
@@ -78,6 +79,7 @@ def examine(config: Config) -> Iterator[Check]:
     else:
         yield Check("freshness", State.SKIPPED, "ClickHouse is not well")
     yield _guard("gateway", lambda: _gateway(config))
+    yield _guard("tokenizers", lambda: _tokenizers(config))
     yield _guard("gateway's journal", lambda: _journal(config))
     yield _guard("disk", lambda: _disk(config))
 
@@ -254,6 +256,49 @@ def _gateway(config: Config) -> Check:
     if not ready:
         return Check("gateway", State.ILL, f"{address} answers and is not ready", "see that the model server is ready")
     return Check("gateway", State.WELL, f"{address} is ready")
+
+
+def _tokenizers(config: Config) -> Check:
+    """What a gateway finds at its start, now."""
+    name, asking = "tokenizers", config.gateway.check_tokenizers
+    profiles = {model: each for model, each in config.models.profiles.items() if each.tokenizer}
+    if not profiles or asking == "off":
+        detail = "gateway.check_tokenizers is off" if profiles else "no model has one"
+        return Check(name, State.SKIPPED, detail)
+    import asyncio
+
+    from serving.gateway.settings import LimitSettings
+    from serving.gateway.tokenizer_checks import Agreement, compare
+    from serving.gateway.tokens import TokenCounts, make_registry
+    from serving.gateway.upstream import Upstream
+    from taximeter import compose_serving
+
+    models, limits = [compose_serving.model_profile(*each) for each in profiles.items()], LimitSettings()
+
+    async def look() -> dict[str, Finding]:
+        tokens = TokenCounts(make_registry(config.models.tokenizers, config.models.fingerprints, limits.requests_max))
+        upstream = Upstream(config.gateway.upstream, compose_serving.upstream_tls(config), limits)
+        try:
+            asked = (compare(model, tokens, upstream, asking, _GRPC_TIMEOUT_S) for model in models)
+            found = await asyncio.gather(*asked)
+        finally:
+            await upstream.close()
+            tokens.close()
+        return {model.model: finding for model, finding in zip(models, found, strict=True)}
+
+    findings = asyncio.run(look())
+    told = {
+        agreement: "; ".join(f"{model}: {each.detail}" for model, each in findings.items() if each.agreement is agreement)
+        for agreement in Agreement
+    }
+    if told[Agreement.DIFFERS]:
+        mend = "set the tokenizers that the models have in [models.tokenizers]; `taximeter models check MODEL` tries one"
+        return Check(name, State.ILL, told[Agreement.DIFFERS], mend)
+    if told[Agreement.AWAY]:
+        return Check(name, State.SKIPPED, f"the back end does not say now which it has: {told[Agreement.AWAY]}")
+    if told[Agreement.UNASKABLE]:
+        return Check(name, State.WELL, f"the back end cannot be asked, so they are taken on trust: {told[Agreement.UNASKABLE]}")
+    return Check(name, State.WELL, f"those of {', '.join(findings)} are the back end's")
 
 
 def _name_shown(gateway: GatewayConfig, certificate: Path) -> str:

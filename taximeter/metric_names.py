@@ -66,6 +66,7 @@ GATEWAY_NUMBERS: Final[dict[str, tuple[Kind, str]]] = {
     "answers_clamped": ("counter", "Answers whose length was clamped to what the balance pays for."),
     "admitted_without_money": ("counter", "Requests of tenants in shadow mode that no balance paid for."),
     "refusals_unrecorded": ("counter", "Refusals that could not be written to the journal."),
+    "tokenizers_unchecked": ("gauge", "Models whose requests wait until the back end has said which tokenizer they have."),
     "audits_failed": ("counter", "Answers that could not be counted again."),
     "journal_full": ("counter", "Requests that were refused because the journal had no room."),
     "journal_errors": ("counter", "Bills that the journal did not take at once."),

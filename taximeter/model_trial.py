@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
 from billing.v1.account_pb2 import (
     ACCOUNT_STATUS_ACTIVE,
@@ -32,6 +32,7 @@ from serving.gateway.directory import Directory
 from serving.gateway.metering import now_ms
 from serving.gateway.sample_requests import make_request, problems_of
 from serving.gateway.settings import GatewaySettings, UpstreamTls
+from serving.gateway.tokenizer_checks import count_difference, describe, fingerprint_difference
 from serving.tokenizers import Framing
 from taximeter.errors import MisuseError, NotReadyError
 
@@ -119,17 +120,20 @@ def _directory(secret_hash: bytes) -> Directory:
 async def _try(
     server: GatewayServer, profile: ModelProfile, asked: TrialRequest, metadata: tuple[tuple[str, str], ...]
 ) -> Trial:
-    model = profile.model
-    described = service_pb2.ModelMetadataResponse.FromString(
-        await _ask(server, "ModelMetadata", service_pb2.ModelMetadataRequest(name=model))
-    )
-    config = await _config(server, model)
-    problems = tuple(problems_of(profile, described, config))
+    settings = server.gateway.settings
     try:
-        request = make_request(profile, described, config, asked.inputs, asked.prompt, asked.output_tokens)
+        described = await describe(server.gateway.upstream, profile.model, settings.limits.control_timeout_s)
+    except grpc.aio.AioRpcError as error:
+        raise NotReadyError(
+            f"the server at {settings.upstream} does not describe model {profile.model!r} "
+            f"({error.code().name}: {error.details()}): name a server with --upstream, and a model that it has"
+        ) from None
+    problems = tuple(problems_of(profile, described.metadata, described.config))
+    try:
+        request = make_request(profile, described.metadata, described.config, asked.inputs, asked.prompt, asked.output_tokens)
     except kserve.TensorError as error:
         raise MisuseError(f"{error} (--input {error.tensor}=VALUE, or =@FILE)") from error
-    limit = server.gateway.settings.limits.message_bytes_max
+    limit = settings.limits.message_bytes_max
     options = [("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)]
     responses, said = [], ""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=options) as channel:
@@ -148,45 +152,17 @@ async def _try(
     text = _text(profile, responses)
     counted = await _tokenizer_counts(server, profile, asked, text)
     event = UsageEvent.FromString(events[0]) if events else None
-    if event is not None and event.count_source == COUNT_SOURCE_BACKEND:
-        problems += _differences(profile, counted[0], event.uncached_input_tokens)
     fingerprint = "" if profile.tokenizer is None else server.tokens.fingerprint(profile.tokenizer)
+    if event is not None and event.count_source == COUNT_SOURCE_BACKEND and counted[0] is not None:
+        difference = count_difference(profile.tokenizer, counted[0], event.uncached_input_tokens)
+        problems += (difference,) if difference else ()
+    elif fingerprint and described.fingerprint not in ("", fingerprint):
+        problems += (fingerprint_difference(profile.tokenizer, fingerprint, described.fingerprint),)
     return Trial(problems, event, said, text[:_ANSWER_CHARS], len(responses), *counted, fingerprint)
-
-
-def _differences(profile: ModelProfile, counted: int | None, told: int) -> tuple[str, ...]:
-    """What is wrong where the tokenizer and the back end count one prompt."""
-    if counted in (None, told):
-        return ()
-    what = f"tokenizer {profile.tokenizer!r} counts {counted} tokens of a prompt of which the back end counts {told}"
-    return (f"{what}: it is not the model's, or the model puts something around the prompt",)
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:
     yield request
-
-
-async def _ask(server: GatewayServer, method: str, request: Any) -> bytes:
-    try:
-        found: bytes = await server.gateway.upstream.raw(kserve.SERVICE_NAME, method)(
-            request.SerializeToString(), timeout=server.gateway.settings.limits.control_timeout_s
-        )
-    except grpc.aio.AioRpcError as error:
-        raise NotReadyError(
-            f"the server at {server.gateway.settings.upstream} does not describe model {request.name!r} "
-            f"({error.code().name}: {error.details()}): name a server with --upstream, and a model that it has"
-        ) from None
-    return found
-
-
-async def _config(server: GatewayServer, model: str) -> Any | None:
-    """Triton's; other servers have none."""
-    try:
-        found = await _ask(server, "ModelConfig", service_pb2.ModelConfigRequest(name=model))
-    except NotReadyError:
-        return None
-    config: model_config_pb2.ModelConfig = service_pb2.ModelConfigResponse.FromString(found).config
-    return config
 
 
 def _text(profile: ModelProfile, responses: list[Any]) -> str:

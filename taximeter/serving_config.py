@@ -57,6 +57,9 @@ class GatewayConfig(Section):
     # http://HOST:PORT, or https://, of an OpenTelemetry collector that is told spans and metrics over OTLP/gRPC; empty: none.
     # The rest is said by OpenTelemetry's own variables, such as OTEL_EXPORTER_OTLP_HEADERS.
     otlp_endpoint: OtlpEndpoint = ""
+    # How a back end is asked, before its model is served, whether the tokenizer here is the one that it has. metadata: by what
+    # it states of the model; probe: where that settles nothing, by its count of one short prompt, for an answer of one token.
+    check_tokenizers: Literal["probe", "metadata", "off"] = "probe"
     # One in so many answers is counted again by the tokenizer, to see that the back end's counts are right; 0: none.
     audit_one_in: Annotated[int, Field(ge=0)] = 100
     audit_drift_max: Annotated[float, Field(gt=0, le=1)] = 0.02

@@ -56,6 +56,7 @@ __all__ = [
     "rate_refusal",
     "reason_name",
     "restriction_refusal",
+    "tokenizer_refusal",
 ]
 
 
@@ -218,6 +219,18 @@ def model_refusal(model: str) -> Refusal:
         REFUSAL_REASON_MODEL,
         f"model_name: {model[:128]!r}: is not served here: use one that the server's repository index lists",
         True,
+    )
+
+
+def tokenizer_refusal(model: str, retry_after_s: int, *, differs: bool) -> Refusal:
+    """For a model whose tokenizer is another than its back end's, or of which the back end has not said yet."""
+    what = "differs from the back end's" if differs else "could not be compared with the back end's, which does not answer"
+    return Refusal(
+        grpc.StatusCode.UNAVAILABLE,
+        REFUSAL_REASON_UNSPECIFIED,
+        f"model {model}: its tokenizer here {what}, so what it used would not be known: try again in {retry_after_s} s",
+        False,
+        retry_after_s,
     )
 
 

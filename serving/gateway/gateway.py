@@ -39,6 +39,7 @@ from serving.gateway.output_limits import limit_output, read_output_asked
 from serving.gateway.policy import Access
 from serving.gateway.refusing import Refusals
 from serving.gateway.scoping import RunningRequests, SequenceScope
+from serving.gateway.tokenizer_checks import TokenizerChecks
 from serving.gateway.tokens import TextCount
 from serving.gateway.tracing import TRACEPARENT, own_span, with_span
 from serving.kserve import TensorError
@@ -107,6 +108,9 @@ class Gateway:
         self._tenant_running: dict[str, int] = {}
         self._rates = RateLimits(settings.limits.replicas)
         self.audit = CountAudit(settings.audit)
+        self.tokenizer_checks = TokenizerChecks(
+            settings.models, parts.tokens, upstream, settings.check_tokenizers, settings.limits.control_timeout_s
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- who calls -----------------------------------------------------------------------------------------------------
@@ -242,6 +246,10 @@ class Gateway:
             await self._refusals.enforce(refusal, event, account)
         if profile is None:
             await self._refusals.refuse(admission.model_refusal(model), event)
+        if model in self.tokenizer_checks.unchecked:
+            refusal = await self.tokenizer_checks.refusal(model)
+            if refusal is not None:
+                await self._refusals.refuse(refusal, event)
         scopes = scopes_of(key, account, model, now)
         slot = self._rates.admit(scopes, time.monotonic()) if scopes else UNLIMITED
         if isinstance(slot, Breach):

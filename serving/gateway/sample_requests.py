@@ -1,4 +1,5 @@
-"""A request for a model that is known by its profile and by what its server says of it: what `taximeter models check` sends.
+"""A request for a model that is known by its profile and by what its server says of it: what `taximeter models check`
+sends, and a gateway that starts.
 
 Tensors that the profile knows get a small value of their own; others get what is given for them, or are left out where the
 model does not need them. What cannot be filled in is an error that names the tensor.
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
     from serving.gateway.profiles import ModelProfile
 
-__all__ = ["make_request", "problems_of"]
+__all__ = ["SAMPLE_PROMPT", "make_request", "problems_of"]
+
+# Of plain English most vocabularies make the same number of tokens: of this no two do.
+SAMPLE_PROMPT: Final = "The quick brown fox jumps over 12,345 lazy dogs; naïve Füchse, 敏捷的棕色狐狸 👍🏽"
 
 _TOKEN_IDS: Final = (1, 2, 3, 4, 5, 6, 7, 8)
 _STEPS: Final = 2

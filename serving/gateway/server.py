@@ -164,7 +164,8 @@ class GatewayServer:
 
     async def start(self) -> None:
         """Serve, recover the journal, read keys and accounts; returns when they are known. Until then calls are told to try
-        again, and on a full disk why. Raises TimeoutError if they cannot be read in time; `stop` it then too."""
+        again, and on a full disk why. Raises TimeoutError if they cannot be read in time, and TokenizerMismatchError where a
+        back end has another tokenizer; `stop` it then too."""
         settings = self._settings
         limits = settings.limits
         self._meter = meter = await asyncio.to_thread(UsageMeter, settings.meter)
@@ -173,7 +174,7 @@ class GatewayServer:
         parts = MeterParts(
             meter, self.tokens, settings.server_id, settings.region, limits.durable_timeout_s, self.genai, on_end
         )
-        self._upstream = Upstream(settings)
+        self._upstream = Upstream(settings.upstream, settings.upstream_tls, limits)
         self.gateway = Gateway(settings, self._directory, parts, self._upstream)
         if settings.publisher is not None:
             self._publisher = Publisher(meter.journal, settings.publisher, self.gateway.audit.drifts)
@@ -208,6 +209,8 @@ class GatewayServer:
             self._keep_leases(settings.leases, meter)
         if self._follows:
             self._follow()
+        # Topics are read meanwhile.
+        await self.gateway.tokenizer_checks.start()
         await self._await_ready()
 
     def _export(self) -> OtlpExport | None:
@@ -305,6 +308,7 @@ class GatewayServer:
         publisher = {} if self._publisher is None else self._publisher.metrics()
         return {
             **self.gateway.metrics,
+            "tokenizers_unchecked": len(self.gateway.tokenizer_checks.unchecked),
             **self._directory.counts(),
             **self.meter.metrics(),
             **leases,
@@ -326,6 +330,7 @@ class GatewayServer:
             await stopping
             await self.gateway.drain(limits.durable_timeout_s)
             await self._give_leases_back()
+            await self.gateway.tokenizer_checks.close()
             await self._upstream.close()
         for follower in self._followers:
             await asyncio.to_thread(follower.close)

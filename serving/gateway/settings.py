@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from producers.meter import MeterSettings
     from producers.publisher import PublisherSettings
     from serving.gateway.profiles import ModelProfile
+    from serving.gateway.tokenizer_checks import Asking
 
 __all__ = [
     "AdmissionSettings",
@@ -176,6 +177,8 @@ class GatewaySettings:
     """By the name that profiles use; all are loaded before the first request."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """What tokenizers must be, by their names; one that is another stops the start."""
+    check_tokenizers: Asking = "off"
+    """How back ends are asked whether these are the tokenizers that their models have."""
     publisher: PublisherSettings | None = None
     """None: another process sends the journal."""
     host: str = "127.0.0.1"

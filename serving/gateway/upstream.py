@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2
 from serving.kserve import SERVICE_NAME
 
 if TYPE_CHECKING:
-    from serving.gateway.settings import GatewaySettings
+    from serving.gateway.settings import LimitSettings, UpstreamTls
 
 __all__ = ["ASKED_AGAIN", "EOF", "RETRY_DELAY_S", "Upstream"]
 
@@ -27,8 +27,7 @@ EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 class Upstream:
     """One channel to the back end; calls start when it can be reached, and fail at once when it cannot."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
-        limits = settings.limits
+    def __init__(self, address: str, tls: UpstreamTls | None, limits: LimitSettings) -> None:
         options = [
             ("grpc.max_receive_message_length", limits.message_bytes_max),
             ("grpc.max_send_message_length", limits.message_bytes_max),
@@ -37,12 +36,11 @@ class Upstream:
             # A back end that comes back is found soon, not after gRPC's two minutes.
             ("grpc.max_reconnect_backoff_ms", 5_000),
         ]
-        tls = settings.upstream_tls
         if tls is None:
-            self._channel: Any = grpc.aio.insecure_channel(settings.upstream, options=options)
+            self._channel: Any = grpc.aio.insecure_channel(address, options=options)
         else:
             credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.key, tls.certificate)
-            self._channel = grpc.aio.secure_channel(settings.upstream, credentials, options=options)
+            self._channel = grpc.aio.secure_channel(address, credentials, options=options)
         self.infer = self._channel.unary_unary(
             f"/{SERVICE_NAME}/ModelInfer",
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,

@@ -6,6 +6,7 @@ from serving.tokenizers.errors import (
     TokenizerBusyError,
     TokenizerError,
     TokenizerLoadError,
+    TokenizerMismatchError,
     UnknownModelError,
 )
 from serving.tokenizers.loading import Framing, ModelTokenizer, load_tokenizer
@@ -20,6 +21,7 @@ __all__ = [
     "TokenizerBusyError",
     "TokenizerError",
     "TokenizerLoadError",
+    "TokenizerMismatchError",
     "TokenizerRegistry",
     "TokenizerSettings",
     "UnknownModelError",

@@ -2,6 +2,7 @@
 
 TokenizerError
 ├── TokenizerLoadError     at start: a file is missing, unreadable or of an unknown kind
+├── TokenizerMismatchError at start: it is not the one that the model has
 ├── UnknownModelError      no tokenizer is registered for the model
 ├── ChatTemplateError      the model has no chat template, or it cannot be rendered
 ├── TextTooLongError       more bytes than the registry counts
@@ -21,6 +22,7 @@ __all__ = [
     "TokenizerBusyError",
     "TokenizerError",
     "TokenizerLoadError",
+    "TokenizerMismatchError",
     "UnknownModelError",
 ]
 
@@ -35,6 +37,14 @@ class TokenizerLoadError(TokenizerError):
     def __init__(self, path: Path, what: str, mend: str) -> None:
         super().__init__(f"tokenizer at {path}: {what}: {mend}")
         self.path = path
+
+
+class TokenizerMismatchError(TokenizerError):
+    """Tokenizers that are not those of the models whose back ends were asked: a sentence for each, with the mend."""
+
+    def __init__(self, *differences: str) -> None:
+        super().__init__("; ".join(differences))
+        self.differences = differences
 
 
 class UnknownModelError(TokenizerError, KeyError):

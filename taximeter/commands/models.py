@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["check"]
 
-# Of plain English most vocabularies make the same number of tokens: of this no two do.
-_PROMPT = "The quick brown fox jumps over 12,345 lazy dogs; naïve Füchse, 敏捷的棕色狐狸 👍🏽"
-
 
 @command
 def check(
     context: Context,
     model: Annotated[str, typer.Argument(help="Of [models.profiles].")],
     upstream: Annotated[str, typer.Option(help="The server to ask (default: gateway.upstream).")] = "",
-    prompt: Annotated[str, typer.Option(help="What a text model is asked.")] = _PROMPT,
+    prompt: Annotated[str, typer.Option(help="What a text model is asked (default: what a gateway asks at its start).")] = "",
     output_tokens: Annotated[int, typer.Option(min=1, max=1_000, help="How long the answer may be.")] = 16,
     input_: Annotated[
         list[str] | None,
@@ -36,6 +33,7 @@ def check(
 ) -> None:
     """Try a model's profile on a live server, and show what it would bill. Nothing is billed. Exit code 1 if something does not
     fit."""
+    from serving.gateway.sample_requests import SAMPLE_PROMPT
     from taximeter.model_trial import TrialRequest, try_profile
 
     config = context.config()
@@ -43,7 +41,7 @@ def check(
     if profile is None:
         known = ", ".join(sorted(config.models.profiles)) or "none"
         raise MisuseError(f"model {model!r} has no profile: add [models.profiles.{model}], or name one of: {known}")
-    asked = TrialRequest(prompt, output_tokens, dict(_read_input(entry) for entry in input_ or ()))
+    asked = TrialRequest(prompt or SAMPLE_PROMPT, output_tokens, dict(_read_input(entry) for entry in input_ or ()))
     tls = compose_serving.upstream_tls(config)
     made = compose_serving.model_profile(model, profile)
     trial = asyncio.run(try_profile(made, config.models.tokenizers, upstream or config.gateway.upstream, asked, tls))

