@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 from billing.invoices import AT_THE_CLOSE
 from sinks.engine import Reader, decimal_to_pico
@@ -19,9 +19,12 @@ from sinks.errors import ParameterError, SinkError
 from sinks.event_columns import OPERATIONS, SERVICE_CLASSES
 from sinks.price_books import number_of_operation, number_of_service_class, price_books
 from sinks.queries import CHARGED, balances
-from sinks.rated_usage import Offer, RatedLine, UsageKey, payers, rated_usage
+from sinks.rated_usage import Offer, Payer, RatedLine, UsageKey, payers, rated_usage
 
 __all__ = ["CorrectionLine", "CreditLine", "Statement", "StatementError", "StatementLine", "statement"]
+
+# Of a tenant whose usage comes while it is read; each takes as long as to rate its usage.
+_READINGS_MAX: Final = 10
 
 
 class StatementError(SinkError):
@@ -119,9 +122,7 @@ def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Sta
         return None
     account = known[0]
     [payer] = payers(reader, tenant_id)
-    groups = _groups(reader, tenant_id, account.currency, start_ms, end_ms)
-    [rated] = rated_usage(reader, payer, [Offer(price_books(reader), as_charged=True)], start_ms, end_ms)
-    lines = _lines(rated.lines, groups)
+    lines, groups = _rated(reader, payer, start_ms, end_ms)
     credits_before = _credits(reader, tenant_id, account.currency, 0, start_ms)
     return Statement(
         tenant_id=tenant_id,
@@ -144,6 +145,22 @@ def statement(reader: Reader, tenant_id: str, start_ms: int, end_ms: int) -> Sta
         free_events=sum(group.free_events for group in groups.values()),
         unrated_events=sum(group.events for name, group in groups.items() if not name.price_version),
     )
+
+
+def _rated(
+    reader: Reader, payer: Payer, start_ms: int, end_ms: int
+) -> tuple[tuple[StatementLine, ...], Mapping[_Name, _Group]]:
+    """Lines and what they came to. Usage that comes between two questions makes them differ: they are asked again then."""
+    groups = _groups(reader, payer.tenant_id, payer.currency, start_ms, end_ms)
+    for _ in range(_READINGS_MAX):
+        [rated] = rated_usage(reader, payer, [Offer(price_books(reader), as_charged=True)], start_ms, end_ms)
+        try:
+            return _lines(rated.lines, groups), groups
+        except StatementError:
+            before, groups = groups, _groups(reader, payer.tenant_id, payer.currency, start_ms, end_ms)
+            if groups == before:
+                raise
+    raise StatementError(f"usage of {payer.tenant_id} comes faster than it can be read: give an end that has passed")
 
 
 class _Name(NamedTuple):

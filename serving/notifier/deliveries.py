@@ -165,9 +165,10 @@ class EndpointQueue:
             _LOG.warning("endpoint %s: %s was not taken: %s", self.endpoint.name, delivery.webhook_id, error)
             await self._journaled(self._journal.failed, delivery.number, str(error))
             if isinstance(error, EndpointGone):
+                # Written down first: who has seen it here finds it there, also after a kill.
+                await self._journaled(self._journal.mark_gone, self.endpoint.name, self.endpoint.url)
                 self.gone = True
                 _LOG.warning("endpoint %s: %s", self.endpoint.name, GONE)
-                await self._journaled(self._journal.mark_gone, self.endpoint.name, self.endpoint.url)
             raise
 
     async def _bury(self, delivery: Delivery, reason: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+import pytest
+
 from billing.amounts import PICO, to_amount
 from billing.v1.command_pb2 import Commitment, CreditGrant, InvoiceFinalization, PriceBook
 from billing.v1.invoice_pb2 import CREDIT_KIND_PROMOTIONAL, ROUNDING_RULE_HALF_UP
 from sinks import queries
+from sinks.engine import Parameter, Rows
 from sinks.engines.chdb import ChdbEngine
 from sinks.follow import feed
-from sinks.statement import statement
+from sinks.statement import StatementError, statement
 from tests.billing.ledgers import KEYS, PRICES, Ledger, batch, tenants_in, usage
 
 ONE = tenants_in(1)[0]
@@ -55,3 +60,55 @@ def test_a_statement_ends_with_the_balance(engine: ChdbEngine) -> None:
         assert after is not None
         assert before.closing_pico == after.opening_pico
         assert after.closing_pico == balance.balance_pico
+
+
+class Busy:
+    """A database into which `more` writes each time that its events have been summed."""
+
+    def __init__(self, engine: ChdbEngine, more: Callable[[], None]) -> None:
+        self._engine, self._more = engine, more
+
+    def query(self, sql: str, parameters: Mapping[str, Parameter] | None = None, *, timeout_s: float = 30.0) -> Rows:
+        rows = self._engine.query(sql, parameters, timeout_s=timeout_s)
+        if "GROUP BY project_id, model, operation, service_class, price_version" in sql:
+            self._more()
+        return rows
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+@pytest.mark.parametrize("comes", [0, 1, 3])
+def test_usage_that_comes_while_a_statement_is_made_is_on_it_whole(engine: ChdbEngine, comes: int) -> None:
+    ledger = Ledger()
+    ledger.price()
+    ledger.tenant(ONE)
+    ledger.usage(batch([usage("before", ONE, started_ms=NOVEMBER, ended_ms=NOVEMBER)]), NOVEMBER)
+    feed(engine, ledger.stored, KEYS.seal_key)
+    left = [f"r{number}" for number in range(comes)]
+
+    def more() -> None:
+        if left:
+            ledger.usage(batch([usage(left.pop(), ONE, started_ms=NOVEMBER, ended_ms=NOVEMBER)]), NOVEMBER)
+            feed(engine, ledger.stored[-1:], KEYS.seal_key)
+
+    made = statement(Busy(engine, more), ONE, 0, DECEMBER)
+    assert made is not None
+    [balance] = queries.balances(engine, ONE)
+    assert (made.events, made.closing_pico) == (1 + comes, balance.balance_pico)
+
+
+def test_usage_that_comes_faster_than_it_is_read_ends_with_what_helps(engine: ChdbEngine) -> None:
+    ledger = Ledger()
+    ledger.price()
+    ledger.tenant(ONE)
+    ledger.usage(batch([usage("before", ONE, started_ms=NOVEMBER, ended_ms=NOVEMBER)]), NOVEMBER)
+    feed(engine, ledger.stored, KEYS.seal_key)
+
+    def more() -> None:
+        name = f"r{len(ledger.stored)}"
+        ledger.usage(batch([usage(name, ONE, started_ms=NOVEMBER, ended_ms=NOVEMBER)]), NOVEMBER)
+        feed(engine, ledger.stored[-1:], KEYS.seal_key)
+
+    with pytest.raises(StatementError, match="give an end that has passed"):
+        statement(Busy(engine, more), ONE, 0, DECEMBER)
