@@ -4,6 +4,7 @@
     ├── InvalidEvent           the event cannot be billed as it is (also a ValueError)
     ├── RequestClosed          an open request was used after it was closed
     ├── NotDurableInTime       the disk has not answered within the caller's bound (also a TimeoutError)
+    ├── TopicUnread            a topic could not be read to its end in time (also a TimeoutError)
     ├── CommandNotSent         not every partition has acknowledged a command; sending it again is safe
     └── JournalError
         ├── JournalFull        no room, by the setting or on the disk: refused, nothing of it is kept
@@ -31,6 +32,7 @@ __all__ = [
     "NotDurableInTime",
     "ProducerError",
     "RequestClosed",
+    "TopicUnread",
 ]
 
 
@@ -48,6 +50,10 @@ class RequestClosed(ProducerError):
 
 class NotDurableInTime(ProducerError, TimeoutError):
     """Whether the events are on disk is unknown: the disk has not answered within the caller's bound."""
+
+
+class TopicUnread(ProducerError, TimeoutError):
+    """What a topic says now is not known: it could not be read to its end in time."""
 
 
 class CommandNotSent(ProducerError):

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from tritonclient.grpc import service_pb2
 
 from producers.commands import CommandSettings, LeaseSender
-from producers.errors import JournalFull
+from producers.errors import JournalFull, TopicUnread
 from producers.follower import TopicFollower
 from producers.meter import UsageMeter
 from producers.publisher import Publisher
@@ -164,7 +164,7 @@ class GatewayServer:
 
     async def start(self) -> None:
         """Serve, recover the journal, read keys and accounts; returns when they are known. Until then calls are told to try
-        again, and on a full disk why. Raises TimeoutError if they cannot be read in time, and TokenizerMismatchError where a
+        again, and on a full disk why. Raises TopicUnread if they cannot be read in time, and TokenizerMismatchError where a
         back end has another tokenizer; `stop` it then too."""
         settings = self._settings
         limits = settings.limits
@@ -277,7 +277,7 @@ class GatewayServer:
             # In short waits: a thread that waits cannot be cancelled, and a stop must not wait for it.
             while not await asyncio.to_thread(follower.ready.wait, _READY_POLL_S):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(
+                    raise TopicUnread(
                         f"ready_timeout_s: {directory.ready_timeout_s:g}: topic {follower.topic} could not be read from "
                         f"{directory.bootstrap} in time: see that Kafka is there and the topic exists"
                     )

@@ -16,11 +16,13 @@ from tritonclient.utils import InferenceServerException
 from billing.identity import partition_of
 from billing.v1.account_pb2 import ACCOUNT_STATUS_SUSPENDED, LedgerPosition
 from billing.v1.usage_pb2 import OUTCOME_COMPLETED, UsageBatch, UsageEvent
+from producers.errors import TopicUnread
 from producers.publisher import PublisherSettings
 from serving.gateway import DirectorySettings, GatewayServer, GatewaySettings, LimitSettings, run_gateway
 from serving.gateway.directory import Directory
 from serving.gateway.settings import AdmissionSettings, LeaseSettings
 from taximeter.embedded.broker import TansuBroker
+from taximeter.failures import explain
 from tests.services.brokers import consumer_of, create_topic, read_to_end
 from tests.serving.gateway_support import (
     HEADERS,
@@ -172,8 +174,9 @@ async def test_until_keys_are_read_a_gateway_is_unavailable(tmp_path: Path, back
     directory = DirectorySettings("127.0.0.1:1", PEPPER, PARTITIONS, ready_timeout_s=0.5)
     server = GatewayServer(gateway_settings(tmp_path, back_end, directory=directory, tokenizers={}, models=trace_models()))
     try:
-        with pytest.raises(TimeoutError, match="could not be read from"):
+        with pytest.raises(TopicUnread, match="could not be read from") as unread:
             await server.start()
+        assert explain(unread.value) == str(unread.value), "`taximeter gateway` tells it in a sentence"
         async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
             with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*keys are still being read"):
                 await infer(client)
