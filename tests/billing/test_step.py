@@ -16,7 +16,7 @@ from billing.amounts import from_amount
 from billing.founding import LedgerSettings, found_again
 from billing.identity import dedupe_key
 from billing.leases import LeaseState
-from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, QUANTITY_MAX, RECORD_BYTES_MAX
+from billing.limits import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, QUANTITY_MAX, RECORD_BYTES_MAX, SETTLED_LEASES_MAX
 from billing.state import DAY_MS, MemorySeenKeys
 from billing.step import InputWentBack, UsageInput, step
 from billing.v1 import ledger_pb2 as ledger
@@ -259,7 +259,7 @@ def test_the_largest_record_is_under_the_bound() -> None:
         )
         for n in range(BATCH_EVENTS_MAX)
     ]
-    # Two epochs of one gateway hold money of every tenant: one lets go in this record, the other is charged.
+    # Two epochs of one gateway hold money of every tenant: one lets go, as far as a record has room, the other is charged.
     for event in events:
         for epoch in (1, 2):
             lease = LeaseState(event.tenant_id, "p" * 256, epoch, granted_pico=10**24, ended=epoch == 1)
@@ -268,8 +268,16 @@ def test_the_largest_record_is_under_the_bound() -> None:
     assert len(value) <= BATCH_BYTES_MAX
     result = made.usage(value)
     assert len(result.record.totals) == BATCH_EVENTS_MAX
-    assert len(result.record.leases) == 2 * BATCH_EVENTS_MAX
+    assert len(result.record.leases) == BATCH_EVENTS_MAX + SETTLED_LEASES_MAX
     assert len(result.stored) < RECORD_BYTES_MAX
+    # What is left of it goes with the records that follow.
+    number, left = BATCH_EVENTS_MAX + 1, BATCH_EVENTS_MAX - SETTLED_LEASES_MAX
+    while left > 0:
+        following = batch([usage(f"r{number}", events[0].tenant_id)], producer_id="p" * 256, first=number, highest=number)
+        gone = [lease for lease in made.usage(following).record.leases if lease.gone]
+        assert len(gone) == SETTLED_LEASES_MAX
+        number, left = number + 1, left - len(gone)
+    assert sum(lease.epoch == 1 for lease in made.state.leases) == 0
 
 
 def test_a_founding_on_old_state_forgets_nothing_that_was_charged(priced: Ledger) -> None:
